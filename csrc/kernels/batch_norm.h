@@ -1,0 +1,95 @@
+// Batch norm with activation and residual, forward and backward, on CPU and CUDA.
+//
+//   mean_c = Σ x / M,  var_c = Σ (x - mean_c)² / M,  rstd_c = 1 / sqrt(var_c + eps),  M = N · HxW
+//   z = (x - mean_c) · rstd_c · weight_c + bias_c + residual
+//   y = activation(z)
+//
+// and for the gradient dy of y, with dz = dy · activation'(z) and x̂ = (x - mean) · rstd:
+//
+//   dbias_c = Σ dz,   dweight_c = Σ dz · x̂,   dresidual = dz
+//   training:  dx = weight_c · rstd_c · (dz - dbias_c / M - x̂ · dweight_c / M)
+//   eval:      dx = weight_c · rstd_c · dz
+#pragma once
+#include <cstddef>
+
+#include "kernels/common.h"
+
+namespace batchops {
+
+// `stats` carries what the backward needs of the statistics: three rows of C values,
+//   stats[0] = mean rounded, stats[1] = mean - stats[0] (its low part), stats[2] = rstd,
+// in float for f32/f16/bf16 inputs and in double for f64. The low part matters: at |mean|/std = 1e4
+// a mean rounded to float puts x̂ off by 4.8e-4.
+//
+// `mask` holds one bit an element: 1 where activation'(z) != 0. It is written when residual is
+// given and the activation's derivative is 0 or a constant by sign (relu), because z cannot be
+// recomputed from x alone there. Rows are padded to whole bytes so that no two rows share one:
+//   channels_first: [N * C, ceil(HxW / 8)]     channels_last: [N * HxW, ceil(C / 8)]
+// bit i % 8 of byte i / 8 (lowest bit first) belongs to element i of the row.
+struct BatchNormShape {
+  int64_t N = 0;
+  int64_t C = 0;
+  int64_t HxW = 0;
+  Layout layout = Layout::channels_first;
+  DType dtype = DType::f32;        // x, residual, y, dy, dx, dresidual
+  DType param_dtype = DType::f32;  // weight, bias, dweight, dbias
+  DType running_dtype = DType::f32;
+  Activation activation = Activation::none;
+
+  int64_t numel() const { return N * C * HxW; }
+  int64_t mask_bytes() const {
+    return layout == Layout::channels_first ? N * C * ((HxW + 7) / 8) : N * HxW * ((C + 7) / 8);
+  }
+};
+
+struct BatchNormForward {
+  BatchNormShape shape;
+  const void* x = nullptr;
+  const void* residual = nullptr;  // may be null
+  const void* weight = nullptr;    // may be null: 1
+  const void* bias = nullptr;      // may be null: 0
+  void* y = nullptr;
+  void* stats = nullptr;    // [3, C], always written
+  uint8_t* mask = nullptr;  // may be null: not wanted
+  // Training: null, or updated as running += momentum · (batch - running), with the unbiased
+  // variance. Eval: the statistics to normalise with (required).
+  void* running_mean = nullptr;
+  void* running_var = nullptr;
+  bool training = true;
+  double momentum = 0.1;
+  double eps = 1e-5;
+};
+
+struct BatchNormBackward {
+  BatchNormShape shape;
+  const void* dy = nullptr;
+  const void* x = nullptr;
+  const void* weight = nullptr;   // may be null
+  const void* bias = nullptr;     // may be null; read only to recompute z for the activation
+  const void* stats = nullptr;    // [3, C] from the forward
+  const uint8_t* mask = nullptr;  // given exactly when the forward wrote one; then z is not recomputed
+  void* dx = nullptr;             // each output may be null: not wanted
+  void* dresidual = nullptr;      // only with an activation; without one it equals dy
+  void* dweight = nullptr;
+  void* dbias = nullptr;
+  bool training = true;
+};
+
+// All entry points: sizes may be 0 only if numel() is 0, and then nothing is written. Pointers need
+// only the alignment of their element. Returns null, or a message that says what went wrong.
+
+BATCHOPS_API const char* batch_norm_forward_cpu(const BatchNormForward& args, const Parallel& par);
+BATCHOPS_API const char* batch_norm_backward_cpu(const BatchNormBackward& args,
+                                                 const Parallel& par);
+
+// The workspace belongs to the call: any content, 16-byte aligned, at least this many bytes, on the
+// device; it may be freed in stream order as soon as the call returns. The current device must be
+// `device` already in the framework's eyes; it is set again for the statically linked runtime.
+BATCHOPS_API size_t batch_norm_forward_workspace_cuda(const BatchNormShape& shape, int device);
+BATCHOPS_API size_t batch_norm_backward_workspace_cuda(const BatchNormShape& shape, int device);
+BATCHOPS_API const char* batch_norm_forward_cuda(const BatchNormForward& args, void* workspace,
+                                                 int device, void* stream);
+BATCHOPS_API const char* batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace,
+                                                  int device, void* stream);
+
+}  // namespace batchops
