@@ -1,0 +1,16 @@
+// The instruction set the CPU kernels run with, chosen once a process.
+#pragma once
+#include <cstdint>
+
+namespace batchops {
+
+// avx512 is x86-64-v4 (F, BW, CD, DQ, VL), avx2 is x86-64-v3 (with FMA and F16C). baseline is
+// whatever the compiler targets by default: SSE2 on x86-64, NEON on aarch64.
+enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The best one this machine has, or the lower one that the environment variable
+// BATCHOPS_CPU_CAPABILITY names ("avx512", "avx2", "default"). A name this machine cannot run gives
+// the best it can; an unknown name is reported once on stderr and ignored.
+Isa isa();
+
+}  // namespace batchops
