@@ -1,0 +1,56 @@
+"""Finds and loads the native libraries; every failure says what to type."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import sys
+
+_REBUILD = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps ."
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        "batchops needs torch 2.11 or newer, and it cannot be imported here. Type:\n"
+        f"    {sys.executable} -m pip install torch==2.13.0"
+    ) from error
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"batchops's native module cannot be loaded ({error}). It is not built, or was built for "
+        f"another Python than {sys.version.split()[0]}. In batchops's source folder, type:\n"
+        f"    {_REBUILD}"
+    ) from error
+
+
+def _load_operators() -> pathlib.Path:
+    """Loads the operator library built for the running torch's minor version."""
+    folder = pathlib.Path(_C.__file__).parent
+    minor = ".".join(torch.__version__.split(".")[:2])
+    library = folder / f"_torch_{minor.replace('.', '_')}.so"
+    if not library.exists():
+        built = sorted(
+            p.stem.removeprefix("_torch_").replace("_", ".") for p in folder.glob("_torch_*.so")
+        )
+        raise ImportError(
+            f"batchops has no operators for torch {torch.__version__}: this build has them for "
+            f"torch {', '.join(built) or '(none)'}. Install one of those, or in batchops's source "
+            f"folder, type:\n    {_REBUILD}"
+        )
+    torch.ops.load_library(library)
+    return library
+
+
+operators = _load_operators()
+core = _C
+
+
+def version() -> str:
+    """The installed distribution's version, or "0+source" where there is no distribution."""
+    try:
+        return importlib.metadata.version("batchops")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+source"
