@@ -1,0 +1,42 @@
+// Sums over a warp and over a block, added in an order that depends on the block size only: the
+// same bits on every run.
+#pragma once
+#include "kernels/cuda/runtime.cuh"
+
+namespace batchops::cuda {
+
+// The sum of `value` over the warp, in every lane. All 32 lanes must call it.
+template <class T>
+BATCHOPS_DEVICE T warp_sum(T value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// Each values[i] summed over a block of kThreads threads, in every thread. All threads must call
+// it; it may be called again at once (it ends with a barrier).
+template <int kThreads, int kValues, class T>
+BATCHOPS_DEVICE void block_sum(T (&values)[kValues]) {
+  static_assert(kThreads % kWarp == 0 && kThreads <= 1024);
+  constexpr int kWarps = kThreads / kWarp;
+  BATCHOPS_SHARED(by_warp, T[kValues][kWarps]);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    values[i] = warp_sum(values[i]);
+    if (lane == 0) by_warp[i][warp] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    values[i] = by_warp[i][0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) values[i] += by_warp[i][w];
+  }
+  __syncthreads();
+}
+
+}  // namespace batchops::cuda

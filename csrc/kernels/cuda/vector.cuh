@@ -1,0 +1,153 @@
+// Elements in memory and floats in registers: wide loads and stores of W consecutive elements, and
+// single elements whose dtype is known at run time only.
+//
+//   float v[W];
+//   Unit<T, W> raw = load_unit<T, W>(x + offset);   // one access of W · sizeof(T) ≤ 16 bytes
+//   to_float<T, W>(raw, v);  …  store_unit<T, W>(y + offset, v);
+//
+// Loads are kept apart from conversions so that several can be in flight before the first is used.
+#pragma once
+#include <cstring>
+
+#include "kernels/cuda/runtime.cuh"
+
+namespace batchops::cuda {
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// The bits of W elements of T as one machine word, loaded and stored by one instruction.
+template <class T, int W>
+struct Unit {
+  static_assert(W == 1 || W % 2 == 0);
+  static constexpr int kBytes = W * static_cast<int>(sizeof(T));
+  typename Word<kBytes>::type bits;
+};
+
+// Elements a 16-byte access holds.
+template <class T>
+constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
+
+inline bool is_aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// `from` must be aligned to the unit. Null pointers are not looked through.
+template <class T, int W>
+BATCHOPS_DEVICE Unit<T, W> load_unit(const T* from) {
+  return {*reinterpret_cast<const typename Word<Unit<T, W>::kBytes>::type*>(from)};
+}
+
+template <class T, int W>
+BATCHOPS_DEVICE Unit<T, W> zero_unit() {
+  Unit<T, W> unit;
+  unit.bits = {};
+  return unit;
+}
+
+template <class T, int W>
+BATCHOPS_DEVICE void to_float(const Unit<T, W>& unit, float (&to)[W]) {
+  T elements[W];
+  memcpy(static_cast<void*>(elements), &unit.bits, sizeof elements);
+#pragma unroll
+  for (int j = 0; j < W; ++j) to[j] = static_cast<float>(elements[j]);
+}
+
+template <class T>
+BATCHOPS_DEVICE T from_float(float value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <class T, int W>
+BATCHOPS_DEVICE void store_unit(T* to, const float (&from)[W]) {
+  alignas(16) T elements[W];
+#pragma unroll
+  for (int j = 0; j < W; ++j) elements[j] = from_float<T>(from[j]);
+  typename Word<Unit<T, W>::kBytes>::type bits;
+  memcpy(&bits, elements, sizeof bits);
+  *reinterpret_cast<typename Word<Unit<T, W>::kBytes>::type*>(to) = bits;
+}
+
+// Per-channel values (weights, running statistics): few, so their dtype is a run-time switch rather
+// than a template argument.
+BATCHOPS_DEVICE double load_as_double(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f16:
+      return __half2float(static_cast<const __half*>(data)[i]);
+    case DType::bf16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::f64:
+      return static_cast<const double*>(data)[i];
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+BATCHOPS_DEVICE float load_as_float(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f16:
+      return __half2float(static_cast<const __half*>(data)[i]);
+    case DType::bf16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::f64:
+      return static_cast<float>(static_cast<const double*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+BATCHOPS_DEVICE void store_as(void* data, DType dtype, int64_t i, double value) {
+  switch (dtype) {
+    case DType::f16:
+      static_cast<__half*>(data)[i] = __float2half_rn(static_cast<float>(value));
+      break;
+    case DType::bf16:
+      static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(static_cast<float>(value));
+      break;
+    case DType::f64:
+      static_cast<double*>(data)[i] = value;
+      break;
+    default:
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+  }
+}
+
+// Calls f(TypeIs<T>{}) with the element type of a floating dtype CUDA kernels take.
+template <class F>
+const char* dispatch_dtype(const char* operation, DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(TypeIs<float>{});
+    case DType::f16:
+      return f(TypeIs<__half>{});
+    case DType::bf16:
+      return f(TypeIs<__nv_bfloat16>{});
+    default:
+      return message("%s: no CUDA kernel for float64; expected float32, float16 or bfloat16",
+                     operation);
+  }
+}
+
+}  // namespace batchops::cuda

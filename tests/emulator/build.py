@@ -1,0 +1,112 @@
+"""Compiles kernel sources with g++ over the emulator into a shared library, once per content.
+
+    library = build.library("lamb", ["csrc/kernels/cuda/lamb.cu"], ["lamb_api.cpp"])
+
+Paths are relative to the repository root and to this folder. Objects are kept in
+build/emulator/, named by a hash of all sources, the compiler and its flags, so that a second run
+compiles nothing and a changed header recompiles everything that could see it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from . import toolkit
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "emulator"
+
+CORE = ("fiber.cpp", "scheduler.cpp", "runtime_api.cpp", "control.cpp")
+FLAGS = (
+    "-std=c++20",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",  # unroll is for nvcc
+    "-fno-strict-aliasing",  # device code reads elements through wider words
+    "-ffp-contract=off",  # an fma only where the source asks for one, as the intrinsics do
+    "-DBATCHOPS_CUDA_EMULATOR",
+)
+FAST = ("-O1",)
+SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulator needs g++ on PATH or in CXX")
+    return compiler
+
+
+def _processor_flags() -> tuple[str, ...]:
+    """Hardware fma where there is one: the library's is 30 times slower."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return ("-mfma",) if " fma " in text else ()
+
+
+def _sources_hash(flags: list[str], version: str) -> str:
+    digest = hashlib.sha256("\0".join([*flags, version]).encode())
+    kernels = ROOT / "csrc" / "kernels"
+    files = [path for folder in (kernels, HERE) for path in folder.rglob("*")]
+    for path in sorted(files):
+        if path.suffix in {".h", ".cuh", ".inl", ".cu", ".cpp"} and "cpu" not in path.parts:
+            digest.update(path.relative_to(ROOT).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False) -> Path:
+    """The path of the shared library with `kernels` and `api` in it; compiles what is missing.
+
+    Skips the test where g++ or the CUDA headers are missing.
+    """
+    compiler = _compiler()
+    include = toolkit.include_dir()
+    if include is None:
+        pytest.skip("the emulator needs the CUDA headers: set CUDA_HOME")
+    flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    folder = CACHE / _sources_hash(flags, version.stdout)
+    library = folder / f"{name}{'_sanitized' if sanitize else ''}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+
+    sources = [HERE / file for file in (*CORE, *api)] + [ROOT / file for file in kernels]
+
+    def compile_one(source: Path) -> Path:
+        object_file = folder / f"{source.stem}{'_sanitized' if sanitize else ''}.o"
+        if not object_file.exists():
+            part = object_file.with_suffix(f".{os.getpid()}.part")
+            _run([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(part)])
+            part.replace(object_file)
+        return object_file
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    part = library.with_suffix(f".{os.getpid()}.part")
+    _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(part)])
+    part.replace(library)
+    return library
+
+
+def library(name: str, kernels: list[str], api: list[str]) -> ctypes.CDLL:
+    """build(), loaded."""
+    return ctypes.CDLL(str(build(name, kernels, api)))
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

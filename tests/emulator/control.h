@@ -1,0 +1,35 @@
+// For the extern "C" entry points that Python loads: runs host code that launches emulated kernels
+// and turns what it returns or throws into a code and a text.
+//
+//   extern "C" int emulated_lamb(const LambStep* args, char* text, size_t size) {
+//     return cuda_emulator::guarded(text, size, [&] { return batchops::lamb_cuda(*args, …); });
+//   }
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+
+#include "scheduler.h"
+
+#define EMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace cuda_emulator {
+
+enum Outcome : int { succeeded = 0, refused = 1, failed = 2 };
+
+// `f` returns null or a message (refused); an emulator Error or other exception is `failed`.
+template <class F>
+int guarded(char* text, size_t size, F&& f) {
+  try {
+    const char* message = f();
+    if (message == nullptr) return succeeded;
+    std::snprintf(text, size, "%s", message);
+    return refused;
+  } catch (const std::exception& error) {
+    std::snprintf(text, size, "%s", error.what());
+    return failed;
+  }
+}
+
+}  // namespace cuda_emulator

@@ -1,0 +1,60 @@
+"""Calls emulated kernels: schedules, errors and aligned, poisoned memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+SCHEDULES = (("forward", 0), ("reverse", 0), ("random", 1))
+
+
+class Refused(RuntimeError):
+    """The host code returned a message instead of running."""
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did what a GPU would not forgive; names kernel, block, thread and source line."""
+
+
+@contextmanager
+def schedule(
+    library: ctypes.CDLL, order: str, seed: int = 0, multiprocessors: int = 2
+) -> Iterator[None]:
+    """Sets the order of threads and blocks: forward, reverse or random (by seed).
+
+    A random schedule also keeps three blocks in flight at once, a few threads of each at a time.
+    """
+    if library.emulator_set_order(order.encode(), ctypes.c_uint64(seed)) != 0:
+        raise ValueError(f"unknown order {order!r}, expected forward, reverse or random")
+    library.emulator_set_resident_blocks(3 if order == "random" else 1)
+    library.emulator_set_multiprocessors(multiprocessors)
+    try:
+        yield
+    finally:
+        library.emulator_set_order(b"forward", ctypes.c_uint64(0))
+        library.emulator_set_resident_blocks(1)
+        library.emulator_set_multiprocessors(2)
+
+
+def call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
+    """function(*arguments, text, size); raises Refused or EmulatorError with the text."""
+    text = ctypes.create_string_buffer(1024)
+    outcome = function(*arguments, text, ctypes.c_size_t(len(text)))
+    if outcome != 0:
+        raise (Refused if outcome == 1 else EmulatorError)(text.value.decode())
+
+
+class Memory:
+    """`nbytes` of memory at `offset` bytes past a 64-byte boundary, filled with 0xff (NaN)."""
+
+    def __init__(self, nbytes: int, offset: int = 0) -> None:
+        self._owner = np.full(nbytes + offset + 64, 0xFF, dtype=np.uint8)
+        start = -self._owner.ctypes.data % 64 + offset
+        self.bytes = self._owner[start : start + nbytes]
+
+    @property
+    def pointer(self) -> int:
+        return self.bytes.ctypes.data
