@@ -23,8 +23,10 @@ _CUDA = _binding.core.built_with_cuda()
 
 def _has_kernel(input: Tensor) -> bool:
     """Whether there is a kernel of ours for the device and dtype; else the stock op serves."""
+    if input.layout is not torch.strided:
+        return False
     if input.is_cpu:
-        return input.dtype in _CPU_DTYPES and not input.is_mkldnn
+        return input.dtype in _CPU_DTYPES
     if input.is_cuda:
         return _CUDA and input.dtype in _CUDA_DTYPES
     return input.is_meta and input.dtype in _CPU_DTYPES

@@ -1,0 +1,90 @@
+# Each target works on a fresh clone: it makes the virtual environment and builds what it needs.
+#   make demo        train the example on stock and on batchops, print the table, write the plot
+#   make test        build and run the whole test-suite
+#   make lint        formatting and static checks
+#   make bench       benchmarks in both allocator modes, report under bench/results/
+#   make wheel       a wheel in dist/; CUDA_ARCHS="90-real;100-real" narrows the targets
+#   make gpu-check   on a machine with an NVIDIA GPU: the CUDA tests and the benches
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env build test lint demo bench wheel gpu-check clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Development builds name one target; wheels name them all (cmake/cuda.cmake).
+CUDA_ARCHS ?=
+DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90-real))
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+say = @printf '\n\033[1m==> %s\033[0m\n'
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BIN)/.ready: requirements-dev.txt
+	$(say) "virtual environment in $(VENV) ($(shell $(PYTHON) --version))"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(say) "$(TORCH)"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --progress-bar off -q "$(TORCH)"
+	$(say) "build and test tools"
+	$(BIN)/python -m pip install --progress-bar off -q -r requirements-dev.txt
+	$(BIN)/python -m pip install --progress-bar off -q --no-deps timm==1.0.28
+	touch $@
+
+env: $(BIN)/.ready
+
+# pip keeps the build folder, so this compiles only what changed; ccache serves where present.
+build: env
+	$(say) "batchops (CUDA: $${BATCHOPS_CUDA:-AUTO}, targets $(DEV_ARCHS))"
+	PATH="$(abspath $(BIN)):$$PATH" CUDAARCHS="$(DEV_ARCHS)" \
+	  $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e . -C build-dir=build/dev
+	$(BIN)/python -c 'import batchops; print(batchops.show_config())'
+
+test: build
+	$(say) "tests"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: env
+	$(say) "formatting and static checks"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+demo: build
+	$(say) "the digits job: stock and batchops, same seed"
+	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+BENCH_OUT ?= out/bench
+bench: build
+	$(say) "benchmarks, default allocator"
+	mkdir -p $(BENCH_OUT)
+	$(BIN)/python -m pytest bench -q --benchmark-json=$(BENCH_OUT)/default.json $(BENCH_ARGS)
+	$(say) "benchmarks, recycled pages"
+	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
+	  $(BIN)/python -m pytest bench -q --benchmark-json=$(BENCH_OUT)/recycled.json $(BENCH_ARGS)
+	$(BIN)/python -m bench.report $(BENCH_OUT)/default.json $(BENCH_OUT)/recycled.json
+
+wheel: env
+	$(say) "wheel (targets: $(or $(CUDA_ARCHS),all))"
+	PATH="$(abspath $(BIN)):$$PATH" $(if $(CUDA_ARCHS),CUDAARCHS="$(CUDA_ARCHS)") \
+	  $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel
+	@ls -l dist/*.whl
+
+# Uses the environment that is active (torch with CUDA, pybind11, scikit-build-core), no network.
+gpu-check:
+	$(say) "build for this machine's GPU"
+	$(PYTHON) -m pip install --no-build-isolation --no-deps . -C cmake.define.BATCHOPS_CUDA=ON \
+	  -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCHS),native)
+	$(say) "CUDA tests"
+	$(PYTHON) -m pytest -m cuda --import-mode=importlib
+	$(say) "benches"
+	mkdir -p $(BENCH_OUT)
+	$(PYTHON) -m pytest bench -q --device cuda --benchmark-json=$(BENCH_OUT)/cuda.json $(BENCH_ARGS)
+	$(PYTHON) -m bench.report $(BENCH_OUT)/cuda.json
+
+clean:
+	rm -rf build dist out .pytest_cache .ruff_cache

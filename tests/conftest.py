@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import batchops._binding as binding
+
+
+def _why_no_cuda() -> str | None:
+    if not binding.core.built_with_cuda():
+        return "batchops was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    count, message = binding.core.cuda_device_count()
+    return None if count else f"batchops sees no CUDA device: {message}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _why_no_cuda()
+    if reason is None:
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's thread count inside a test and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

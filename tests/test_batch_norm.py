@@ -1,0 +1,322 @@
+"""Batch norm's numbers: against the float64 oracle, for every dtype, layout and mode."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from batchops import functional as BF
+
+from .reference import BatchNormReference, to_float64
+from .tolerances import assert_close, elementwise, norm_error
+
+SHAPES = {
+    "rows": (5, 7),  # 2-D, odd everything
+    "two rows": (2, 8),  # the fewest values per channel
+    "one channel": (4, 1, 3, 5),
+    "one pixel": (6, 33, 1, 1),  # both layouts are the same memory
+    "seven": (3, 19, 7, 7),  # rows of 49: no multiple of any vector width
+    "pixels": (2, 3, 31),  # 3-D
+    "wide": (2, 160, 9, 4),  # channels over several vectors and a tail
+    "volume": (2, 5, 3, 4, 6),  # 5-D
+    "tall": (300, 4, 6, 6),  # many samples: several chunks of partial sums
+    "large": (3, 8, 96, 96),  # planes longer than one accumulator run
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    """The same values with the channel innermost in memory, for any number of dimensions."""
+    order = [0, *range(2, t.dim()), 1]
+    back = [0, t.dim() - 1, *range(1, t.dim() - 1)]
+    return t.permute(order).contiguous().permute(back)
+
+
+LAYOUTS = {"contiguous": torch.Tensor.contiguous, "channels_last": channels_last}
+
+
+def make(shape, dtype, device, layout="contiguous", offset=0.5, scale=2.0):
+    x = (torch.randn(shape, device=device) * scale + offset).to(dtype)
+    return LAYOUTS[layout](x)
+
+
+def parameters(C, dtype, device):
+    weight = (torch.rand(C, device=device) + 0.5).to(dtype)
+    bias = torch.randn(C, device=device).to(dtype)
+    return weight, bias
+
+
+def skip_unless_kernel(device, dtype):
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("CUDA float64 takes torch's operator; test_fallback checks it")
+
+
+def leaf(t):
+    return t.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_forward_and_backward(shape, dtype, layout, activation, with_residual, training, device):
+    skip_unless_kernel(device, dtype)
+    C = shape[1]
+    x = leaf(make(shape, dtype, device, layout))
+    residual = leaf(make(shape, dtype, device, layout)) if with_residual else None
+    weight, bias = map(leaf, parameters(C, dtype, device))
+    mean = torch.randn(C, device=device).to(dtype)
+    var = (torch.rand(C, device=device) + 0.5).to(dtype)
+    mean64, var64 = to_float64(mean), to_float64(var)
+    oracle = BatchNormReference(
+        to_float64(x),
+        to_float64(weight),
+        to_float64(bias),
+        None if residual is None else to_float64(residual),
+        None if training else mean64,
+        None if training else var64,
+        act=activation or "none",
+    )
+
+    y = BF.batch_norm(
+        x, mean, var, weight, bias, training, 0.3, activation=activation, residual=residual
+    )
+    dy = make(shape, dtype, device, layout, offset=0.2, scale=1.0)
+    y.backward(dy)
+
+    length = oracle.count
+    bound = elementwise(dtype, length)
+    assert y.dtype == dtype
+    assert y.stride() == x.stride()
+    assert_close(y, oracle.y, bound, "y")
+    if training:
+        running_mean, running_var = oracle.running(mean64, var64, 0.3)
+    else:
+        running_mean, running_var = mean64, var64
+    assert_close(mean, running_mean, bound, "running_mean")
+    assert_close(var, running_var, bound, "running_var")
+
+    # Next to zero, rounding may put relu's gate the other way: take the gate the output shows.
+    gate = None
+    if activation == "relu":
+        near = np.abs(oracle.z) <= bound * max(1.0, np.abs(oracle.z).max())
+        gate = np.where(near, to_float64(y) > 0, oracle.z > 0).astype(np.float64)
+    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), gate)
+    # dx = weight · rstd · (a sum that cancels): errors scale with its terms
+    terms = float(np.abs(oracle.weight * oracle.rstd).max()) * 3 * max(1.0, np.abs(dz).max())
+    assert_close(x.grad, dx, bound * max(1.0, terms), "dx")
+    assert x.grad.stride() == x.stride()
+    if residual is not None:
+        assert_close(residual.grad, dz, bound, "dresidual")
+    # sums of `length` terms: their errors add up like a random walk
+    assert_close(weight.grad, dweight, bound * np.sqrt(length), "dweight")
+    assert_close(bias.grad, dbias, bound * np.sqrt(length), "dbias")
+
+
+@pytest.mark.parametrize("parameter", ["input", "float32", "none", "weight only", "bias only"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_parameter_dtypes(dtype, parameter, device):
+    skip_unless_kernel(device, dtype)
+    x = leaf(make((4, 6, 5, 5), dtype, device))
+    weight, bias = parameters(6, dtype if parameter == "input" else torch.float32, device)
+    weight = None if parameter in ("none", "bias only") else leaf(weight)
+    bias = None if parameter in ("none", "weight only") else leaf(bias)
+    y = BF.batch_norm(x, None, None, weight, bias, True, activation="relu")
+    y.sum().backward()
+    oracle = BatchNormReference(
+        to_float64(x),
+        None if weight is None else to_float64(weight),
+        None if bias is None else to_float64(bias),
+        act="relu",
+    )
+    assert_close(y, oracle.y, elementwise(dtype, 100))
+    for p in (weight, bias):
+        assert p is None or p.grad.dtype == p.dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1.0, 1e3, 1e4])
+def test_large_mean(ratio, layout, device):
+    """|mean| / std up to 1e4 in float32: y, dx and dweight within 1e-5 norm-wise of float64."""
+    x = leaf(make((16, 6, 24, 24), torch.float32, device, layout, offset=ratio, scale=1.0))
+    weight, bias = map(leaf, parameters(6, torch.float32, device))
+    y = BF.batch_norm(x, None, None, weight, bias, True)
+    dy = make(y.shape, torch.float32, device, layout, offset=0.0, scale=1.0)
+    y.backward(dy)
+    oracle = BatchNormReference(to_float64(x), to_float64(weight), to_float64(bias))
+    dx, _, dweight, _ = oracle.backward(to_float64(dy))
+    assert norm_error(y, oracle.y) <= 1e-5
+    assert norm_error(x.grad, dx) <= 1e-5
+    assert norm_error(weight.grad, dweight) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_outlier_first(layout, device):
+    """A shift taken from the first value alone would lose the variance of all others."""
+    x = make((8, 3, 20, 20), torch.float32, device, layout, offset=0.0, scale=1.0)
+    x[0, :, 0, 0] = 1e4
+    y = BF.batch_norm(x, None, None, None, None, True)
+    oracle = BatchNormReference(to_float64(x), None, None)
+    assert norm_error(y, oracle.y) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_stays_in_its_channel(value, layout, device):
+    x = make((4, 3, 6, 6), torch.float32, device, layout)
+    x[1, 2, 3, 3] = value
+    ours = BF.batch_norm(x, None, None, training=True, activation="relu")
+    stock = F.batch_norm(x, None, None, training=True).relu()
+    assert ours[:, 2].isnan().all() == stock[:, 2].isnan().all()
+    assert ours[:, :2].isfinite().all()
+
+
+def test_strided_inputs(device):
+    """Views that are dense in neither layout are copied once; views with odd offsets are not."""
+    base = make((6, 8, 12, 12), torch.float32, device)
+    views = {
+        "every other column": base[:, :, :, ::2],
+        "some channels": base[:, 2:7],
+        "transposed": base.transpose(2, 3),
+        "offset": base.view(-1)[1 : 1 + 6 * 8 * 11 * 12].view(6, 8, 11, 12),
+        "channels_last slice": base.to(memory_format=torch.channels_last)[:, :, 1:9],
+        "expanded": base[:1].expand(6, 8, 12, 12),
+    }
+    for name, view in views.items():
+        x = leaf(view)
+        y = BF.batch_norm(x, None, None, training=True, activation="relu")
+        y.sum().backward()
+        oracle = BatchNormReference(to_float64(view), None, None, act="relu")
+        assert_close(y, oracle.y, elementwise(torch.float32, 864), name)
+        assert x.grad.shape == view.shape
+
+
+@pytest.mark.parametrize("mixed", ["dy", "residual"])
+def test_layouts_may_differ(mixed, device):
+    x = leaf(make((3, 5, 4, 6), torch.float32, device, "channels_last"))
+    other = make((3, 5, 4, 6), torch.float32, device, "contiguous")
+    residual = leaf(other) if mixed == "residual" else None
+    y = BF.batch_norm(x, None, None, training=True, activation="relu", residual=residual)
+    dy = other if mixed == "dy" else channels_last(other)
+    y.backward(dy)
+    oracle = BatchNormReference(
+        to_float64(x),
+        None,
+        None,
+        None if residual is None else to_float64(residual),
+        act="relu",
+    )
+    dx, dz, _, _ = oracle.backward(to_float64(dy))
+    assert_close(y, oracle.y, elementwise(torch.float32, 72))
+    assert_close(x.grad, dx, 3 * elementwise(torch.float32, 72))
+    if residual is not None:
+        assert_close(residual.grad, dz, elementwise(torch.float32, 72))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3, 3), (2, 4, 0, 3)], ids=str)
+def test_empty(shape, device):
+    x = torch.empty(shape, device=device, requires_grad=True)
+    weight, bias = map(leaf, parameters(4, torch.float32, device))
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    y = BF.batch_norm(x, mean, var, weight, bias, True, activation="relu", residual=x.detach())
+    y.sum().backward()
+    assert y.shape == shape
+    assert x.grad.shape == shape
+    assert weight.grad.eq(0).all()
+    assert bias.grad.eq(0).all()
+    assert mean.eq(0).all()
+    assert var.eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_for_any_thread_count(layout, dtype, threads):
+    for shape in [(32, 24, 40, 40), (2048, 40), (7, 3, 100, 50)]:
+        x = make(shape, dtype, "cpu", layout)
+        residual = make(shape, dtype, "cpu", layout)
+        dy = make(shape, dtype, "cpu", layout)
+        seen = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            a, r = leaf(x), leaf(residual)
+            w, b = map(leaf, (torch.ones(shape[1]), torch.zeros(shape[1])))
+            mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+            y = BF.batch_norm(a, mean, var, w, b, True, activation="relu", residual=r)
+            y.backward(dy)
+            seen.append((y, mean, var, a.grad, r.grad, w.grad, b.grad))
+        for other in seen[1:]:
+            assert all(torch.equal(p, q) for p, q in zip(seen[0], other, strict=True))
+
+
+def test_same_bits_in_every_run(device):
+    x = make((16, 12, 20, 20), torch.float32, device)
+    first = None
+    for _ in range(1000):
+        a = leaf(x)
+        w = torch.ones(12, device=device, requires_grad=True)
+        y = BF.batch_norm(a, None, None, w, None, True, activation="relu")
+        y.backward(x)
+        now = (y.detach(), a.grad, w.grad)
+        first = first or now
+        assert all(torch.equal(p, q) for p, q in zip(first, now, strict=True))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_saved_memory(activation, with_residual):
+    """norm + relu keeps x; norm + add + relu keeps x and one bit an element; no copy of y."""
+    shape = (8, 16, 32, 32)
+    x = leaf(make(shape, torch.float32, "cpu"))
+    residual = leaf(make(shape, torch.float32, "cpu")) if with_residual else None
+    weight, bias = map(leaf, parameters(16, torch.float32, "cpu"))
+    storages: dict[int, int] = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        BF.batch_norm(
+            x, None, None, weight, bias, True, activation=activation, residual=residual
+        )
+    bits = x.numel() // 8 if activation and with_residual else 0
+    per_channel = 16 * 4 * (2 + 3)
+    assert sum(storages.values()) <= x.nbytes + bits + per_channel
+
+
+def test_fallback_composes_torch_operators(device):
+    """What has no kernel takes torch's operators: CUDA float64, and a residual of another dtype."""
+    x = make((3, 4, 5, 5), torch.bfloat16, device)
+    residual = make((3, 4, 5, 5), torch.float32, device)
+    y = BF.batch_norm(x, None, None, training=True, activation="relu", residual=residual)
+    expected = torch.relu(F.batch_norm(x, None, None, training=True) + residual)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected)
+    if device.type == "cuda":
+        x = x.double()
+        y = BF.batch_norm(x, None, None, training=True, activation="relu")
+        assert torch.equal(y, F.batch_norm(x, None, None, training=True).relu())
+
+
+def test_more_than_two_billion_elements_are_addressed():
+    """Index arithmetic is 64-bit: an input of 2³¹ + elements in bfloat16, checked at its ends."""
+    C, rows = 2**13, 2**18 + 3
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in open("/proc/meminfo")
+        if line.startswith("MemAvailable")
+    )
+    if available < 12 * 2**30:
+        pytest.skip(f"needs 12 GiB of free memory, {available / 2**30:.1f} GiB are free")
+    x = torch.zeros(rows, C, dtype=torch.bfloat16)
+    x[-2:, -3:] = 1.0
+    mean, var = torch.zeros(C), torch.ones(C)
+    y = torch.ops.batchops.batch_norm_eval(x, mean, var, None, None, None, 0.0, "none")[0]
+    assert y.numel() > 2**31
+    assert y[-2:, -3:].eq(1).all()
+    assert y[-3].eq(0).all()
+    assert y[:, 0].eq(0).all()

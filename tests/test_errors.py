@@ -1,0 +1,147 @@
+"""Bad input to batch norm: the type torch raises, the argument named, and no state changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from batchops import functional as BF
+from batchops import nn as bnn
+
+
+def good():
+    return {
+        "input": torch.randn(4, 3, 5, 5),
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+        "weight": torch.ones(3),
+        "bias": torch.zeros(3),
+        "training": True,
+    }
+
+
+CASES = {
+    # name: (changed arguments, error, text that must be in it)
+    "1-D input": ({"input": torch.randn(4)}, RuntimeError, "2 or more dimensions"),
+    "integer input": (
+        {"input": torch.ones(4, 3, 5, 5, dtype=torch.int32)},
+        RuntimeError,
+        None,
+    ),
+    "complex input": (
+        {"input": torch.ones(4, 3, 5, 5, dtype=torch.complex64)},
+        RuntimeError,
+        None,
+    ),
+    "sparse input": ({"input": torch.randn(4, 3).to_sparse()}, RuntimeError, None),
+    "weight size": ({"weight": torch.ones(4)}, RuntimeError, "weight should contain 3"),
+    "bias size": ({"bias": torch.ones(2)}, RuntimeError, "bias should contain 3"),
+    "running_mean size": (
+        {"running_mean": torch.zeros(4)},
+        RuntimeError,
+        "running_mean should contain 3",
+    ),
+    "running_var size": (
+        {"running_var": torch.zeros(1)},
+        RuntimeError,
+        "running_var should contain 3",
+    ),
+    "weight dtype": ({"weight": torch.ones(3).half()}, RuntimeError, "weight to be Float"),
+    "weight and bias differ": (
+        {"input": torch.randn(4, 3, 5, 5).bfloat16(), "weight": torch.ones(3).bfloat16()},
+        RuntimeError,
+        "bias to be BFloat16",
+    ),
+    "running_var dtype": (
+        {"running_var": torch.ones(3).double()},
+        RuntimeError,
+        "running_var to be Float",
+    ),
+    "weight device": ({"weight": torch.ones(3, device="meta")}, RuntimeError, "weight on cpu"),
+    "residual size": ({"residual": torch.randn(4, 3, 5, 4)}, RuntimeError, "residual of input's"),
+    "residual device": (
+        {"residual": torch.empty(4, 3, 5, 5, device="meta")},
+        RuntimeError,
+        "residual on cpu",
+    ),
+    "one value per channel": (
+        {"input": torch.randn(1, 3, 1, 1)},
+        ValueError,
+        r"Expected more than 1 value per channel when training, got input size "
+        r"torch.Size\(\[1, 3, 1, 1\]\)",
+    ),
+    "eps when training": ({"eps": 0.0}, ValueError, "eps must be positive"),
+    "eps in eval": ({"eps": -1.0, "training": False}, ValueError, "eps must be non-negative"),
+    "activation": ({"activation": "selu"}, ValueError, "'none', 'relu', got 'selu'"),
+    "no statistics in eval": (
+        {"running_mean": None, "running_var": None, "training": False},
+        RuntimeError,
+        "running_mean",
+    ),
+    "one statistic": ({"running_var": None}, RuntimeError, "running_var=None"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_names_the_argument_and_changes_nothing(name):
+    changed, error, text = CASES[name]
+    arguments = good() | changed
+    before = {k: v.clone() for k, v in arguments.items() if torch.is_tensor(v)}
+    with pytest.raises(error, match=text):
+        BF.batch_norm(**arguments)
+    for key, value in before.items():
+        if value.device.type == "meta" or value.is_sparse:
+            continue
+        assert torch.equal(arguments[key], value), key
+    stock = {k: v for k, v in arguments.items() if k not in ("activation", "residual")}
+    if not {"activation", "residual"} & changed.keys() and not DIFFERS.get(name):
+        with pytest.raises(error):
+            F.batch_norm(**stock)
+
+
+# Where torch lets something pass, or fails later or otherwise, and we say so at once.
+DIFFERS = {
+    "1-D input": "torch: IndexError or RuntimeError, by version",
+    "weight device": "torch computes a meta result",
+    "one statistic": "torch updates the one that is given",
+    "eps when training": "torch 2.11 takes 0",
+    "eps in eval": "torch 2.11 takes negative values",
+}
+
+
+def test_module_checks_dimensions_like_torch():
+    with pytest.raises(ValueError, match="expected 4D input"):
+        bnn.BatchNorm2d(3)(torch.randn(4, 3, 5))
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        bnn.BatchNorm1d(3)(torch.randn(4, 3, 5, 5))
+    with pytest.raises(ValueError, match="expected 5D input"):
+        bnn.BatchNorm3d(3)(torch.randn(4, 3, 5, 5))
+
+
+def test_module_refuses_an_unknown_activation_at_once():
+    with pytest.raises(ValueError, match="got 'swish'"):
+        bnn.BatchNorm2d(3, activation="swish")
+
+
+def test_failed_forward_leaves_the_module_as_it_was():
+    norm = bnn.BatchNorm2d(3, activation="relu")
+    state = {k: v.clone() for k, v in norm.state_dict().items()}
+    with pytest.raises(RuntimeError, match="weight should contain 4"):
+        norm(torch.randn(2, 4, 3, 3))
+    for key in ("running_mean", "running_var", "weight", "bias"):
+        assert torch.equal(norm.state_dict()[key], state[key])
+
+
+def test_backward_operator_checks_what_it_is_given():
+    x = torch.randn(4, 3, 5, 5)
+    backward = torch.ops.batchops.batch_norm_backward
+    stats = torch.zeros(3, 3)
+    wanted = [True] * 4
+    with pytest.raises(RuntimeError, match="expected dy of size"):
+        backward(x[:2], x, None, None, stats, None, True, 1e-5, "none", wanted)
+    with pytest.raises(RuntimeError, match="expected stats"):
+        backward(x, x, None, None, stats[:2], None, True, 1e-5, "none", wanted)
+    with pytest.raises(RuntimeError, match="expected a mask of"):
+        mask = torch.zeros(3, dtype=torch.uint8)
+        backward(x, x, None, None, stats, mask, True, 1e-5, "relu", wanted)
