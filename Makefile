@@ -32,7 +32,7 @@ $(BIN)/.ready: requirements-dev.txt
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --progress-bar off -q "$(TORCH)"
 	$(say) "build and test tools"
 	$(BIN)/python -m pip install --progress-bar off -q -r requirements-dev.txt
-	$(BIN)/python -m pip install --progress-bar off -q --no-deps timm==1.0.28
+	$(BIN)/python -m pip install --progress-bar off -q --no-deps timm==1.0.31
 	touch $@
 
 env: $(BIN)/.ready

@@ -1,5 +1,10 @@
 """Fused norms, LAMB and native batch collation for large-batch PyTorch training."""
 
+import pkgutil
+
+# In a checkout beside an installed build, the Python files here serve with the libraries there.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
 from . import (
     _binding,  # first: loads the native libraries and registers the operators
     functional,

@@ -8,8 +8,11 @@ if(BATCHOPS_CUDA STREQUAL "AUTO")
   if(CMAKE_CUDA_COMPILER)
     set(BATCHOPS_WITH_CUDA ON)
   elseif(BATCHOPS_NVCC OR DEFINED ENV{CUDACXX})
+    if(DEFINED ENV{CUDACXX})
+      set(BATCHOPS_NVCC "$ENV{CUDACXX}")
+    endif()
     message(FATAL_ERROR
-      "batchops: nvcc was found (${BATCHOPS_NVCC}$ENV{CUDACXX}) but cannot compile and link a "
+      "batchops: nvcc was found (${BATCHOPS_NVCC}) but cannot compile and link a "
       "program. Mend the CUDA toolkit, or build for the CPU only:\n"
       "    BATCHOPS_CUDA=OFF pip install --no-build-isolation .")
   else()

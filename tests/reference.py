@@ -1,4 +1,4 @@
-"""float64 oracles, by definition and in NumPy: they share neither code nor storage with batchops."""
+"""float64 oracles, by definition and in NumPy; they share nothing with batchops."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class BatchNormReference:
         )
 
     def backward(self, dy, dz_mask=None):
-        """dx, dresidual, dweight, dbias. `dz_mask` replaces activation' where the caller knows it."""
+        """dx, dresidual, dweight, dbias. `dz_mask` replaces activation' where it is given."""
         dz = dy * (self.derivative(self.z) if dz_mask is None else dz_mask)
         dbias = dz.sum(self.axes)
         dweight = (dz * self.xhat).sum(self.axes)
         dxhat = dz
         if self.training:
-            dxhat = dz - self._wide(dbias / self.count) - self.xhat * self._wide(
-                dweight / self.count
+            dxhat = (
+                dz - self._wide(dbias / self.count) - self.xhat * self._wide(dweight / self.count)
             )
         dx = dxhat * self._wide(self.weight * self.rstd)
         return dx, dz, dweight, dbias

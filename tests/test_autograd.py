@@ -61,7 +61,8 @@ def test_opcheck(activation, residual, layout):
         for outputs in ([True] * 4, [True, False, True, False]):
             args = (y, x, weight, bias, saved, mask, True, 1e-5, name, outputs)
             torch.library.opcheck(
-                ops.batch_norm_backward.default, [a.detach() if torch.is_tensor(a) else a for a in args]
+                ops.batch_norm_backward.default,
+                [a.detach() if torch.is_tensor(a) else a for a in args],
             )
 
 

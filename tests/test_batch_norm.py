@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -280,9 +283,7 @@ def test_saved_memory(activation, with_residual):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        BF.batch_norm(
-            x, None, None, weight, bias, True, activation=activation, residual=residual
-        )
+        BF.batch_norm(x, None, None, weight, bias, True, activation=activation, residual=residual)
     bits = x.numel() // 8 if activation and with_residual else 0
     per_channel = 16 * 4 * (2 + 3)
     assert sum(storages.values()) <= x.nbytes + bits + per_channel
@@ -305,11 +306,8 @@ def test_fallback_composes_torch_operators(device):
 def test_more_than_two_billion_elements_are_addressed():
     """Index arithmetic is 64-bit: an input of 2³¹ + elements in bfloat16, checked at its ends."""
     C, rows = 2**13, 2**18 + 3
-    available = next(
-        int(line.split()[1]) * 1024
-        for line in open("/proc/meminfo")
-        if line.startswith("MemAvailable")
-    )
+    memory = pathlib.Path("/proc/meminfo").read_text()
+    available = int(re.search(r"MemAvailable:\s+(\d+)", memory)[1]) * 1024
     if available < 12 * 2**30:
         pytest.skip(f"needs 12 GiB of free memory, {available / 2**30:.1f} GiB are free")
     x = torch.zeros(rows, C, dtype=torch.bfloat16)

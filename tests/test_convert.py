@@ -47,7 +47,9 @@ def assert_same_behaviour(model, reference, x):
         ours, theirs = outputs_and_grads(model, x), outputs_and_grads(reference, x)
         for a, b in zip(ours, theirs, strict=True):
             assert (a - b).norm() <= 1e-4 * max(1.0, b.norm())
-    for (key, a), b in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+    for (key, a), b in zip(
+        model.state_dict().items(), reference.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
 
 

@@ -142,6 +142,6 @@ def test_backward_operator_checks_what_it_is_given():
         backward(x[:2], x, None, None, stats, None, True, 1e-5, "none", wanted)
     with pytest.raises(RuntimeError, match="expected stats"):
         backward(x, x, None, None, stats[:2], None, True, 1e-5, "none", wanted)
+    mask = torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="expected a mask of"):
-        mask = torch.zeros(3, dtype=torch.uint8)
         backward(x, x, None, None, stats, mask, True, 1e-5, "relu", wanted)
