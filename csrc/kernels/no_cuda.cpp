@@ -1,0 +1,38 @@
+// Every CUDA entry point of a build without nvcc: the same symbols, so that no caller needs to know
+// which build it has.
+#include "kernels/batch_norm.h"
+#include "kernels/info.h"
+
+namespace batchops {
+namespace {
+
+constexpr const char* kNoCuda =
+    "batchops was built without CUDA: CPU kernels only. Install it where nvcc is found, or set "
+    "BATCHOPS_CUDA=ON to make a missing toolkit an error";
+
+}  // namespace
+
+bool built_with_cuda() { return false; }
+
+const char* cuda_targets() { return ""; }
+
+int cuda_toolkit_version() { return 0; }
+
+int cuda_driver_version() { return 0; }
+
+int cuda_device_count(const char** message) {
+  if (message != nullptr) *message = kNoCuda;
+  return 0;
+}
+
+size_t batch_norm_forward_workspace_cuda(const BatchNormShape&, int) { return 0; }
+
+size_t batch_norm_backward_workspace_cuda(const BatchNormShape&, int) { return 0; }
+
+const char* batch_norm_forward_cuda(const BatchNormForward&, void*, int, void*) { return kNoCuda; }
+
+const char* batch_norm_backward_cuda(const BatchNormBackward&, void*, int, void*) {
+  return kNoCuda;
+}
+
+}  // namespace batchops
