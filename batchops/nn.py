@@ -39,16 +39,17 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         factor = 0.0 if self.momentum is None else self.momentum
         training = self.training
         mean, var = self.running_mean, self.running_var
+        counter = None
         if training:
-            if not self.track_running_stats:
+            if self.track_running_stats:
+                counter = self.num_batches_tracked
+                if counter is not None and self.momentum is None:  # cumulative average
+                    factor = 1.0 / (float(counter) + 1.0)
+            else:
                 mean = var = None
-            elif self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-                if self.momentum is None:  # cumulative average
-                    factor = 1.0 / float(self.num_batches_tracked)
         elif mean is None and var is None:
             training = True  # batch statistics, and none to update
-        return BF.batch_norm(
+        output = BF.batch_norm(
             input,
             mean,
             var,
@@ -60,6 +61,9 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             activation=self.activation,
             residual=residual,
         )
+        if counter is not None:  # last, so that a batch that was refused is not counted
+            counter.add_(1)
+        return output
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

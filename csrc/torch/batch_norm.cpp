@@ -15,6 +15,7 @@
 #include "kernels/batch_norm.h"
 #include "torch/activation.h"
 #include "torch/common.h"
+#include "torch/pages.h"
 
 namespace batchops::binding {
 namespace {
@@ -114,7 +115,9 @@ BatchNormShape shape_of(const Dense& input, const std::optional<Tensor>& weight,
 
 Tensor empty_like_dense(const Tensor& x) {
   if (x.is_cpu()) {
-    return at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options());
+    Tensor t = at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options());
+    advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
+    return t;
   }
   return at::empty_strided(x.sizes(), x.strides(), x.options());
 }
