@@ -23,10 +23,10 @@
 #define __grid_constant__
 
 // A shared variable is looked up in the running block by the address of a static of its own.
-#define BATCHOPS_SHARED(name, ...)                                                           \
-  static const char name##_key = 0;                                                          \
-  using name##_type = typename ::cuda_emulator::TypeIs<__VA_ARGS__>::type;                   \
-  auto& name = *static_cast<name##_type*>(                                                   \
+#define BATCHOPS_SHARED(name, ...)                                         \
+  static const char name##_key = 0;                                        \
+  using name##_type = typename ::cuda_emulator::TypeIs<__VA_ARGS__>::type; \
+  auto& name = *static_cast<name##_type*>(                                 \
       ::cuda_emulator::current().block->static_shared(&name##_key, sizeof(name##_type)))
 #define BATCHOPS_DYNAMIC_SHARED(name, ...) \
   __VA_ARGS__* name =                      \

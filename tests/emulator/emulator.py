@@ -48,13 +48,24 @@ def call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
 
 
 class Memory:
-    """`nbytes` of memory at `offset` bytes past a 64-byte boundary, filled with 0xff (NaN)."""
+    """`nbytes` of memory at `offset` bytes past a 64-byte boundary, filled with 0xff (NaN).
+
+    64 bytes on either side hold a pattern that guards_intact() looks for.
+    """
+
+    GUARD, PATTERN = 64, 0xA5
 
     def __init__(self, nbytes: int, offset: int = 0) -> None:
-        self._owner = np.full(nbytes + offset + 64, 0xFF, dtype=np.uint8)
-        start = -self._owner.ctypes.data % 64 + offset
-        self.bytes = self._owner[start : start + nbytes]
+        self._owner = np.full(nbytes + offset + 64 + 2 * self.GUARD, self.PATTERN, dtype=np.uint8)
+        self._start = -self._owner.ctypes.data % 64 + self.GUARD + offset
+        self.bytes = self._owner[self._start : self._start + nbytes]
+        self.bytes[:] = 0xFF
 
     @property
     def pointer(self) -> int:
         return self.bytes.ctypes.data
+
+    def guards_intact(self) -> bool:
+        end = self._start + self.bytes.size
+        sides = self._owner[: self._start], self._owner[end:]
+        return all(bool((side == self.PATTERN).all()) for side in sides)

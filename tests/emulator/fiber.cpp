@@ -89,7 +89,8 @@ void Fiber::start(Body body, void* context) {
 #endif
 #if defined(__x86_64__)
   auto** top = reinterpret_cast<void**>(machine_->stack + kStackBytes);
-  *--top = nullptr;  // so that begin_fiber runs with the stack on a 16-byte boundary
+  *--top = nullptr;  // begin_fiber finds the stack on a 16-byte boundary, as a call needs it,
+  *--top = nullptr;  // with no return address
   *--top = reinterpret_cast<void*>(&begin_fiber);
   *--top = nullptr;                                 // rbp
   *--top = nullptr;                                 // rbx
@@ -104,12 +105,11 @@ void Fiber::start(Body body, void* context) {
   machine_->fiber_context.uc_stack.ss_size = kStackBytes;
   machine_->fiber_context.uc_link = nullptr;
   const auto address = reinterpret_cast<uintptr_t>(this);
-  makecontext(
-      &machine_->fiber_context,
-      reinterpret_cast<void (*)()>(+[](unsigned high, unsigned low) {
-        enter(reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low));
-      }),
-      2, static_cast<unsigned>(address >> 32), static_cast<unsigned>(address));
+  makecontext(&machine_->fiber_context,
+              reinterpret_cast<void (*)()>(+[](unsigned high, unsigned low) {
+                enter(reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low));
+              }),
+              2, static_cast<unsigned>(address >> 32), static_cast<unsigned>(address));
 #endif
 }
 

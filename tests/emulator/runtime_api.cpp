@@ -14,9 +14,9 @@ const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize &&
       static_cast<size_t>(value) > cuda_emulator::settings().shared_limit) {
-    throw cuda_emulator::Error("cudaFuncSetAttribute: too much shared memory: " +
-                               std::to_string(value) + " bytes, the limit is " +
-                               std::to_string(cuda_emulator::settings().shared_limit));
+    throw cuda_emulator::Error(
+        "cudaFuncSetAttribute: too much shared memory: " + std::to_string(value) +
+        " bytes, the limit is " + std::to_string(cuda_emulator::settings().shared_limit));
   }
   return cudaSuccess;
 }

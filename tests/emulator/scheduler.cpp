@@ -153,12 +153,17 @@ bool Block::release_warps() {
         Thread& thread = *pool_[first + k];
         if (!(leader.mask >> k & 1) || thread.done || thread.wait == Wait::nothing) continue;
         if (thread.wait == Wait::block) {
-          fail(thread, "waits at __syncthreads while its warp waits for it in a collective at " +
-                           text(leader.site), thread.site);
+          fail(thread,
+               "waits at __syncthreads while its warp waits for it in a collective at " +
+                   text(leader.site),
+               thread.site);
         }
         if (thread.mask != leader.mask || thread.collective != leader.collective) {
-          fail(thread, "lanes of one warp meet in different collectives or with different masks, "
-                       "the other at " + text(leader.site), thread.site);
+          fail(thread,
+               "lanes of one warp meet in different collectives or with different masks, "
+               "the other at " +
+                   text(leader.site),
+               thread.site);
         }
         here |= 1u << k;
       }
@@ -175,8 +180,9 @@ bool Block::release_warps() {
         if (thread.collective == Collective::shuffle) {
           const unsigned source = static_cast<unsigned>(thread.source_lane);
           if (source >= 32 || !(here >> source & 1)) {
-            fail(thread, "shuffle from lane " + std::to_string(source) +
-                             ", which is outside the mask", thread.site);
+            fail(thread,
+                 "shuffle from lane " + std::to_string(source) + ", which is outside the mask",
+                 thread.site);
           }
           results[k] = pool_[first + source]->value;
         } else if (thread.collective == Collective::ballot) {
@@ -206,14 +212,18 @@ bool Block::release_barrier() {
     } else if (thread.site.line() != first->site.line() ||
                thread.site.column() != first->site.column() ||
                std::strcmp(thread.site.file_name(), first->site.file_name()) != 0) {
-      fail(thread, "divergent __syncthreads: thread " + text(first->index) + " waits at " +
-                       text(first->site), thread.site);
+      fail(thread,
+           "divergent __syncthreads: thread " + text(first->index) + " waits at " +
+               text(first->site),
+           thread.site);
     }
   }
   if (waiting == 0 || waiting != live_) return false;
   if (live_ != threads_) {
-    fail(*first, "divergent __syncthreads: " + std::to_string(threads_ - live_) +
-                     " threads of the block have exited", first->site);
+    fail(*first,
+         "divergent __syncthreads: " + std::to_string(threads_ - live_) +
+             " threads of the block have exited",
+         first->site);
   }
   for (unsigned i = 0; i < threads_; ++i) pool_[i]->wait = Wait::nothing;
   return true;
@@ -226,9 +236,9 @@ void* Block::static_shared(const void* key, size_t bytes) {
   static_shared_bytes_ += bytes;
   if (static_shared_bytes_ > settings().static_shared_limit ||
       static_shared_bytes_ + grid_->dynamic_shared > settings().shared_limit) {
-    throw Error(grid_->kernel + ": too much shared memory: " +
-                std::to_string(static_shared_bytes_) + " bytes static and " +
-                std::to_string(grid_->dynamic_shared) + " dynamic");
+    throw Error(grid_->kernel +
+                ": too much shared memory: " + std::to_string(static_shared_bytes_) +
+                " bytes static and " + std::to_string(grid_->dynamic_shared) + " dynamic");
   }
   static_shared_.push_back({key, poisoned(bytes)});
   return static_shared_.back().bytes.get();
@@ -243,9 +253,11 @@ void Block::fail_deadlock() const {
   for (unsigned i = 0; i < threads_; ++i) {
     const Thread& thread = *pool_[i];
     if (!thread.done) {
-      fail(thread, std::string("deadlock: waits in ") +
-                       (thread.wait == Wait::block ? "__syncthreads" : "a warp collective") +
-                       " for threads that wait elsewhere", thread.site);
+      fail(thread,
+           std::string("deadlock: waits in ") +
+               (thread.wait == Wait::block ? "__syncthreads" : "a warp collective") +
+               " for threads that wait elsewhere",
+           thread.site);
     }
   }
   throw Error(grid_->kernel + ": deadlock");

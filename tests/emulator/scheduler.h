@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "fiber.h"
 #include <vector_functions.h>
 #include <vector_types.h>
+#include "fiber.h"
 
 // The built-in variables of device code, set each time a thread gets its turn.
 extern constinit thread_local uint3 threadIdx;

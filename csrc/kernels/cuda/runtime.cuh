@@ -3,8 +3,9 @@
 // tests/emulator/cuda_emulator.h (BATCHOPS_CUDA_EMULATOR), so kernels keep to three rules:
 //
 //   launch("lamb_update", lamb_update<float>, blocks, 256, 0, stream, args...)   instead of <<<>>>
-//   BATCHOPS_SHARED(partial, float[8][32]);                                      static shared memory
-//   BATCHOPS_DYNAMIC_SHARED(tile, float);                                        dynamic shared memory
+//   BATCHOPS_SHARED(partial, float[8][32]);                                      static shared
+//   memory BATCHOPS_DYNAMIC_SHARED(tile, float);                                        dynamic
+//   shared memory
 //
 // and intrinsics or runtime calls that are new to the project get a line in the emulator too. Host
 // functions return null or a message (valid until the thread's next failure).
@@ -80,11 +81,10 @@ const char* launch(const char* name, void (*kernel)(Params...), int64_t blocks, 
   }
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
-    const char* error =
-        check(name, "cudaFuncSetAttribute",
-              cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)));
+    const char* error = check(name, "cudaFuncSetAttribute",
+                              cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes)));
     if (error != nullptr) return error;
   }
   cudaLaunchConfig_t config{};

@@ -1,0 +1,28 @@
+// The activation functors over float, for device code.
+#pragma once
+#include "kernels/cuda/runtime.cuh"
+
+namespace batchops::cuda {
+
+// Written with comparisons: fmaxf would turn a NaN into the other argument.
+BATCHOPS_DEVICE float max(float a, float b) { return a < b ? b : a; }
+BATCHOPS_DEVICE float select_le(float a, float b, float yes, float no) { return a <= b ? yes : no; }
+
+#define BATCHOPS_INLINE BATCHOPS_DEVICE
+#include "kernels/activation.inl"
+#undef BATCHOPS_INLINE
+
+// Calls f(TypeIs<Functor>{}).
+template <class F>
+const char* dispatch_activation(const char* operation, Activation activation, F&& f) {
+  switch (activation) {
+#define BATCHOPS_ACTIVATION_CASE(name, functor) \
+  case Activation::name:                        \
+    return f(TypeIs<functor>{});
+    BATCHOPS_FOR_EACH_ACTIVATION(BATCHOPS_ACTIVATION_CASE)
+#undef BATCHOPS_ACTIVATION_CASE
+  }
+  return message("%s: unknown activation %d", operation, static_cast<int>(activation));
+}
+
+}  // namespace batchops::cuda
