@@ -5,6 +5,8 @@
 
 namespace py = pybind11;
 
+void bind_collate(py::module_& m);
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native parts of batchops that do not depend on torch";
   m.def("built_with_cuda", &batchops::built_with_cuda);
@@ -17,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(count, message ? py::cast(message) : py::none());
   });
   m.def("cpu_capability", &batchops::cpu_capability);
+  bind_collate(m);
 }

@@ -1,0 +1,235 @@
+"""What can be gathered natively, and how: from a dataset to a ``batchops._C.Table``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils.data import Dataset, Subset, TensorDataset, get_worker_info
+from torch.utils.data._utils import collate as torch_collate
+
+from batchops import _C
+
+# Types whose rows torch.stack copies bit by bit. What is absent (quantized, sub-byte, bits) takes
+# torch's path.
+_DTYPES = frozenset(
+    dtype
+    for dtype in (
+        getattr(torch, name, None)
+        for name in (
+            "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 "
+            "float64 complex32 complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz "
+            "float8_e5m2fnuz"
+        ).split()
+    )
+    if dtype is not None
+)
+
+_TENSOR_GETITEM = TensorDataset.__getitem__
+_SUBSET_GETITEM = Subset.__getitem__
+_SUBSET_GETITEMS = Subset.__getitems__
+
+_is_cow = getattr(torch._C, "_is_cow_tensor", lambda _: False)
+
+
+def collate_only_stacks() -> bool:
+    """Whether torch's default_collate does nothing to a tuple of tensors but to stack.
+
+    ``default_collate_fn_map`` is the user's to extend, and read live. Inside a worker process
+    stacking goes to shared memory.
+    """
+    fn_map = torch_collate.default_collate_fn_map
+    return (
+        fn_map.get(torch.Tensor) is torch_collate.collate_tensor_fn
+        and not any(issubclass(tuple, key) for key in fn_map if key is not torch.Tensor)
+        and get_worker_info() is None
+    )
+
+
+def nobody_watches() -> bool:
+    """Whether no torch-function or dispatch mode (fake tensors, tracing) would see a stack."""
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    # torch.set_default_device is such a mode; it does not reach what is stacked.
+    return not torch._C._len_torch_function_stack() or all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    )
+
+
+def _is_gatherable(tensor: torch.Tensor) -> bool:
+    """Whether ``torch.stack([tensor[i], ...])`` is a copy of rows and nothing else."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _DTYPES
+        and tensor.dim() >= 1
+        and tensor.numel() > 0
+        and not tensor.requires_grad
+        and not tensor.is_nested
+        and not tensor.is_inference()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not any(getattr(tensor, "names", ()))
+        and not _is_cow(tensor)
+    )
+
+
+def _stacks_contiguously(tensor: torch.Tensor) -> bool:
+    """Whether stacked rows come out contiguous. torch.cat keeps channels_last for 4-D and 5-D."""
+    if tensor.dim() <= 4:
+        return True
+    return tensor[0].is_contiguous()
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that a Table remembers of a tensor, and what may be switched on it in place."""
+    return (
+        tensor.data_ptr(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.requires_grad,
+    )
+
+
+class GatherSource:
+    """The tensors behind a dataset, and how indices find their rows in them.
+
+    ``table`` holds addresses: it is good for as long as ``is_current()``. Lookups (the ``indices``
+    of nested Subsets) are read anew for each batch, as torch does.
+    """
+
+    def __init__(self, dataset: TensorDataset, subsets: list[Subset]) -> None:
+        self.tensors = dataset.tensors
+        self._dataset = dataset
+        self._subsets = subsets
+        self._layouts = [_layout(t) for t in self.tensors]
+        self._row_shapes = [t.shape[1:] for t in self.tensors]
+        self._row_bytes = [t[0].numel() * t.element_size() for t in self.tensors]
+        self.table = _C.Table(
+            [
+                (
+                    t.data_ptr(),
+                    t.shape[0],
+                    t.stride(0) * t.element_size(),
+                    t.element_size(),
+                    list(t.shape[1:]),
+                    [s * t.element_size() for s in t.stride()[1:]],
+                )
+                for t in self.tensors
+            ]
+        )
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> GatherSource | None:
+        """The source behind ``dataset``, or None where torch has to fetch the samples itself.
+
+        Exact types only: a subclass may have a ``__getitem__`` of its own.
+        """
+        subsets: list[Subset] = []
+        while type(dataset) is Subset:
+            if (
+                Subset.__getitem__ is not _SUBSET_GETITEM
+                or Subset.__getitems__ is not _SUBSET_GETITEMS
+                or "__getitems__" in vars(dataset)
+            ):
+                return None
+            subsets.append(dataset)
+            dataset = dataset.dataset
+        if type(dataset) is not TensorDataset or hasattr(dataset, "__getitems__"):
+            return None
+        tensors = dataset.tensors
+        if (
+            TensorDataset.__getitem__ is not _TENSOR_GETITEM
+            or type(tensors) is not tuple
+            or not tensors
+            or not all(_is_gatherable(t) for t in tensors)
+            or any(t.shape[0] != tensors[0].shape[0] for t in tensors)
+            or not all(_stacks_contiguously(t) for t in tensors)
+        ):
+            return None
+        return cls(dataset, subsets)
+
+    def is_current(self) -> bool:
+        """Whether the tensors lie where the table says (their values may have changed)."""
+        return all(_layout(t) == seen for t, seen in zip(self.tensors, self._layouts, strict=True))
+
+    def is_live(self) -> bool:
+        """Whether the dataset still refers to these tensors and these subsets."""
+        dataset: Any = self._subsets[0] if self._subsets else self._dataset
+        for subset in self._subsets:
+            if dataset is not subset:
+                return False
+            dataset = subset.dataset
+        return dataset is self._dataset and dataset.tensors is self.tensors
+
+    def versions(self) -> list[int]:
+        """Counters that torch moves with every write to a tensor."""
+        return [t._version for t in self.tensors]
+
+    @property
+    def has_lookups(self) -> bool:
+        return bool(self._subsets)
+
+    def refreshed(self) -> GatherSource | None:
+        """A source for the dataset as it is now: self, where nothing moved."""
+        if self.is_live() and self.is_current():
+            return self
+        return GatherSource.of(self._subsets[0] if self._subsets else self._dataset)
+
+    def resolve(self, indices: Any, lookups: tuple[Any, ...] = ()) -> _C.Rows | None:
+        """Rows for a batch of indices, each looked up in ``lookups`` and in the subsets in turn.
+
+        None where torch has to index (or to raise): indices that are no plain integers, or out of
+        range, or no indices at all.
+        """
+        lookups = (*lookups, *(_readable(subset.indices) for subset in self._subsets))
+        rows = self.table.resolve(_readable(indices), lookups)
+        return rows if rows is not None and len(rows) else None
+
+    def start(self, rows: _C.Rows, threads: int, pin_memory: bool) -> Batch:
+        """Allocate a batch and start to fill it on at most ``threads`` pool threads."""
+        n = len(rows)
+        batch = [
+            torch.empty((n, *shape), dtype=t.dtype, device="cpu", pin_memory=pin_memory)
+            for t, shape in zip(self.tensors, self._row_shapes, strict=True)
+        ]
+        outputs = [(b.data_ptr(), n * size) for b, size in zip(batch, self._row_bytes, strict=True)]
+        # Storages too: they outlive a tensor that is made to point elsewhere meanwhile.
+        keep = (batch, [t.untyped_storage() for t in self.tensors])
+        return Batch(batch, self.table.gather(rows, outputs, keep, threads))
+
+
+class Batch:
+    """A batch that native threads are filling."""
+
+    __slots__ = ("_job", "_tensors")
+
+    def __init__(self, tensors: list[torch.Tensor], job: _C.GatherJob) -> None:
+        self._tensors = tensors
+        self._job = job
+
+    def result(self) -> list[torch.Tensor]:
+        """The finished tensors. The calling thread helps; the GIL is released while it does."""
+        self._job.wait()
+        return self._tensors
+
+
+def _readable(indices: Any) -> Any:
+    """``indices`` in a form that native code reads: int64 CPU vectors by address."""
+    if (
+        type(indices) is torch.Tensor
+        and indices.dtype is torch.int64
+        and indices.device.type == "cpu"
+        and indices.layout is torch.strided
+        and indices.dim() == 1
+        and indices.is_contiguous()
+        and not indices.is_neg()
+    ):
+        return _C.IndexSpan(indices.data_ptr(), indices.numel())
+    return indices
