@@ -1,0 +1,17 @@
+#include <new>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm_plan.h"
+#include "kernels/cpu/simd.h"
+
+#define BATCHOPS_ISA_BODY "kernels/cpu/batch_norm_backward_body.inl"
+#include "kernels/cpu/for_each_isa.inl"
+
+namespace batchops {
+
+const char* batch_norm_backward_cpu(const BatchNormBackward& args, const Parallel& par) {
+  if (args.shape.numel() == 0) return nullptr;
+  return BATCHOPS_ISA_CALL(batch_norm_backward, args, par);
+}
+
+}  // namespace batchops

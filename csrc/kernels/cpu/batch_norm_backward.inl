@@ -1,0 +1,338 @@
+// Backward: Σ dz and Σ dz · (x - mean), then dx and dresidual.
+//
+// With Q = Σ dz · (x - mean), dweight = Q · rstd and the formula of batch_norm.h regrouped:
+//
+//   dx = scale · dz + slope · (x - hi) + offset,   scale = weight · rstd,   mean = hi + low
+//   slope = -scale · rstd² · Q / M,   offset = -scale · Σ dz / M - slope · low
+
+// What dz = dy · activation'(z) is made from.
+enum class Derivative { one, recomputed, bits };
+
+template <class S, class Act, Derivative kDerivative>
+struct BackwardSums {
+  using T = AccOf<S>;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes;
+  static constexpr bool kBits = kDerivative == Derivative::bits;
+  static constexpr bool kRecomputed = kDerivative == Derivative::recomputed;
+
+  const BatchNormBackward& args;
+  const Geometry& geometry;
+  T* const coefficients;  // slope [C], offset [C]
+  const T* const stats = static_cast<const T*>(args.stats);
+  const S* const x = static_cast<const S*>(args.x);
+  const S* const dy = static_cast<const S*>(args.dy);
+
+  template <class Lanes, class Param>
+  BATCHOPS_INLINE V derivative(const S* from, int64_t j, Lanes lanes, int u, uint64_t bits, V value,
+                               Param mean, Param scale, Param shift) const {
+    const V gradient = load<T>(from + j, lanes);
+    if constexpr (kBits) return keep(bits >> (u * L), gradient);
+    if constexpr (kRecomputed) {
+      return Act::backward(gradient, normalize(value, mean[j], scale[j], shift[j]));
+    }
+    return gradient;
+  }
+
+  void affine(int64_t first, int64_t count, T* mean, T* scale, T* shift) const {
+    affine_of(stats, args.shape.C, args.weight, kRecomputed ? args.bias : nullptr,
+              args.shape.param_dtype, first, count, mean, scale, shift);
+  }
+
+  // --------------------------------------------------------------------- sums
+
+  void merge(int64_t, int64_t count, double* dz, double* dz_x, const double* chunk_dz,
+             const double* chunk_dz_x) const {
+    for (int64_t i = 0; i < count; ++i) dz[i] += chunk_dz[i];
+    for (int64_t i = 0; i < count; ++i) dz_x[i] += chunk_dz_x[i];
+  }
+
+  void reduce(int64_t g, int64_t chunk, double* dz, double* dz_x) const {
+    if (geometry.plan.by_rows) {
+      reduce_rows(g, chunk, dz, dz_x);
+    } else {
+      reduce_planes(g, chunk, *dz, *dz_x);
+    }
+  }
+
+  void reduce_planes(int64_t c, int64_t chunk, double& dz, double& dz_x) const {
+    T mean, scale, shift;
+    affine(c, 1, &mean, &scale, &shift);
+    const OneChannel<T> means(&mean), scales(&scale), shifts(&shift);
+    const int64_t end = geometry.end_step(chunk);
+    const V zero(T(0));
+    V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+    int64_t pending = 0;
+    dz = dz_x = 0;
+    for (int64_t step = geometry.first_step(chunk); step < end; ++step) {
+      const auto piece = geometry.piece(c, step);
+      const S* p = x + piece.offset;
+      const S* gradient = dy + piece.offset;
+      uint64_t bits = 0;
+      for_blocks<T>(
+          0, piece.length,
+          [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+            if constexpr (kBits) bits = read_bits(args.mask + piece.mask + j / 8, bytes);
+          },
+          [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+            const V value = load<T>(p + j, lanes);
+            const V d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
+            s[u] = s[u] + d;
+            q[u] = fma(d, value - means[j], q[u]);
+          },
+          [](int64_t, auto) {});
+      pending += piece.length;
+      if (pending < kPieceElements && step + 1 < end) continue;
+      dz += sum((s[0] + s[1]) + (s[2] + s[3]));
+      dz_x += sum((q[0] + q[1]) + (q[2] + q[3]));
+      for (int u = 0; u < 4; ++u) s[u] = q[u] = zero;
+      pending = 0;
+    }
+  }
+
+  void reduce_rows(int64_t g, int64_t chunk, double* dz, double* dz_x) const {
+    const Group group = geometry.group(g);
+    const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
+    const BatchNormPlan& plan = geometry.plan;
+    const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
+    Columns<T> mean, scale, shift, s, q;
+    Sums sums;
+    columns_of(group, mean, scale, shift);
+    const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
+    FlatBits flat;
+    for (int64_t c = 0; c < group.channels; ++c) dz[c] = dz_x[c] = 0;
+    for (int64_t step = begin; step < end;) {
+      // The short last row is folded alone: its columns have fewer values.
+      const int64_t stop = step >= full_end                  ? end
+                           : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
+                                                             : full_end;
+      for (int64_t j = 0; j < group.width; j += L) {
+        store(s.at + j, V(T(0)));
+        store(q.at + j, V(T(0)));
+      }
+      int64_t width = group.width;
+      for (; step < stop; ++step) {
+        const auto row = geometry.row(g, group, step);
+        const uint8_t* mask = mask_of(row, flat);
+        width = row.width;
+        const S* p = x + row.offset;
+        const S* gradient = dy + row.offset;
+        uint64_t bits = 0;
+        for_blocks<T>(
+            0, width,
+            [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+              if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
+            },
+            [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+              const V value = load<T>(p + j, lanes);
+              const V d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
+              store(s.at + j, load<T>(s.at + j) + d);
+              store(q.at + j, fma(d, value - means[j], load<T>(q.at + j)));
+            },
+            [](int64_t, auto) {});
+      }
+      geometry.fold(group, s.at, width, sums.first);
+      geometry.fold(group, q.at, width, sums.second);
+      merge(0, group.channels, dz, dz_x, sums.first, sums.second);
+    }
+  }
+
+  void columns_of(const Group& group, Columns<T>& mean, Columns<T>& scale,
+                  Columns<T>& shift) const {
+    T channel[3][kMaxWidth];
+    affine(group.first_channel, group.channels, channel[0], channel[1], channel[2]);
+    geometry.spread(group, channel[0], mean.at);
+    geometry.spread(group, channel[1], scale.at);
+    if (kRecomputed) geometry.spread(group, channel[2], shift.at);
+  }
+
+  BATCHOPS_INLINE const uint8_t* mask_of(const Geometry::Row& row, FlatBits& flat) const {
+    if (!kBits) return nullptr;
+    if (row.runs == 1 || row.run % 8 == 0) return args.mask + row.mask;
+    join_runs(flat.at, args.mask + row.mask, row.runs, row.run);
+    return flat.at;
+  }
+
+  void finish(int64_t first, int64_t count, const double* dz, const double* dz_x) const {
+    const int64_t C = args.shape.C;
+    const double inverse = 1.0 / static_cast<double>(args.shape.N * args.shape.HxW);
+    constexpr int64_t kPart = 128;
+    T mean[kPart], scale[kPart], shift[kPart];
+    double dweight[kPart];
+    for (int64_t part = 0; part < count; part += kPart) {
+      const int64_t c = first + part, n = count - part < kPart ? count - part : kPart;
+      affine(c, n, mean, scale, shift);
+      for (int64_t i = 0; i < n; ++i) {
+        const double low = stats[C + c + i], rstd = stats[2 * C + c + i];
+        dweight[i] = (dz_x[part + i] - low * dz[part + i]) * rstd;
+        const double slope = -scale[i] * rstd * dweight[i] * inverse;
+        coefficients[c + i] = static_cast<T>(slope);
+        coefficients[C + c + i] = static_cast<T>(-scale[i] * dz[part + i] * inverse - slope * low);
+      }
+      write_channels(args.dweight, args.shape.param_dtype, c, n, dweight);
+      write_channels(args.dbias, args.shape.param_dtype, c, n, dz + part);
+    }
+  }
+};
+
+template <class S, class Act, Derivative kDerivative, bool kTraining>
+struct BackwardPass : BackwardSums<S, Act, kDerivative> {
+  using Base = BackwardSums<S, Act, kDerivative>;
+  using T = typename Base::T;
+  using V = typename Base::V;
+  using Base::args, Base::geometry, Base::coefficients, Base::x, Base::dy;
+  using Base::kBits, Base::kRecomputed, Base::L;
+
+  S* const dx = static_cast<S*>(args.dx);
+  S* const dresidual = static_cast<S*>(args.dresidual);
+  const bool past_cache = streams(args.shape);
+
+  template <class Param>
+  BATCHOPS_INLINE void apply_run(int64_t offset, const uint8_t* mask, int64_t n, Param mean,
+                                 Param scale, Param shift, Param slope, Param extra) const {
+    const S* p = x + offset;
+    const S* gradient = dy + offset;
+    S* to = dx == nullptr ? nullptr : dx + offset;
+    S* to_residual = dresidual == nullptr ? nullptr : dresidual + offset;
+    S* aligned = to != nullptr ? to : to_residual;
+    bool past = past_cache;
+    bool past_residual = past_cache;
+    int64_t start = 0;
+    uint64_t bits = 0;
+    const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+      V value(T(0));
+      if constexpr (kTraining || kRecomputed) value = load<T>(p + j, lanes);
+      const V dz = this->derivative(gradient, j, lanes, u, bits, value, mean, scale, shift);
+      if (to_residual != nullptr) put(to_residual + j, dz, lanes, past_residual);
+      if (to != nullptr) {
+        V d = scale[j] * dz;
+        if constexpr (kTraining) d = fma(scale[j], dz, fma(slope[j], value - mean[j], extra[j]));
+        put(to + j, d, lanes, past);
+      }
+    };
+    if (past && !can_stream<T>(aligned)) {
+      if (kBits) {
+        past = past_residual = false;  // mask bytes begin at the run's first element
+      } else {
+        constexpr int64_t kBytes = L * sizeof(S);
+        const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(aligned) % kBytes) / sizeof(S);
+        start = head < n ? head : n;
+        vector(0, First{start}, 0);
+      }
+    }
+    if (to != nullptr && to_residual != nullptr && !can_stream<T>(to_residual + start)) {
+      past_residual = false;
+    }
+    for_blocks<T>(
+        start, n,
+        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+          if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
+        },
+        vector, [](int64_t, auto) {});
+  }
+
+  void apply(int64_t g, int64_t chunk_begin, int64_t chunk_end) const {
+    if (geometry.plan.by_rows) {
+      apply_rows(g, chunk_begin, chunk_end);
+    } else {
+      apply_planes(g, chunk_begin, chunk_end);
+    }
+  }
+
+  void apply_planes(int64_t c, int64_t chunk_begin, int64_t chunk_end) const {
+    T mean, scale, shift;
+    this->affine(c, 1, &mean, &scale, &shift);
+    const OneChannel<T> means(&mean), scales(&scale), shifts(&shift);
+    const OneChannel<T> slopes(coefficients + c), extras(coefficients + args.shape.C + c);
+    for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
+      for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
+        const auto piece = geometry.piece(c, step);
+        apply_run(piece.offset, args.mask + (kBits ? piece.mask : 0), piece.length, means, scales,
+                  shifts, slopes, extras);
+      }
+    }
+  }
+
+  void apply_rows(int64_t g, int64_t chunk_begin, int64_t chunk_end) const {
+    const Group group = geometry.group(g);
+    Columns<T> mean, scale, shift, slope, extra;
+    this->columns_of(group, mean, scale, shift);
+    if (kTraining) {
+      geometry.spread(group, coefficients + group.first_channel, slope.at);
+      geometry.spread(group, coefficients + args.shape.C + group.first_channel, extra.at);
+    }
+    const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at), slopes(slope.at),
+        extras(extra.at);
+    FlatBits flat;
+    for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
+      for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
+        const auto row = geometry.row(g, group, step);
+        apply_run(row.offset, this->mask_of(row, flat), row.width, means, scales, shifts, slopes,
+                  extras);
+      }
+    }
+  }
+};
+
+template <class Pass>
+inline const char* run_backward(const BatchNormBackward& args, const Geometry& geometry,
+                                const Parallel& par) {
+  using T = typename Pass::T;
+  constexpr int64_t kOnStack = 1024;
+  const int64_t C = args.shape.C;
+  T on_stack[kOnStack];
+  std::unique_ptr<T[]> memory;
+  if (2 * C > kOnStack) {
+    memory.reset(new (std::nothrow) T[2 * C]);
+    if (memory == nullptr) return "batch_norm: out of memory for the coefficients of dx";
+  }
+  Pass pass{{args, geometry, memory ? memory.get() : on_stack}};
+  const bool apply = args.dx != nullptr || args.dresidual != nullptr;
+  const bool sums =
+      args.dweight != nullptr || args.dbias != nullptr || (args.training && args.dx != nullptr);
+  if (sums) return reduce_and_apply(geometry, par, pass, apply);
+  if (!apply) return nullptr;
+  for (int64_t i = 0; i < 2 * C; ++i) pass.coefficients[i] = 0;
+  return apply_only(geometry, par, pass);
+}
+
+template <class S, class Act, Derivative kDerivative>
+inline const char* backward_of(const BatchNormBackward& args, const Geometry& geometry,
+                               const Parallel& par) {
+  return args.training
+             ? run_backward<BackwardPass<S, Act, kDerivative, true>>(args, geometry, par)
+             : run_backward<BackwardPass<S, Act, kDerivative, false>>(args, geometry, par);
+}
+
+template <class S, class Act>
+inline const char* backward_of(const BatchNormBackward& args, const Geometry& geometry,
+                               const Parallel& par) {
+  if constexpr (!Act::kNeedsZ) {
+    return backward_of<S, Act, Derivative::one>(args, geometry, par);
+  } else {
+    if constexpr (Act::kMaskable) {
+      if (args.mask != nullptr) {
+        return backward_of<S, Act, Derivative::bits>(args, geometry, par);
+      }
+    }
+    return backward_of<S, Act, Derivative::recomputed>(args, geometry, par);
+  }
+}
+
+const char* batch_norm_backward(const BatchNormBackward& args, const Parallel& par) {
+  const Geometry geometry(args.shape);
+  const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
+  const char* error = nullptr;
+  with_dtype(args.shape.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    switch (args.shape.activation) {
+#define BATCHOPS_CASE(name, functor)                         \
+  case Activation::name:                                     \
+    error = backward_of<S, functor>(args, geometry, runner); \
+    break;
+      BATCHOPS_FOR_EACH_ACTIVATION(BATCHOPS_CASE)
+#undef BATCHOPS_CASE
+    }
+  });
+  return error;
+}

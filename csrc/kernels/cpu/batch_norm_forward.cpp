@@ -1,0 +1,20 @@
+#include <new>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm_plan.h"
+#include "kernels/cpu/simd.h"
+
+#define BATCHOPS_ISA_BODY "kernels/cpu/batch_norm_forward_body.inl"
+#include "kernels/cpu/for_each_isa.inl"
+
+namespace batchops {
+
+const char* batch_norm_forward_cpu(const BatchNormForward& args, const Parallel& par) {
+  if (args.shape.numel() == 0) return nullptr;
+  if (!args.training && (args.running_mean == nullptr || args.running_var == nullptr)) {
+    return "batch_norm: running_mean and running_var are needed in evaluation, got null";
+  }
+  return BATCHOPS_ISA_CALL(batch_norm_forward, args, par);
+}
+
+}  // namespace batchops

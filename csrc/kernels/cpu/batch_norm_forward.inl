@@ -1,0 +1,136 @@
+// Forward: y = activation(z), after the statistics.
+
+template <class S, class Act, bool kResidual, bool kMask>
+struct ForwardPass : Statistics<S> {
+  using Base = Statistics<S>;
+  using T = typename Base::T;
+  using V = typename Base::V;
+  using Base::args, Base::geometry, Base::stats, Base::x, Base::L;
+
+  const S* const residual = static_cast<const S*>(args.residual);
+  S* const y = static_cast<S*>(args.y);
+  const bool past_cache = streams(args.shape);
+
+  template <class Param>
+  BATCHOPS_INLINE void apply_run(const S* from, const S* added, S* to, uint8_t* mask, int64_t n,
+                                 Param mean, Param scale, Param shift) const {
+    int64_t start = 0;
+    bool past = past_cache;
+    uint64_t bits = 0;
+    const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+      V z = normalize(load<T>(from + j, lanes), mean[j], scale[j], shift[j]);
+      if constexpr (kResidual) z = z + load<T>(added + j, lanes);
+      if constexpr (kMask) bits |= positive_bits(z) << (u * L);
+      put(to + j, Act::forward(z), lanes, past);
+    };
+    if (past && !can_stream<T>(to)) {
+      if (kMask) {
+        past = false;  // mask bytes begin at the run's first element
+      } else {
+        constexpr int64_t kBytes = L * sizeof(S);
+        const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(to) % kBytes) / sizeof(S);
+        start = head < n ? head : n;
+        vector(0, First{start}, 0);
+      }
+    }
+    for_blocks<T>(
+        start, n, [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA { bits = 0; }, vector,
+        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+          if constexpr (kMask) write_bits(mask + j / 8, bits & valid_bits(n - j), bytes);
+        });
+  }
+  // Lanes past the end of a run must leave no bits.
+  static BATCHOPS_INLINE uint64_t valid_bits(int64_t left) {
+    return left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+  }
+
+  void apply(int64_t g, int64_t chunk_begin, int64_t chunk_end) const {
+    if (geometry.plan.by_rows) {
+      apply_rows(g, chunk_begin, chunk_end);
+    } else {
+      apply_planes(g, chunk_begin, chunk_end);
+    }
+  }
+
+  void affine(int64_t first, int64_t count, T* mean, T* scale, T* shift) const {
+    affine_of(stats, args.shape.C, args.weight, args.bias, args.shape.param_dtype, first, count,
+              mean, scale, shift);
+  }
+
+  void apply_planes(int64_t c, int64_t chunk_begin, int64_t chunk_end) const {
+    T mean, scale, shift;
+    affine(c, 1, &mean, &scale, &shift);
+    const OneChannel<T> means(&mean), scales(&scale), shifts(&shift);
+    for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
+      for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
+        const auto piece = geometry.piece(c, step);
+        apply_run(x + piece.offset, residual + (kResidual ? piece.offset : 0), y + piece.offset,
+                  args.mask + (kMask ? piece.mask : 0), piece.length, means, scales, shifts);
+      }
+    }
+  }
+
+  void apply_rows(int64_t g, int64_t chunk_begin, int64_t chunk_end) const {
+    const Group group = geometry.group(g);
+    Columns<T> mean, scale, shift;
+    {
+      T channel[3][kMaxWidth];
+      affine(group.first_channel, group.channels, channel[0], channel[1], channel[2]);
+      geometry.spread(group, channel[0], mean.at);
+      geometry.spread(group, channel[1], scale.at);
+      geometry.spread(group, channel[2], shift.at);
+    }
+    const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
+    FlatBits flat;
+    for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
+      for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
+        const auto row = geometry.row(g, group, step);
+        const bool padded = kMask && row.runs > 1 && row.run % 8 != 0;
+        apply_run(x + row.offset, residual + (kResidual ? row.offset : 0), y + row.offset,
+                  padded ? flat.at : args.mask + (kMask ? row.mask : 0), row.width, means, scales,
+                  shifts);
+        if (padded) pad_runs(args.mask + row.mask, flat.at, row.runs, row.run);
+      }
+    }
+  }
+};
+
+template <class Pass>
+inline const char* run_forward(const BatchNormForward& args, const Geometry& geometry,
+                               const Parallel& par) {
+  Pass pass{{args, geometry}};
+  if (args.training) return reduce_and_apply(geometry, par, pass, true);
+  pass.take_running_stats();
+  return apply_only(geometry, par, pass);
+}
+
+template <class S, class Act>
+inline const char* forward_of(const BatchNormForward& args, const Geometry& geometry,
+                              const Parallel& par) {
+  if constexpr (Act::kMaskable) {
+    if (args.mask != nullptr) {
+      return args.residual ? run_forward<ForwardPass<S, Act, true, true>>(args, geometry, par)
+                           : run_forward<ForwardPass<S, Act, false, true>>(args, geometry, par);
+    }
+  }
+  return args.residual ? run_forward<ForwardPass<S, Act, true, false>>(args, geometry, par)
+                       : run_forward<ForwardPass<S, Act, false, false>>(args, geometry, par);
+}
+
+const char* batch_norm_forward(const BatchNormForward& args, const Parallel& par) {
+  const Geometry geometry(args.shape);
+  const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
+  const char* error = nullptr;
+  with_dtype(args.shape.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    switch (args.shape.activation) {
+#define BATCHOPS_CASE(name, functor)                        \
+  case Activation::name:                                    \
+    error = forward_of<S, functor>(args, geometry, runner); \
+    break;
+      BATCHOPS_FOR_EACH_ACTIVATION(BATCHOPS_CASE)
+#undef BATCHOPS_CASE
+    }
+  });
+  return error;
+}

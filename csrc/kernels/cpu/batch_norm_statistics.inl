@@ -1,0 +1,234 @@
+// The statistics of a batch, about a running shift.
+//
+// A sum of squares about a shift K loses nothing as long as K lies near the mean. So K starts as
+// the mean of a chunk's first values and becomes the mean so far whenever the sums (float, over a
+// few thousand values) are handed on to a mean and M2 = Σ (x - mean)² in double:
+//
+//   n, mean, M2  +  m values with d = mean' - mean:
+//   mean += d · m / (n + m),   M2 += M2' + d² · n · m / (n + m)        (Chan, Golub, LeVeque 1979)
+
+template <class S>
+struct Statistics {
+  using T = AccOf<S>;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes;
+
+  const BatchNormForward& args;
+  const Geometry& geometry;
+  T* const stats = static_cast<T*>(args.stats);
+  const S* const x = static_cast<const S*>(args.x);
+
+  static BATCHOPS_INLINE void merge_one(double n, double m, double& mean, double& m2, double mean2,
+                                        double m22) {
+    const double d = mean2 - mean, w = m / (n + m);
+    mean += d * w;
+    m2 += m22 + d * d * (n * w);
+  }
+  void merge(int64_t chunk, int64_t count, double* mean, double* m2, const double* chunk_mean,
+             const double* chunk_m2) const {
+    const double n = geometry.values_before(geometry.first_step(chunk));
+    const double m = geometry.values_before(geometry.end_step(chunk)) - n;
+    for (int64_t i = 0; i < count; ++i) {
+      merge_one(n, m, mean[i], m2[i], chunk_mean[i], chunk_m2[i]);
+    }
+  }
+
+  void reduce(int64_t g, int64_t chunk, double* mean, double* m2) const {
+    if (geometry.plan.by_rows) {
+      reduce_rows(g, chunk, mean, m2);
+    } else {
+      reduce_planes(g, chunk, *mean, *m2);
+    }
+  }
+
+  void reduce_planes(int64_t c, int64_t chunk, double& mean, double& m2) const {
+    const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
+    const V zero(T(0));
+    T shift;
+    {
+      const auto piece = geometry.piece(c, begin);
+      const int64_t n = piece.length < 128 ? piece.length : 128;
+      V total = zero;
+      for (int64_t j = 0; j < n; j += L) {
+        total = total +
+                (n - j >= L ? load<T>(x + piece.offset + j) : load<T>(x + piece.offset + j, n - j));
+      }
+      shift = static_cast<T>(sum(total) / static_cast<double>(n));
+    }
+    V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+    int64_t done = 0, pending = 0;
+    for (int64_t step = begin; step < end; ++step) {
+      const auto piece = geometry.piece(c, step);
+      const S* p = x + piece.offset;
+      const V about(shift);
+      for_blocks<T>(
+          0, piece.length, [](int64_t, auto) {},
+          [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+            V d = load<T>(p + j, lanes) - about;
+            if constexpr (std::is_same_v<decltype(lanes), First>) d = first_lanes(d, lanes.n);
+            s[u] = s[u] + d;
+            q[u] = fma(d, d, q[u]);
+          },
+          [](int64_t, auto) {});
+      pending += piece.length;
+      if (pending < kPieceElements && step + 1 < end) continue;
+      const double m = static_cast<double>(pending);
+      const double d = sum((s[0] + s[1]) + (s[2] + s[3])) / m;
+      const double square = sum((q[0] + q[1]) + (q[2] + q[3])) - d * d * m;
+      if (done == 0) {
+        mean = shift + d;
+        m2 = square;
+      } else {
+        merge_one(static_cast<double>(done), m, mean, m2, shift + d, square);
+      }
+      for (int u = 0; u < 4; ++u) s[u] = q[u] = zero;
+      done += pending;
+      pending = 0;
+      shift = static_cast<T>(mean);
+    }
+  }
+
+  void reduce_rows(int64_t g, int64_t chunk, double* mean, double* m2) const {
+    const Group group = geometry.group(g);
+    const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
+    const BatchNormPlan& plan = geometry.plan;
+    Columns<T> shift, s, q;
+    Sums sums;
+    T channel[kMaxWidth];
+    const auto values = [&](int64_t from, int64_t to) {
+      return geometry.values_before(to) - geometry.values_before(from);
+    };
+    const auto clear = [&](T* p) {
+      for (int64_t j = 0; j < group.width; j += L) store(p + j, V(T(0)));
+    };
+
+    // The first shift: the mean of up to eight full rows.
+    clear(s.at);
+    const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
+    const int64_t seen = full_end - begin < 8 ? full_end - begin : 8;
+    for (int64_t step = begin; step < begin + seen; ++step) {
+      const S* p = x + geometry.row(g, group, step).offset;
+      add_columns(p, s.at, group.width);
+    }
+    geometry.fold(group, s.at, group.width, sums.first);
+    const double scale = seen > 0 ? 1.0 / values(begin, begin + seen) : 0.0;
+    for (int64_t c = 0; c < group.channels; ++c) {
+      channel[c] = static_cast<T>(sums.first[c] * scale);
+    }
+
+    for (int64_t step = begin; step < end;) {
+      // The short last row is folded alone: its columns have fewer values.
+      const int64_t stop = step >= full_end                  ? end
+                           : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
+                                                             : full_end;
+      geometry.spread(group, channel, shift.at);
+      clear(s.at);
+      clear(q.at);
+      int64_t width = group.width;
+      for (int64_t r = step; r < stop; ++r) {
+        const auto row = geometry.row(g, group, r);
+        width = row.width;
+        const S* p = x + row.offset;
+        for_blocks<T>(
+            0, width, [](int64_t, auto) {},
+            [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+              const V d = load<T>(p + j, lanes) - load<T>(shift.at + j);
+              store(s.at + j, load<T>(s.at + j) + d);
+              store(q.at + j, fma(d, d, load<T>(q.at + j)));
+            },
+            [](int64_t, auto) {});
+      }
+      geometry.fold(group, s.at, width, sums.first);
+      geometry.fold(group, q.at, width, sums.second);
+      const double n = values(begin, step), m = values(step, stop), inverse = 1.0 / m;
+      for (int64_t c = 0; c < group.channels; ++c) {
+        const double d = sums.first[c] * inverse;
+        const double part = channel[c] + d, square = sums.second[c] - d * sums.first[c];
+        if (step == begin) {
+          mean[c] = part;
+          m2[c] = square;
+        } else {
+          merge_one(n, m, mean[c], m2[c], part, square);
+        }
+        channel[c] = static_cast<T>(mean[c]);
+      }
+      step = stop;
+    }
+  }
+
+  static BATCHOPS_INLINE V first_lanes(V a, int64_t n) { return keep((uint64_t{1} << n) - 1, a); }
+
+  static BATCHOPS_INLINE void add_columns(const S* p, T* total, int64_t width) {
+    for_blocks<T>(
+        0, width, [](int64_t, auto) {},
+        [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+          store(total + j, load<T>(total + j) + load<T>(p + j, lanes));
+        },
+        [](int64_t, auto) {});
+  }
+
+  // Squares may overflow float where the values do not, and an infinity makes every shift NaN. So a
+  // channel whose M2 is not finite is done again, in double from the start.
+  void recompute(int64_t c, double& mean, double& m2) const {
+    const BatchNormShape& shape = args.shape;
+    const bool last = shape.layout == Layout::channels_last;
+    const int64_t stride = last ? shape.C : 1;
+    const auto plane = [&](int64_t n) {
+      return x + (last ? n * shape.HxW * shape.C + c : (n * shape.C + c) * shape.HxW);
+    };
+    double total = 0;
+    for (int64_t n = 0; n < shape.N && total == total; ++n) {
+      for (int64_t i = 0; i < shape.HxW; ++i) total += to_float(plane(n)[i * stride]);
+    }
+    mean = total / static_cast<double>(shape.N * shape.HxW);
+    m2 = mean - mean;  // NaN where the mean is not finite
+    if (m2 != 0) return;
+    for (int64_t n = 0; n < shape.N; ++n) {
+      for (int64_t i = 0; i < shape.HxW; ++i) {
+        const double d = to_float(plane(n)[i * stride]) - mean;
+        m2 += d * d;
+      }
+    }
+  }
+
+  void set_stats(int64_t c, double mean, double var) const {
+    const int64_t C = args.shape.C;
+    stats[c] = static_cast<T>(mean);
+    stats[C + c] = static_cast<T>(mean - stats[c]);
+    stats[2 * C + c] = static_cast<T>(1.0 / std::sqrt(var + args.eps));
+  }
+
+  void finish(int64_t first, int64_t count, double* mean, double* m2) const {
+    const double M = static_cast<double>(args.shape.N * args.shape.HxW);
+    for (int64_t i = 0; i < count; ++i) {
+      if (m2[i] - m2[i] != 0) recompute(first + i, mean[i], m2[i]);
+      if (m2[i] < 0) m2[i] = 0;
+      set_stats(first + i, mean[i], m2[i] / M);
+    }
+    const double unbiased = 1.0 / (M > 1 ? M - 1 : 1);
+    const auto update = [&](void* running, const double* batch, double factor) {
+      if (running == nullptr) return;
+      with_dtype(args.shape.running_dtype, [&](auto* type) {
+        auto* r = static_cast<std::remove_pointer_t<decltype(type)>*>(running) + first;
+        for (int64_t i = 0; i < count; ++i) {
+          const double old = to_float(r[i]);
+          put(r + i, old + args.momentum * (batch[i] * factor - old));
+        }
+      });
+    };
+    update(args.running_mean, mean, 1.0);
+    update(args.running_var, m2, unbiased);
+  }
+
+  void take_running_stats() const {
+    const int64_t C = args.shape.C;
+    constexpr int64_t kPart = 128;
+    double mean[kPart], var[kPart];
+    for (int64_t first = 0; first < C; first += kPart) {
+      const int64_t count = C - first < kPart ? C - first : kPart;
+      read_channels(mean, args.running_mean, args.shape.running_dtype, first, count, 0.0);
+      read_channels(var, args.running_var, args.shape.running_dtype, first, count, 1.0);
+      for (int64_t i = 0; i < count; ++i) set_stats(first + i, mean[i], var[i]);
+    }
+  }
+};
