@@ -16,7 +16,7 @@ if(NOT BATCHOPS_TORCH_ROOTS)
   endif()
 endif()
 
-function(batchops_add_torch_binding root result)
+function(batchops_torch_version root result)
   set(_header "${root}/include/torch/headeronly/version.h")
   if(NOT EXISTS "${_header}")
     message(FATAL_ERROR
@@ -29,9 +29,18 @@ function(batchops_add_torch_binding root result)
     message(FATAL_ERROR "batchops: torch 2.11 or newer is needed, '${root}' is ${_version}. Type:\n"
                         "    pip install torch==2.13.0")
   endif()
+  set(${result} "${_version}" PARENT_SCOPE)
+endfunction()
+
+foreach(root IN LISTS BATCHOPS_TORCH_ROOTS)
+  batchops_torch_version("${root}" _version)
+  message(STATUS "batchops: binding for torch ${_version} from ${root}")
+endforeach()
+
+function(batchops_add_torch_binding root result)
+  batchops_torch_version("${root}" _version)
   string(REPLACE "." "_" _suffix "${_version}")
   set(_target _torch_${_suffix})
-  message(STATUS "batchops: binding for torch ${_version} from ${root}")
   add_library(${_target} MODULE ${BATCHOPS_TORCH_SOURCES})
   set_target_properties(${_target} PROPERTIES PREFIX "" BUILD_WITH_INSTALL_RPATH ON)
   target_include_directories(${_target} PRIVATE csrc)
