@@ -185,9 +185,7 @@ def forward(library: ctypes.CDLL, problem: Problem) -> dict[str, np.ndarray]:
     args.y = buffers.tensor("y", p.dtype, numel)
     args.stats = buffers.tensor("stats", "f32", 3 * p.C)
     if p.residual:
-        args.residual = buffers.tensor(
-            "residual", p.dtype, numel, p.to_layout(given["residual"])
-        )
+        args.residual = buffers.tensor("residual", p.dtype, numel, p.to_layout(given["residual"]))
     for name, dtype in (
         ("weight", p.param_dtype),
         ("bias", p.param_dtype),

@@ -14,6 +14,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +67,12 @@ def _sources_hash(flags: list[str], version: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def _forget_old(seconds: float) -> None:
+    for folder in CACHE.iterdir():
+        if folder.stat().st_mtime < time.time() - seconds:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False) -> Path:
     """The path of the shared library with `kernels` and `api` in it; compiles what is missing.
 
@@ -82,6 +90,7 @@ def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False)
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    _forget_old(seconds=24 * 3600)
 
     sources = [HERE / file for file in (*CORE, *api)] + [ROOT / file for file in kernels]
 
@@ -104,6 +113,31 @@ def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False)
 def library(name: str, kernels: list[str], api: list[str]) -> ctypes.CDLL:
     """build(), loaded."""
     return ctypes.CDLL(str(build(name, kernels, api)))
+
+
+def run_sanitized(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """python -m module arguments..., with the sanitizers' runtimes loaded before anything else."""
+    runtimes = [
+        subprocess.run(
+            [_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),
+        # Python keeps its own memory to the end; only what the kernels touch is of interest.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _run(command: list[str]) -> None:

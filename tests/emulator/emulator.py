@@ -50,14 +50,19 @@ def call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
 class Memory:
     """`nbytes` of memory at `offset` bytes past a 64-byte boundary, filled with 0xff (NaN).
 
-    64 bytes on either side hold a pattern that guards_intact() looks for.
+    64 bytes on either side hold a pattern that guards_intact() looks for. With `exact` set there
+    are none and the memory is one allocation of its own, for AddressSanitizer to watch.
     """
 
     GUARD, PATTERN = 64, 0xA5
+    exact = False
 
     def __init__(self, nbytes: int, offset: int = 0) -> None:
-        self._owner = np.full(nbytes + offset + 64 + 2 * self.GUARD, self.PATTERN, dtype=np.uint8)
-        self._start = -self._owner.ctypes.data % 64 + self.GUARD + offset
+        around = 0 if self.exact else 2 * self.GUARD + 64
+        self._owner = np.full(nbytes + offset + around, self.PATTERN, dtype=np.uint8)
+        self._start = offset
+        if not self.exact:
+            self._start += -self._owner.ctypes.data % 64 + self.GUARD
         self.bytes = self._owner[self._start : self._start + nbytes]
         self.bytes[:] = 0xFF
 

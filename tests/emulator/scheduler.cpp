@@ -154,7 +154,7 @@ bool Block::release_warps() {
         if (!(leader.mask >> k & 1) || thread.done || thread.wait == Wait::nothing) continue;
         if (thread.wait == Wait::block) {
           fail(thread,
-               "waits at __syncthreads while its warp waits for it in a collective at " +
+               "deadlock: waits at __syncthreads while its warp waits for it in a collective at " +
                    text(leader.site),
                thread.site);
         }

@@ -1,0 +1,55 @@
+"""Every batch norm kernel once or more, for a process that runs under sanitizers.
+
+python -m tests.emulator.sanitized_batch_norm LIBRARY
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+from collections.abc import Iterator
+
+from . import batch_norm, emulator
+from .batch_norm import Problem
+
+SHAPES = (
+    (2, 8, 64),  # widest units
+    (2, 12, 196),  # units of 4
+    (3, 7, 49),  # single elements
+    (1, 264, 12),  # two tiles of channels
+)
+
+
+def problems() -> Iterator[Problem]:
+    """Every dtype, layout, unit width and activation, with and without a mask, train and eval."""
+    for shape, dtype, layout in itertools.product(
+        SHAPES, ("f32", "f16", "bf16"), batch_norm.LAYOUTS
+    ):
+        for activation, residual in (("none", False), ("relu", False), ("relu", True)):
+            yield Problem(
+                *shape,
+                layout=layout,
+                dtype=dtype,
+                activation=activation,
+                residual=residual,
+                training=shape[1] != 12,
+            )
+    for layout in batch_norm.LAYOUTS:  # several chunks
+        yield Problem(5, 3, 4096, layout=layout, activation="relu")
+
+
+def main() -> None:
+    emulator.Memory.exact = True
+    library = batch_norm.load(ctypes.CDLL(sys.argv[1]))
+    count = 0
+    for problem in problems():
+        with emulator.schedule(library, "random", seed=count):
+            saved = batch_norm.forward(library, problem)
+            batch_norm.backward(library, problem, saved)
+        count += 1
+    print(f"ran {count} problems")
+
+
+if __name__ == "__main__":
+    main()
