@@ -15,16 +15,13 @@ from batchops import _C
 # Types whose rows torch.stack copies bit by bit. What is absent (quantized, sub-byte, bits) takes
 # torch's path.
 _DTYPES = frozenset(
-    dtype
-    for dtype in (
-        getattr(torch, name, None)
-        for name in (
-            "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 "
-            "float64 complex32 complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz "
-            "float8_e5m2fnuz"
-        ).split()
+    (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint16, torch.uint32, torch.uint64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.complex32, torch.complex64, torch.complex128),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
     )
-    if dtype is not None
 )
 
 _TENSOR_GETITEM = TensorDataset.__getitem__

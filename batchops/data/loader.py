@@ -29,17 +29,18 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     not) and ``collate_fn`` is the default, batches are gathered by native threads without the GIL
     and without Python for each sample, into page-locked memory with ``pin_memory=True`` where there
     is an accelerator. Everything else takes torch's own path unchanged: other datasets and
-    subclasses of these two, other ``collate_fn``, ``batch_size=None``, a ``worker_init_fn``, tensors
-    that require grad, sparse, nested, quantized or non-CPU tensors, tensor subclasses, and batches
-    whose indices are not plain integers in range.
+    subclasses of these two, other ``collate_fn``, ``batch_size=None``, a ``worker_init_fn``,
+    tensors that require grad, sparse, nested, quantized or non-CPU tensors, tensor subclasses, and
+    batches whose indices are not plain integers in range.
 
     ``num_workers=0``
-        ``torch.get_num_threads()`` threads fill a batch, the caller's among them. While a batch is in
-        use the next one is gathered, if its indices can be known without running user code or
+        ``torch.get_num_threads()`` threads fill a batch, the caller's among them. While a batch is
+        in use the next one is gathered, if its indices can be known without running user code or
         drawing from a generator that user code sees. A tensor that was written to meanwhile is
         gathered again, so a batch holds what the dataset holds when it is asked for, as in torch.
         Writes that torch does not count (through a NumPy array that shares the memory, or
-        ``.data``) may be seen one batch late; ``torch.set_num_threads(1)`` turns gathering ahead off.
+        ``.data``) may be seen one batch late; ``torch.set_num_threads(1)`` turns gathering ahead
+        off.
     ``num_workers=k``
         k threads take the place of k processes and gather ``prefetch_factor * k`` batches ahead.
         Indices are drawn when torch would send them to its workers. Workers of torch's copy the

@@ -151,7 +151,7 @@ void ThreadPool::await(Task& task) {
   finished_.wait(lock, [&] { return task.done(); });
 }
 
-void ThreadPool::wait(Task& task) {
+void ThreadPool::wait(Task& task) noexcept {
   if (task.done()) return;
   if (task.generation_ != generation_) {
     // Forked: what the parent's threads had claimed will never be finished here.

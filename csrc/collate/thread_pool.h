@@ -58,7 +58,7 @@ class ThreadPool {
   void submit(std::shared_ptr<Task> task);
 
   // Returns when all of `task` is done, helping with it.
-  void wait(Task& task);
+  void wait(Task& task) noexcept;
 
   // Drops the chunks that no thread has begun and returns when the begun ones are over: after it,
   // no thread touches the memory that `task` refers to. A task cancelled twice, or waited for

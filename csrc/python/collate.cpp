@@ -152,8 +152,11 @@ class GatherJob {
   bool done() const { return task_->done(); }
   void wait() {
     if (task_->done()) return;
-    py::gil_scoped_release release;
+    // Not gil_scoped_release: a daemon thread that asks for the GIL while the interpreter exits is
+    // ended there by unwinding its stack, and unwinding out of a destructor would abort.
+    PyThreadState* const state = PyEval_SaveThread();
     ThreadPool::instance().wait(*task_);
+    PyEval_RestoreThread(state);
   }
 
  private:
@@ -257,7 +260,9 @@ void bind_collate(py::module_& m) {
 
   py::class_<Rows>(m, "Rows", "Row numbers of a table, checked")
       .def("__len__", [](const Rows& self) { return self.indices->size(); })
-      .def("__eq__", [](const Rows& a, const Rows& b) { return *a.indices == *b.indices; });
+      .def(
+          "__eq__", [](const Rows& a, const Rows& b) { return *a.indices == *b.indices; },
+          py::is_operator());
 
   py::class_<GatherJob>(m, "GatherJob", "A batch being gathered by native threads")
       .def_property_readonly("done", &GatherJob::done)
