@@ -7,6 +7,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 from . import (
     _binding,  # first: loads the native libraries and registers the operators
+    data,
     functional,
     nn,
 )
@@ -18,6 +19,7 @@ __version__ = _binding.version()
 __all__ = [
     "__version__",
     "convert",
+    "data",
     "functional",
     "nn",
     "revert",
