@@ -303,6 +303,12 @@ def test_refuses_eval_without_statistics(library):
         batch_norm.forward(library, problem)
 
 
+def test_refuses_a_mask_without_use(library, monkeypatch):
+    monkeypatch.setattr(Problem, "masked", True)
+    with pytest.raises(emulator.Refused, match="expected no mask"):
+        batch_norm.forward(library, Problem(2, 3, 4))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0)], ids=["N=0", "HxW=0"])
 def test_empty_writes_nothing(library, shape):
     outputs = run(library, Problem(*shape))

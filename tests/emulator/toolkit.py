@@ -43,11 +43,11 @@ def include_dir() -> Path | None:
     return None
 
 
-def nvcc() -> str | None:
-    """The compiler, or None."""
-    if on_path := shutil.which("nvcc"):
+def tool(name: str) -> str | None:
+    """The path of nvcc, nvdisasm or another program of the toolkit, or None."""
+    if on_path := shutil.which(name):
         return on_path
     for root in _candidates():
-        if (root / "bin" / "nvcc").is_file():
-            return str(root / "bin" / "nvcc")
+        if (root / "bin" / name).is_file():
+            return str(root / "bin" / name)
     return None

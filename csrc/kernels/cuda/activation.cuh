@@ -25,4 +25,14 @@ const char* dispatch_activation(const char* operation, Activation activation, F&
   return message("%s: unknown activation %d", operation, static_cast<int>(activation));
 }
 
+// Null if there is no mask, or one can stand for z.
+inline const char* check_mask(const char* operation, Activation activation, const void* mask) {
+  if (mask == nullptr) return nullptr;
+  return dispatch_activation(operation, activation, [&](auto act) -> const char* {
+    if (decltype(act)::type::kMaskable) return nullptr;
+    return message("%s: expected no mask with an activation whose derivative needs more than a bit",
+                   operation);
+  });
+}
+
 }  // namespace batchops::cuda

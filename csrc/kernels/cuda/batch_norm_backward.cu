@@ -273,7 +273,7 @@ const char* validate(const BatchNormBackward& args, const void* workspace) {
   if (args.dy == nullptr || args.x == nullptr || args.stats == nullptr || workspace == nullptr) {
     return message("%s: dy, x, stats and workspace must not be null", kOperation);
   }
-  return nullptr;
+  return check_mask(kOperation, shape.activation, args.mask);
 }
 
 const char* backward(const BatchNormBackward& args, void* workspace, int device, void* stream) {

@@ -239,11 +239,12 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             float z = Affine{a.x, a.y, a.z}(v[j]);
             if (residual != nullptr) z = __fadd_rn(z, r[j]);
             v[j] = Act::forward(z);
-            if (Act::backward(1.0f, z) != 0.0f) bits |= 1u << j;
+            if (Act::kMaskable && Act::backward(1.0f, z) != 0.0f) bits |= 1u << j;
           }
           store_unit<T, W>(y + places[u].offset, v);
         }
-        if (args.mask != nullptr) store_mask<W>(args.mask, args.mask_row, places[u], bits);
+        if (Act::kMaskable && args.mask != nullptr)
+          store_mask<W>(args.mask, args.mask_row, places[u], bits);
       }
     }
   }
@@ -272,7 +273,7 @@ const char* validate(const BatchNormForward& args, const void* workspace) {
   if (!args.training && (args.running_mean == nullptr || args.running_var == nullptr)) {
     return message("%s: eval needs running_mean and running_var", kOperation);
   }
-  return nullptr;
+  return check_mask(kOperation, shape.activation, args.mask);
 }
 
 const char* forward(const BatchNormForward& args, void* workspace, int device, void* stream) {
