@@ -59,6 +59,15 @@ def test_missing_barrier_shows_under_another_schedule(library):
     assert not any(np.array_equal(result, sound) for result in faulty)
 
 
+def test_missing_barrier_between_reuses_shows(library):
+    for order, seed in emulator.SCHEDULES:
+        sound = run(library, "two_sums", order, seed)
+        assert (sound == sound[0]).all()
+        assert sound[0] == pytest.approx(3 * 0.1 * 63 * 64 / 2, rel=1e-6)
+    for order in ("forward", "reverse"):
+        assert not np.array_equal(run(library, "two_sums_without_barrier", order), sound)
+
+
 def test_float_atomics_differ_between_schedules(library):
     sums = {run(library, "unordered_sum", "random", seed)[0] for seed in range(8)}
     assert len(sums) > 1

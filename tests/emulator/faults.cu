@@ -22,6 +22,22 @@ __global__ void reverse(const float* in, float* out) {
   out[threadIdx.x] = tile[kBlock - 1 - threadIdx.x];
 }
 
+// Two sums over the block through the same shared words. Without the barrier between them a fast
+// warp's second value overwrites a first that a slow warp has not read.
+template <bool kFaulty>
+__global__ void two_sums(const float* in, float* out) {
+  BATCHOPS_SHARED(by_warp, float[2]);
+  float total = 0.0f;
+  for (int round = 1; round <= 2; ++round) {
+    const float sum = warp_sum(in[threadIdx.x] * static_cast<float>(round));
+    if (threadIdx.x % kWarp == 0) by_warp[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    total += by_warp[0] + by_warp[1];
+    if (!kFaulty) __syncthreads();
+  }
+  out[threadIdx.x] = total;
+}
+
 // A sum that changes with the order of arrival, as a float atomic's does.
 __global__ void unordered_sum(const float* in, float* out) {
   if (threadIdx.x == 0 && blockIdx.x == 0) *out = 0.0f;
@@ -117,6 +133,8 @@ struct Entry {
 constexpr Entry kEntries[] = {
     {"reverse", reverse<false>},
     {"reverse_without_barrier", reverse<true>},
+    {"two_sums", two_sums<false>},
+    {"two_sums_without_barrier", two_sums<true>},
     {"unordered_sum", unordered_sum},
     {"barrier_in_a_branch", barrier_in_a_branch},
     {"barrier_after_exit", barrier_after_exit},

@@ -106,12 +106,10 @@ void Block::run_thread(void* context) {
   thread.done = true;
 }
 
-void Block::run_ready(bool& moved) {
-  blockIdx = index_;
-  blockDim = grid_->threads;
-  gridDim = grid_->blocks;
-  in_order(threads_, [&](unsigned i) {
-    Thread& thread = *pool_[i];
+bool Block::run_ready(unsigned first, unsigned lanes) {
+  bool moved = false;
+  in_order(lanes, [&](unsigned l) {
+    Thread& thread = *pool_[first + l];
     if (thread.done || thread.wait != Wait::nothing) return;
     moved = true;
     running = &thread;
@@ -120,84 +118,98 @@ void Block::run_ready(bool& moved) {
     running = nullptr;
     if (failure_) std::rethrow_exception(failure_);
   });
+  return moved;
 }
 
 bool Block::step() {
+  blockIdx = index_;
+  blockDim = grid_->threads;
+  gridDim = grid_->blocks;
   bool moved = false;
-  run_ready(moved);
-  // A warp's lanes first: they may still be on their way to the block's barrier.
-  if (release_warps()) moved = true;
+  in_order((threads_ + 31) / 32, [&](unsigned warp) {
+    const unsigned first = warp * 32;
+    const unsigned lanes = std::min(32u, threads_ - first);
+    // A warp runs as far ahead of the others as their barriers let it: so a missing one shows.
+    // Under a random schedule it may also stop anywhere on the way.
+    bool again = true;
+    while (again) {
+      const bool ran = run_ready(first, lanes);
+      const bool released = release_warp(first, lanes);
+      moved = moved || ran || released;
+      again = released && (settings().order != Order::random || random_engine() % 4 != 0);
+    }
+  });
   if (release_barrier()) moved = true;
   return moved;
 }
 
-bool Block::release_warps() {
+bool Block::release_warp(unsigned first, unsigned lanes) {
   bool released = false;
-  for (unsigned first = 0; first < threads_; first += 32) {
-    const unsigned lanes = std::min(32u, threads_ - first);
-    unsigned alive = 0;
-    for (unsigned l = 0; l < lanes; ++l) {
-      if (!pool_[first + l]->done) alive |= 1u << l;
+  unsigned alive = 0;
+  for (unsigned l = 0; l < lanes; ++l) {
+    if (!pool_[first + l]->done) alive |= 1u << l;
+  }
+  unsigned looked_at = 0;
+  for (unsigned l = 0; l < lanes; ++l) {
+    Thread& leader = *pool_[first + l];
+    if (leader.done || leader.wait != Wait::warp || (looked_at >> l & 1)) continue;
+    looked_at |= leader.mask;
+    if ((leader.mask & ~alive) != 0) {
+      fail(leader, "warp collective whose mask names a lane that has exited or does not exist",
+           leader.site);
     }
-    unsigned looked_at = 0;
-    for (unsigned l = 0; l < lanes; ++l) {
-      Thread& leader = *pool_[first + l];
-      if (leader.done || leader.wait != Wait::warp || (looked_at >> l & 1)) continue;
-      looked_at |= leader.mask;
-      if ((leader.mask & ~alive) != 0) {
-        fail(leader, "warp collective whose mask names a lane that has exited or does not exist",
-             leader.site);
+    unsigned here = 0;
+    for (unsigned k = 0; k < lanes; ++k) {
+      Thread& thread = *pool_[first + k];
+      if (!(leader.mask >> k & 1) || thread.done || thread.wait == Wait::nothing) continue;
+      if (thread.wait == Wait::block) {
+        fail(thread,
+             "deadlock: waits at __syncthreads while its warp waits for it in a collective at " +
+                 text(leader.site),
+             thread.site);
       }
-      unsigned here = 0;
-      for (unsigned k = 0; k < lanes; ++k) {
-        Thread& thread = *pool_[first + k];
-        if (!(leader.mask >> k & 1) || thread.done || thread.wait == Wait::nothing) continue;
-        if (thread.wait == Wait::block) {
-          fail(thread,
-               "deadlock: waits at __syncthreads while its warp waits for it in a collective at " +
-                   text(leader.site),
-               thread.site);
-        }
-        if (thread.mask != leader.mask || thread.collective != leader.collective) {
-          fail(thread,
-               "lanes of one warp meet in different collectives or with different masks, "
-               "the other at " +
-                   text(leader.site),
-               thread.site);
-        }
-        here |= 1u << k;
+      if (thread.mask != leader.mask || thread.collective != leader.collective) {
+        fail(thread,
+             "lanes of one warp meet in different collectives or with different masks, "
+             "the other at " +
+                 text(leader.site),
+             thread.site);
       }
-      if (here != leader.mask) continue;
-      // Values are read before any lane goes on: the next collective may overwrite them.
-      uint64_t results[32] = {};
-      uint64_t votes = 0;
-      for (unsigned k = 0; k < lanes; ++k) {
-        if ((here >> k & 1) && pool_[first + k]->value != 0) votes |= uint64_t{1} << k;
-      }
-      for (unsigned k = 0; k < lanes; ++k) {
-        if (!(here >> k & 1)) continue;
-        Thread& thread = *pool_[first + k];
-        if (thread.collective == Collective::shuffle) {
-          const unsigned source = static_cast<unsigned>(thread.source_lane);
-          if (source >= 32 || !(here >> source & 1)) {
-            fail(thread,
-                 "shuffle from lane " + std::to_string(source) + ", which is outside the mask",
-                 thread.site);
-          }
-          results[k] = pool_[first + source]->value;
-        } else if (thread.collective == Collective::ballot) {
-          results[k] = votes;
-        }
-      }
-      for (unsigned k = 0; k < lanes; ++k) {
-        if (!(here >> k & 1)) continue;
-        pool_[first + k]->value = results[k];
-        pool_[first + k]->wait = Wait::nothing;
-      }
-      released = true;
+      here |= 1u << k;
     }
+    if (here != leader.mask) continue;
+    exchange(first, here);
+    released = true;
   }
   return released;
+}
+
+void Block::exchange(unsigned first, unsigned lanes) {
+  // All values are read before any lane goes on: the next collective may overwrite them.
+  uint64_t results[32] = {};
+  uint64_t votes = 0;
+  for (unsigned k = 0; k < 32; ++k) {
+    if ((lanes >> k & 1) && pool_[first + k]->value != 0) votes |= uint64_t{1} << k;
+  }
+  for (unsigned k = 0; k < 32; ++k) {
+    if (!(lanes >> k & 1)) continue;
+    const Thread& thread = *pool_[first + k];
+    if (thread.collective == Collective::shuffle) {
+      const auto source = static_cast<unsigned>(thread.source_lane);
+      if (source >= 32 || !(lanes >> source & 1)) {
+        fail(thread, "shuffle from lane " + std::to_string(source) + ", which is outside the mask",
+             thread.site);
+      }
+      results[k] = pool_[first + source]->value;
+    } else if (thread.collective == Collective::ballot) {
+      results[k] = votes;
+    }
+  }
+  for (unsigned k = 0; k < 32; ++k) {
+    if (!(lanes >> k & 1)) continue;
+    pool_[first + k]->value = results[k];
+    pool_[first + k]->wait = Wait::nothing;
+  }
 }
 
 bool Block::release_barrier() {

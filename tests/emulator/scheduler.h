@@ -81,8 +81,8 @@ struct Grid {
 class Block {
  public:
   void start(const Grid& grid, uint3 index);
-  // Gives every thread that can run one turn, then lets waiting threads go whose partners have all
-  // come. False when nothing could move.
+  // Runs every warp as far as its waits allow, or not quite, and lets waiting threads go whose
+  // partners have all come. False when nothing could move.
   bool step();
   bool done() const { return live_ == 0; }
 
@@ -98,8 +98,11 @@ class Block {
 
  private:
   static void run_thread(void* thread);
-  void run_ready(bool& moved);
-  bool release_warps();
+  // Both for the warp whose threads are first ... first + lanes - 1.
+  bool run_ready(unsigned first, unsigned lanes);
+  bool release_warp(unsigned first, unsigned lanes);
+  // Gives the lanes of a warp that have met (a mask) what their collective brings them.
+  void exchange(unsigned first, unsigned lanes);
   bool release_barrier();
 
   struct StaticShared {

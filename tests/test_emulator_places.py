@@ -1,0 +1,140 @@
+"""Every element visited once, and the right one, for tensors from one element to 2^38.
+
+Runs the batch norm kernels' own index arithmetic in the emulator with no tensor behind it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import numpy as np
+import pytest
+
+from .emulator import build, emulator
+from .emulator.batch_norm import LAYOUTS, Shape
+
+ENTRY = ("offset", "row", "column", "channel", "valid")
+STEPS = ("chunk", "apply")
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return build.library("places", [], ["places_api.cpp"])
+
+
+# One piece at most; -1 wherever no thread has left an entry.
+BUFFER = np.full((1 << 20, len(ENTRY)), -1, dtype=np.int64)
+
+
+def places(library, shape, layout, step, width, piece, masked=False):
+    """The visited units of one piece by field, and how many pieces there are."""
+    N, C, HxW = shape
+    arguments = Shape(N, C, HxW, LAYOUTS[layout], 0, 0, 0, 0)
+    info = np.zeros(4, dtype=np.int64)
+    emulator.call(
+        library.emulated_places,
+        ctypes.byref(arguments),
+        step.encode(),
+        ctypes.c_int(width),
+        ctypes.c_bool(masked),
+        ctypes.c_int64(piece),
+        ctypes.c_int64(len(BUFFER)),
+        BUFFER.ctypes.data_as(ctypes.c_void_p),
+        info.ctypes.data_as(ctypes.c_void_p),
+    )
+    entries = BUFFER[: info[1] * 4 * 256].copy()
+    BUFFER[: len(entries)] = -1
+    assert (entries[:, 4] >= 0).all(), "a thread left no entry"
+    entries = entries[entries[:, 4] == 1]
+    return dict(zip(ENTRY, entries.T, strict=True)), int(info[0]), int(info[3])
+
+
+def check_entries(visited, shape, layout, width, row):
+    """Rows, columns and channels against the definition of the layouts in common.h."""
+    N, C, HxW = shape
+    offset = visited["offset"]
+    assert ((offset >= 0) & (offset + width <= N * C * HxW)).all()
+    np.testing.assert_array_equal(visited["row"], offset // row)
+    np.testing.assert_array_equal(visited["column"], offset % row)
+    channel = offset // HxW % C if layout == "channels_first" else offset % C
+    np.testing.assert_array_equal(visited["channel"], channel)
+
+
+SMALL = [  # N, C, HxW
+    (1, 1, 1),
+    (5, 3, 7),
+    (2, 8, 49),
+    (3, 16, 196),
+    (70, 264, 1),
+    (1, 2, 9000),
+    (4, 1, 5000),
+    (9, 40, 64),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SMALL, ids=lambda s: "x".join(map(str, s)))
+def test_each_element_once(library, shape, layout, masked):
+    numel = int(np.prod(shape))
+    for step, width in itertools.product(STEPS, (1, 4, 8)):
+        _, pieces, row = places(library, shape, layout, step, 1, 0, masked)
+        if row % width:
+            continue
+        _, pieces, _ = places(library, shape, layout, step, width, 0, masked)
+        counts = np.zeros(numel, dtype=np.int64)
+        for piece in range(pieces):
+            visited, _, _ = places(library, shape, layout, step, width, piece, masked)
+            check_entries(visited, shape, layout, width, row)
+            for j in range(width):
+                np.add.at(counts, visited["offset"] + j, 1)
+        assert (counts == 1).all(), f"{step}, units of {width}"
+
+
+LARGE = [
+    pytest.param((1 << 20, 64, 3136), id="2^37 elements in ordinary rows"),
+    pytest.param((3, 5, (1 << 30) + 8), id="planes of more than 2^30"),
+    pytest.param((3, 1, 1 << 33), id="one row of 2^34"),
+    pytest.param((1 << 31, 8, 1), id="2^31 rows of 8"),
+    pytest.param((2, (1 << 29) + 8, 4), id="2^29 channels"),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", LARGE)
+def test_beyond_32_bits(library, shape, layout, masked):
+    numel = int(np.prod([int(n) for n in shape]))
+    for step, width in itertools.product(STEPS, (1, 4, 8)):
+        first, pieces, row = places(library, shape, layout, step, 1, 0, masked)
+        if row % width:
+            continue
+        first, pieces, _ = places(library, shape, layout, step, width, 0, masked)
+        last, _, _ = places(library, shape, layout, step, width, -1, masked)
+        middle, _, _ = places(library, shape, layout, step, width, pieces // 2 + 1, masked)
+        for visited in (first, middle, last):
+            assert visited["offset"].size > 0
+            assert np.unique(visited["offset"]).size == visited["offset"].size
+            check_entries(visited, shape, layout, width, row)
+        assert first["offset"].min() == 0
+        assert last["offset"].max() + width == numel
+
+
+def test_division_by_multiplication(library):
+    rng = np.random.default_rng(0)
+    powers = 2 ** np.arange(2, 31)
+    divisors = np.concatenate(
+        (np.arange(1, 2000), powers - 1, powers, powers + 1, rng.integers(1, 2**31, 20000))
+    )
+    largest = 2**31 - 1
+    anywhere = rng.integers(0, largest, divisors.size)
+    # A multiplier one off shows first just below and at multiples, the greatest above all.
+    multiples = np.concatenate((anywhere // divisors * divisors, largest // divisors * divisors))
+    numerators = np.concatenate((anywhere, multiples - 1, multiples, multiples + 1))
+    numerators = np.clip(numerators, 0, largest)
+    divisors = np.tile(divisors, numerators.size // divisors.size)
+    arrays = [array.astype(np.uint32) for array in (numerators, divisors, numerators)]
+    pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in arrays)
+    library.emulated_quotients(*pointers, ctypes.c_int64(numerators.size))
+    np.testing.assert_array_equal(arrays[2], numerators // divisors)
