@@ -1,0 +1,149 @@
+"""Whole epochs over in-memory datasets: samples a second against torch's DataLoader.
+
+A call is one epoch, from making the iterator (and, for torch, its worker processes) to its end; the
+batches are not used. Both sides are constructed alike. The dataset is several times the last-level
+cache, so rotating it is not needed, and the floor counts one read and one write of each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import Subset, TensorDataset
+
+from batchops.data import DataLoader
+
+SAMPLES = 50_000
+BATCH = 512
+
+
+def _cifar(dtype: torch.dtype) -> TensorDataset:
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (SAMPLES, 3, 32, 32), dtype=torch.uint8, generator=g)
+    labels = torch.randint(0, 10, (SAMPLES,), generator=g)
+    return TensorDataset(pixels.to(dtype), labels)
+
+
+def _epoch(loader: Iterable[Any]) -> Callable[[], int]:
+    def run() -> int:
+        batches = 0
+        for _ in loader:
+            batches += 1
+        return batches
+
+    return run
+
+
+class _WholeBatches(TensorDataset):
+    """The best that a user of torch's loader can do: one advanced-indexing call for a batch."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
+        rows = torch.tensor(indices)
+        return tuple(t[rows] for t in self.tensors)
+
+
+def _keep(batch: Any) -> Any:
+    return batch
+
+
+def _check_epochs(dataset: Any, batch_size: int, shuffle: bool) -> None:
+    """Batch for batch as torch's, same seed: compared before anything is timed."""
+    torch.manual_seed(0)
+    ours = list(DataLoader(dataset, batch_size, shuffle=shuffle))
+    torch.manual_seed(0)
+    for mine, theirs in zip(ours, TorchLoader(dataset, batch_size, shuffle=shuffle), strict=True):
+        for got, want in zip(mine, theirs, strict=True):
+            assert torch.equal(got, want)
+
+
+def _bench(
+    pair: Any,
+    dataset: Any,
+    *,
+    op: str,
+    case: dict[str, Any],
+    workers: int,
+    shuffle: bool = True,
+    tuned: bool = False,
+    batch_size: int = BATCH,
+) -> None:
+    arguments = {"batch_size": batch_size, "shuffle": shuffle, "num_workers": workers}
+    peers = {"torch": _epoch(TorchLoader(dataset, **arguments))}
+    if tuned:
+        whole = _WholeBatches(*dataset.tensors)
+        peers["torch __getitems__"] = _epoch(TorchLoader(whole, collate_fn=_keep, **arguments))
+    _check_epochs(dataset, batch_size, shuffle)
+    batches = -(-len(dataset) // batch_size)
+
+    def check(output: int, index: int) -> None:
+        assert output == batches, f"{output} batches, expected {batches}"
+
+    tensors = dataset.dataset.tensors if isinstance(dataset, Subset) else dataset.tensors
+    row_bytes = sum(t[0].numel() * t.element_size() for t in tensors)
+    pair(
+        _epoch(DataLoader(dataset, **arguments)),
+        peers,
+        check=check,
+        bytes_moved=2 * row_bytes * len(dataset),
+        items=len(dataset),
+        calls=1,
+        clock="host",
+        op=op,
+        case=case | {"batch": batch_size, "workers": workers},
+    )
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("batches are gathered in host memory")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("workers", [0, 2])
+def test_uint8(pair: Any, threads: int, workers: int) -> None:
+    case = {"dataset": "uint8 3×32×32 + int64", "order": "shuffled"}
+    _bench(pair, _cifar(torch.uint8), op="data loader", case=case, workers=workers, tuned=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_float32(pair: Any, threads: int, workers: int) -> None:
+    case = {"dataset": "float32 3×32×32 + int64", "order": "shuffled"}
+    _bench(pair, _cifar(torch.float32), op="data loader", case=case, workers=workers, tuned=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_order(pair: Any, threads: int, workers: int) -> None:
+    """No shuffle: consecutive rows are one copy."""
+    case = {"dataset": "uint8 3×32×32 + int64", "order": "sequential"}
+    dataset = _cifar(torch.uint8)
+    _bench(pair, dataset, op="data loader", case=case, workers=workers, shuffle=False)
+
+
+def test_subset(pair: Any, threads: int) -> None:
+    """A random half, as random_split gives it: one more lookup for each sample."""
+    g = torch.Generator().manual_seed(1)
+    half = torch.randperm(SAMPLES, generator=g)[: SAMPLES // 2].tolist()
+    case = {"dataset": "Subset of uint8 3×32×32 + int64", "order": "shuffled"}
+    _bench(pair, Subset(_cifar(torch.uint8), half), op="data loader", case=case, workers=0)
+
+
+def test_small_rows(pair: Any, threads: int) -> None:
+    """A table of 16 floats and a label: nothing but the cost of a sample."""
+    g = torch.Generator().manual_seed(2)
+    dataset = TensorDataset(torch.randn(SAMPLES, 16, generator=g), torch.arange(SAMPLES))
+    case = {"dataset": "float32 16 + int64", "order": "shuffled"}
+    _bench(pair, dataset, op="data loader", case=case, workers=0)
+
+
+def test_strided(pair: Any, threads: int) -> None:
+    """HWC images seen as CHW: packed on the way."""
+    g = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (SAMPLES, 32, 32, 3), dtype=torch.uint8, generator=g)
+    dataset = TensorDataset(pixels.permute(0, 3, 1, 2), torch.arange(SAMPLES))
+    case = {"dataset": "uint8 HWC as 3×32×32 + int64", "order": "shuffled"}
+    _bench(pair, dataset, op="data loader", case=case, workers=0)
