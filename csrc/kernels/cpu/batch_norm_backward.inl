@@ -99,7 +99,6 @@ struct BackwardSums {
     Sums sums;
     columns_of(group, mean, scale, shift);
     const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
-    FlatBits flat;
     for (int64_t c = 0; c < group.channels; ++c) dz[c] = dz_x[c] = 0;
     for (int64_t step = begin; step < end;) {
       // The short last row is folded alone: its columns have fewer values.
@@ -111,30 +110,50 @@ struct BackwardSums {
         store(q.at + j, V(T(0)));
       }
       int64_t width = group.width;
+      for (; step + 2 <= stop; step += 2) {
+        add_rows<2>(g, group, step, means, scales, shifts, s.at, q.at);
+      }
       for (; step < stop; ++step) {
-        const auto row = geometry.row(g, group, step);
-        const uint8_t* mask = mask_of(row, flat);
-        width = row.width;
-        const S* p = x + row.offset;
-        const S* gradient = dy + row.offset;
-        uint64_t bits = 0;
-        for_blocks<T>(
-            0, width,
-            [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-              if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
-            },
-            [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-              const V value = load<T>(p + j, lanes);
-              const V d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
-              store(s.at + j, load<T>(s.at + j) + d);
-              store(q.at + j, fma(d, value - means[j], load<T>(q.at + j)));
-            },
-            [](int64_t, auto) {});
+        width = add_rows<1>(g, group, step, means, scales, shifts, s.at, q.at);
       }
       geometry.fold(group, s.at, width, sums.first);
       geometry.fold(group, q.at, width, sums.second);
       merge(0, group.channels, dz, dz_x, sums.first, sums.second);
     }
+  }
+
+  template <int R>
+  BATCHOPS_INLINE int64_t add_rows(int64_t g, const Group& group, int64_t step, EachColumn<T> mean,
+                                   EachColumn<T> scale, EachColumn<T> shift, T* s, T* q) const {
+    const auto row = geometry.row(g, group, step);
+    const int64_t stride = geometry.plan.row_stride;
+    FlatBits flat[kBits ? R : 1];
+    const uint8_t* mask[R] = {};
+    masks_of<R>(g, group, step, mask, flat);
+    const S* const p = x + row.offset;
+    const S* const gradient = dy + row.offset;
+    uint64_t bits[R] = {};
+    for_blocks<T>(
+        0, row.width,
+        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+          if constexpr (kBits) {
+            for (int k = 0; k < R; ++k) bits[k] = read_bits(mask[k] + j / 8, bytes);
+          }
+        },
+        [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+          V sum_j = load<T>(s + j), product_j = load<T>(q + j);
+          for (int k = 0; k < R; ++k) {
+            const V value = load<T>(p + k * stride + j, lanes);
+            const V d =
+                derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean, scale, shift);
+            sum_j = sum_j + d;
+            product_j = fma(d, value - mean[j], product_j);
+          }
+          store(s + j, sum_j);
+          store(q + j, product_j);
+        },
+        [](int64_t, auto) {});
+    return row.width;
   }
 
   void columns_of(const Group& group, Columns<T>& mean, Columns<T>& scale,
@@ -146,11 +165,18 @@ struct BackwardSums {
     if (kRecomputed) geometry.spread(group, channel[2], shift.at);
   }
 
-  BATCHOPS_INLINE const uint8_t* mask_of(const Geometry::Row& row, FlatBits& flat) const {
-    if (!kBits) return nullptr;
-    if (row.runs == 1 || row.run % 8 == 0) return args.mask + row.mask;
-    join_runs(flat.at, args.mask + row.mask, row.runs, row.run);
-    return flat.at;
+  template <int R>
+  BATCHOPS_INLINE void masks_of(int64_t g, const Group& group, int64_t step, const uint8_t** mask,
+                                FlatBits* flat) const {
+    if constexpr (kBits) {
+      for (int k = 0; k < R; ++k) {
+        const auto row = geometry.row(g, group, step + k);
+        mask[k] = args.mask + row.mask;
+        if (row.runs == 1 || row.run % 8 == 0) continue;
+        join_runs(flat[k].at, mask[k], row.runs, row.run);
+        mask[k] = flat[k].at;
+      }
+    }
   }
 
   void finish(int64_t first, int64_t count, const double* dz, const double* dz_x) const {
@@ -187,31 +213,38 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
   S* const dresidual = static_cast<S*>(args.dresidual);
   const bool past_cache = streams(args.shape);
 
-  template <class Param>
-  BATCHOPS_INLINE void apply_run(int64_t offset, const uint8_t* mask, int64_t n, Param mean,
-                                 Param scale, Param shift, Param slope, Param extra) const {
-    const S* p = x + offset;
-    const S* gradient = dy + offset;
-    S* to = dx == nullptr ? nullptr : dx + offset;
-    S* to_residual = dresidual == nullptr ? nullptr : dresidual + offset;
-    S* aligned = to != nullptr ? to : to_residual;
+  // R runs of n elements, `stride` apart, with the same channel values.
+  template <int R, class Param>
+  BATCHOPS_INLINE void apply_run(int64_t offset, int64_t stride, const uint8_t* const* mask,
+                                 int64_t n, Param mean, Param scale, Param shift, Param slope,
+                                 Param extra) const {
+    const S* const p = x + offset;
+    const S* const gradient = dy + offset;
+    S* const to = dx == nullptr ? nullptr : dx + offset;
+    S* const to_residual = dresidual == nullptr ? nullptr : dresidual + offset;
+    S* const aligned = to != nullptr ? to : to_residual;
     bool past = past_cache;
     bool past_residual = past_cache;
     int64_t start = 0;
-    uint64_t bits = 0;
+    uint64_t bits[R] = {};
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-      V value(T(0));
-      if constexpr (kTraining || kRecomputed) value = load<T>(p + j, lanes);
-      const V dz = this->derivative(gradient, j, lanes, u, bits, value, mean, scale, shift);
-      if (to_residual != nullptr) put(to_residual + j, dz, lanes, past_residual);
-      if (to != nullptr) {
-        V d = scale[j] * dz;
-        if constexpr (kTraining) d = fma(scale[j], dz, fma(slope[j], value - mean[j], extra[j]));
-        put(to + j, d, lanes, past);
+      const V scale_j = scale[j];
+      for (int k = 0; k < R; ++k) {
+        const int64_t at = k * stride + j;
+        V value(T(0));
+        if constexpr (kTraining || kRecomputed) value = load<T>(p + at, lanes);
+        const V dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,
+                                      scale, shift);
+        if (to_residual != nullptr) put(to_residual + at, dz, lanes, past_residual);
+        if (to != nullptr) {
+          V d = scale_j * dz;
+          if constexpr (kTraining) d = fma(scale_j, dz, fma(slope[j], value - mean[j], extra[j]));
+          put(to + at, d, lanes, past);
+        }
       }
     };
     if (past && !can_stream<T>(aligned)) {
-      if (kBits) {
+      if (kBits || R > 1) {
         past = past_residual = false;  // mask bytes begin at the run's first element
       } else {
         constexpr int64_t kBytes = L * sizeof(S);
@@ -226,7 +259,9 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     for_blocks<T>(
         start, n,
         [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-          if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
+          if constexpr (kBits) {
+            for (int k = 0; k < R; ++k) bits[k] = read_bits(mask[k] + j / 8, bytes);
+          }
         },
         vector, [](int64_t, auto) {});
   }
@@ -247,8 +282,8 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
         const auto piece = geometry.piece(c, step);
-        apply_run(piece.offset, args.mask + (kBits ? piece.mask : 0), piece.length, means, scales,
-                  shifts, slopes, extras);
+        const uint8_t* mask = args.mask + (kBits ? piece.mask : 0);
+        apply_run<1>(piece.offset, 0, &mask, piece.length, means, scales, shifts, slopes, extras);
       }
     }
   }
@@ -263,13 +298,25 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     }
     const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at), slopes(slope.at),
         extras(extra.at);
-    FlatBits flat;
+    const S* const out = dx != nullptr ? dx : dresidual;
+    const bool pairs = pairs_of_rows(geometry.plan, out, past_cache);
+    const auto rows = [&](auto count, int64_t step) BATCHOPS_INLINE_LAMBDA {
+      constexpr int R = decltype(count)::value;
+      const auto row = geometry.row(g, group, step);
+      FlatBits flat[kBits ? R : 1];
+      const uint8_t* mask[R] = {};
+      this->template masks_of<R>(g, group, step, mask, flat);
+      apply_run<R>(row.offset, geometry.plan.row_stride, mask, row.width, means, scales, shifts,
+                   slopes, extras);
+    };
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
-      for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
-        const auto row = geometry.row(g, group, step);
-        apply_run(row.offset, this->mask_of(row, flat), row.width, means, scales, shifts, slopes,
-                  extras);
+      const int64_t end = geometry.end_step(chunk);
+      int64_t step = geometry.first_step(chunk);
+      if (pairs) {
+        const int64_t full_end = end - (geometry.plan.tail > 0 && end == geometry.plan.steps);
+        for (; step + 2 <= full_end; step += 2) rows(std::integral_constant<int, 2>{}, step);
       }
+      for (; step < end; ++step) rows(std::integral_constant<int, 1>{}, step);
     }
   }
 };
@@ -323,7 +370,7 @@ const char* batch_norm_backward(const BatchNormBackward& args, const Parallel& p
   const Geometry geometry(args.shape);
   const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
   const char* error = nullptr;
-  with_dtype(args.shape.dtype, [&](auto* type) {
+  with_element(args.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     switch (args.shape.activation) {
 #define BATCHOPS_CASE(name, functor)                         \

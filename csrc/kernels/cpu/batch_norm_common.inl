@@ -50,6 +50,15 @@ BATCHOPS_INLINE void with_dtype(DType dtype, F&& f) {
   }
 }
 
+// The same for the elements of x and y, of which there are enough to choose the conversion.
+template <class F>
+BATCHOPS_INLINE void with_element(DType dtype, F&& f) {
+#if defined(BATCHOPS_ISA_AVX512)
+  if (dtype == DType::bf16 && has_avx512_bf16()) return f(static_cast<NativeBFloat16*>(nullptr));
+#endif
+  with_dtype(dtype, std::forward<F>(f));
+}
+
 // out[i] = values[first + i], or `otherwise` where there are no values.
 template <class T>
 inline void read_channels(T* out, const void* values, DType dtype, int64_t first, int64_t count,
@@ -77,7 +86,7 @@ inline void write_channels(void* values, DType dtype, int64_t first, int64_t cou
 // Channel values spread over the columns of a group. Room for a whole vector past the last column.
 template <class T>
 struct alignas(64) Columns {
-  T at[kMaxWidth + Vec<T>::kLanes];
+  T at[kMaxWidth + 832 / sizeof(T)];
 };
 
 // The affine form for channels [first, first + count):
@@ -350,6 +359,15 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 inline bool streams(const BatchNormShape& shape) {
   return shape.numel() * size_of(shape.dtype) >= kStreamBytes;
+}
+
+// Two rows at a time share the loads of the channel values. Not where the rows of a large output
+// differ in alignment, since each then needs a start of its own.
+template <class S>
+inline bool pairs_of_rows(const BatchNormPlan& plan, const S* out, bool past_cache) {
+  using T = AccOf<S>;
+  return !past_cache || (can_stream<T>(out) && plan.row_stride % Vec<T>::kLanes == 0 &&
+                         plan.width % Vec<T>::kLanes == 0);
 }
 
 // Two sums a channel in double, for one chunk or for all of them.

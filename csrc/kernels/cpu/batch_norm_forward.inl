@@ -11,20 +11,28 @@ struct ForwardPass : Statistics<S> {
   S* const y = static_cast<S*>(args.y);
   const bool past_cache = streams(args.shape);
 
-  template <class Param>
-  BATCHOPS_INLINE void apply_run(const S* from, const S* added, S* to, uint8_t* mask, int64_t n,
+  // R runs of n elements, `stride` apart, with the same channel values.
+  template <int R, class Param>
+  BATCHOPS_INLINE void apply_run(int64_t offset, int64_t stride, uint8_t* const* mask, int64_t n,
                                  Param mean, Param scale, Param shift) const {
+    const S* const from = x + offset;
+    const S* const added = kResidual ? residual + offset : nullptr;
+    S* const to = y + offset;
     int64_t start = 0;
     bool past = past_cache;
-    uint64_t bits = 0;
+    uint64_t bits[R] = {};
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-      V z = normalize(load<T>(from + j, lanes), mean[j], scale[j], shift[j]);
-      if constexpr (kResidual) z = z + load<T>(added + j, lanes);
-      if constexpr (kMask) bits |= positive_bits(z) << (u * L);
-      put(to + j, Act::forward(z), lanes, past);
+      const V mean_j = mean[j], scale_j = scale[j], shift_j = shift[j];
+      for (int k = 0; k < R; ++k) {
+        const int64_t at = k * stride + j;
+        V z = normalize(load<T>(from + at, lanes), mean_j, scale_j, shift_j);
+        if constexpr (kResidual) z = z + load<T>(added + at, lanes);
+        if constexpr (kMask) bits[k] |= positive_bits(z) << (u * L);
+        put(to + at, Act::forward(z), lanes, past);
+      }
     };
     if (past && !can_stream<T>(to)) {
-      if (kMask) {
+      if (kMask || R > 1) {
         past = false;  // mask bytes begin at the run's first element
       } else {
         constexpr int64_t kBytes = L * sizeof(S);
@@ -34,9 +42,18 @@ struct ForwardPass : Statistics<S> {
       }
     }
     for_blocks<T>(
-        start, n, [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA { bits = 0; }, vector,
+        start, n,
+        [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA {
+          for (int k = 0; k < R; ++k) bits[k] = 0;
+        },
+        vector,
         [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-          if constexpr (kMask) write_bits(mask + j / 8, bits & valid_bits(n - j), bytes);
+          if constexpr (kMask) {
+            for (int k = 0; k < R; ++k) {
+              if constexpr (std::is_same_v<decltype(bytes), int>) bits[k] &= valid_bits(n - j);
+              write_bits(mask[k] + j / 8, bits[k], bytes);
+            }
+          }
         });
   }
   // Lanes past the end of a run must leave no bits.
@@ -64,8 +81,8 @@ struct ForwardPass : Statistics<S> {
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
         const auto piece = geometry.piece(c, step);
-        apply_run(x + piece.offset, residual + (kResidual ? piece.offset : 0), y + piece.offset,
-                  args.mask + (kMask ? piece.mask : 0), piece.length, means, scales, shifts);
+        uint8_t* mask = args.mask + (kMask ? piece.mask : 0);
+        apply_run<1>(piece.offset, 0, &mask, piece.length, means, scales, shifts);
       }
     }
   }
@@ -81,16 +98,37 @@ struct ForwardPass : Statistics<S> {
       geometry.spread(group, channel[2], shift.at);
     }
     const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
-    FlatBits flat;
+    const bool pairs = pairs_of_rows<S>(geometry.plan, y, past_cache);
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
-      for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
-        const auto row = geometry.row(g, group, step);
-        const bool padded = kMask && row.runs > 1 && row.run % 8 != 0;
-        apply_run(x + row.offset, residual + (kResidual ? row.offset : 0), y + row.offset,
-                  padded ? flat.at : args.mask + (kMask ? row.mask : 0), row.width, means, scales,
-                  shifts);
-        if (padded) pad_runs(args.mask + row.mask, flat.at, row.runs, row.run);
+      const int64_t end = geometry.end_step(chunk);
+      int64_t step = geometry.first_step(chunk);
+      if (pairs) {
+        const int64_t full_end = end - (geometry.plan.tail > 0 && end == geometry.plan.steps);
+        for (; step + 2 <= full_end; step += 2) {
+          apply_row<2>(g, group, step, means, scales, shifts);
+        }
       }
+      for (; step < end; ++step) apply_row<1>(g, group, step, means, scales, shifts);
+    }
+  }
+
+  template <int R>
+  BATCHOPS_INLINE void apply_row(int64_t g, const Group& group, int64_t step, EachColumn<T> mean,
+                                 EachColumn<T> scale, EachColumn<T> shift) const {
+    const auto row = geometry.row(g, group, step);
+    const bool padded = kMask && row.runs > 1 && row.run % 8 != 0;
+    FlatBits flat[kMask ? R : 1];
+    uint8_t* mask[R] = {};
+    uint8_t* to[R] = {};
+    if (kMask) {
+      for (int k = 0; k < R; ++k) {
+        mask[k] = args.mask + geometry.row(g, group, step + k).mask;
+        to[k] = padded ? flat[k].at : mask[k];
+      }
+    }
+    apply_run<R>(row.offset, geometry.plan.row_stride, to, row.width, mean, scale, shift);
+    if (padded) {
+      for (int k = 0; k < R; ++k) pad_runs(mask[k], flat[k].at, row.runs, row.run);
     }
   }
 };
@@ -121,7 +159,7 @@ const char* batch_norm_forward(const BatchNormForward& args, const Parallel& par
   const Geometry geometry(args.shape);
   const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
   const char* error = nullptr;
-  with_dtype(args.shape.dtype, [&](auto* type) {
+  with_element(args.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     switch (args.shape.activation) {
 #define BATCHOPS_CASE(name, functor)                        \

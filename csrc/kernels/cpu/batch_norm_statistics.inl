@@ -102,13 +102,13 @@ struct Statistics {
       for (int64_t j = 0; j < group.width; j += L) store(p + j, V(T(0)));
     };
 
-    // The first shift: the mean of up to eight full rows.
+    // The first shift: the mean of at least eight values where there are as many.
     clear(s.at);
     const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
-    const int64_t seen = full_end - begin < 8 ? full_end - begin : 8;
+    const int64_t wanted = 1 + 7 / (plan.repeat * plan.segment);
+    const int64_t seen = full_end - begin < wanted ? full_end - begin : wanted;
     for (int64_t step = begin; step < begin + seen; ++step) {
-      const S* p = x + geometry.row(g, group, step).offset;
-      add_columns(p, s.at, group.width);
+      add_columns(x + geometry.row(g, group, step).offset, s.at, group.width);
     }
     geometry.fold(group, s.at, group.width, sums.first);
     const double scale = seen > 0 ? 1.0 / values(begin, begin + seen) : 0.0;
@@ -125,18 +125,14 @@ struct Statistics {
       clear(s.at);
       clear(q.at);
       int64_t width = group.width;
-      for (int64_t r = step; r < stop; ++r) {
+      int64_t r = step;
+      for (; r + kRows <= stop; r += kRows) {
+        add_rows<kRows>(x + geometry.row(g, group, r).offset, width, shift.at, s.at, q.at);
+      }
+      for (; r < stop; ++r) {
         const auto row = geometry.row(g, group, r);
         width = row.width;
-        const S* p = x + row.offset;
-        for_blocks<T>(
-            0, width, [](int64_t, auto) {},
-            [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
-              const V d = load<T>(p + j, lanes) - load<T>(shift.at + j);
-              store(s.at + j, load<T>(s.at + j) + d);
-              store(q.at + j, fma(d, d, load<T>(q.at + j)));
-            },
-            [](int64_t, auto) {});
+        add_rows<1>(x + row.offset, width, shift.at, s.at, q.at);
       }
       geometry.fold(group, s.at, width, sums.first);
       geometry.fold(group, q.at, width, sums.second);
@@ -154,6 +150,27 @@ struct Statistics {
       }
       step = stop;
     }
+  }
+
+  // A few rows at a time, so that the sums are loaded and stored less often.
+  static constexpr int kRows = 4;
+  template <int R>
+  BATCHOPS_INLINE void add_rows(const S* p, int64_t width, const T* shift, T* s, T* q) const {
+    const int64_t stride = geometry.plan.row_stride;
+    for_blocks<T>(
+        0, width, [](int64_t, auto) {},
+        [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+          const V about = load<T>(shift + j);
+          V sum_j = load<T>(s + j), square_j = load<T>(q + j);
+          for (int k = 0; k < R; ++k) {
+            const V d = load<T>(p + k * stride + j, lanes) - about;
+            sum_j = sum_j + d;
+            square_j = fma(d, d, square_j);
+          }
+          store(s + j, sum_j);
+          store(q + j, square_j);
+        },
+        [](int64_t, auto) {});
   }
 
   static BATCHOPS_INLINE V first_lanes(V a, int64_t n) { return keep((uint64_t{1} << n) - 1, a); }

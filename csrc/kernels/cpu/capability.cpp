@@ -54,6 +54,15 @@ Isa isa() {
   return chosen;
 }
 
+bool has_avx512_bf16() {
+#if defined(__x86_64__)
+  static const bool has = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 const char* cpu_capability() { return name_of(isa()); }
 
 }  // namespace batchops

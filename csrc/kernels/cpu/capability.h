@@ -13,4 +13,7 @@ enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2 };
 // the best it can; an unknown name is reported once on stderr and ignored.
 Isa isa();
 
+// Whether isa() is avx512 and the machine also converts to bfloat16 by itself.
+bool has_avx512_bf16();
+
 }  // namespace batchops
