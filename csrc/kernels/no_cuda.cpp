@@ -2,6 +2,7 @@
 // which build it has.
 #include "kernels/batch_norm.h"
 #include "kernels/info.h"
+#include "kernels/lamb.h"
 
 namespace batchops {
 namespace {
@@ -32,6 +33,20 @@ size_t batch_norm_backward_workspace_cuda(const BatchNormShape&, int) { return 0
 const char* batch_norm_forward_cuda(const BatchNormForward&, void*, int, void*) { return kNoCuda; }
 
 const char* batch_norm_backward_cuda(const BatchNormBackward&, void*, int, void*) {
+  return kNoCuda;
+}
+
+size_t lamb_table_bytes_cuda(const LambArgs&) { return 0; }
+
+void lamb_write_table_cuda(const LambArgs&, void*) {}
+
+size_t lamb_workspace_bytes_cuda(const LambArgs&) { return 0; }
+
+const char* lamb_grad_sum_sq_cuda(const LambArgs&, const void*, void*, double*, int, void*) {
+  return kNoCuda;
+}
+
+const char* lamb_step_cuda(const LambArgs&, const void*, void*, const double*, int, void*) {
   return kNoCuda;
 }
 

@@ -1,0 +1,139 @@
+"""LAMB in float64 from the paper's formulas, in NumPy, and how far from it a result may be.
+
+You et al. 2020, arXiv:1904.00962, algorithm 2, with bias correction as in Adam (Kingma and Ba 2015,
+arXiv:1412.6980, algorithm 1). Shares neither code nor storage with batchops.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+MANTISSA_BITS = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7, torch.float64: 52}
+SMALLEST_EXPONENT = {
+    torch.float32: -126,
+    torch.float16: -14,
+    torch.bfloat16: -126,
+    torch.float64: -1022,
+}
+
+
+def ulp(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The distance between neighbours of `dtype` at |x|."""
+    exponent = np.frexp(np.abs(x))[1] - 1
+    exponent = np.maximum(np.where(x == 0, -5000, exponent), SMALLEST_EXPONENT[dtype])
+    return np.ldexp(1.0, exponent - MANTISSA_BITS[dtype])
+
+
+@dataclass
+class Options:
+    """timm's names and defaults."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    bias_correction: bool = True
+    grad_averaging: bool = True
+    trust_clip: bool = False
+    always_adapt: bool = False
+    maximize: bool = False
+
+
+@dataclass
+class Tensor64:
+    """One parameter with its state, all float64 in logical order."""
+
+    p: np.ndarray
+    m: np.ndarray
+    v: np.ndarray
+    step: int = 0
+    options: Options = field(default_factory=Options)
+    moved: np.ndarray | None = None  # lr · r · u of the last step
+    m_addend: np.ndarray | None = None  # the larger of |β1·m| and |β3·g|
+    v_addend: np.ndarray | None = None
+
+
+def norm(x: np.ndarray) -> float:
+    """‖x‖ that neither overflows nor underflows."""
+    largest = float(np.abs(x).max(initial=0.0))
+    if largest == 0 or not np.isfinite(largest):
+        return largest
+    return largest * float(np.sqrt(np.square(x / largest).sum()))
+
+
+def clip_divisor(grads: list[np.ndarray], max_grad_norm: float | None) -> float:
+    """C = max(1, ‖g‖_all / max_grad_norm)."""
+    if max_grad_norm is None:
+        return 1.0
+    return max(1.0, norm(np.array([norm(g) for g in grads])) / max_grad_norm)
+
+
+def step(
+    tensors: list[Tensor64], grads: list[np.ndarray | None], max_grad_norm: float | None = 1.0
+) -> None:
+    divisor = clip_divisor([g for g in grads if g is not None], max_grad_norm)
+    for x, grad in zip(tensors, grads, strict=True):
+        if grad is not None:
+            _step_one(x, grad / divisor)
+
+
+def _step_one(x: Tensor64, g: np.ndarray) -> None:
+    o = x.options
+    if o.maximize:
+        g = -g
+    x.step += 1
+    beta1, beta2 = o.betas
+    beta3 = 1 - beta1 if o.grad_averaging else 1.0
+    x.m_addend = np.maximum(np.abs(beta1 * x.m), np.abs(beta3 * g))
+    x.v_addend = np.maximum(beta2 * x.v, (1 - beta2) * g * g)
+    x.m = beta1 * x.m + beta3 * g
+    x.v = beta2 * x.v + (1 - beta2) * g * g
+    x.moved = update(x.p, x.m, x.v, x)
+    x.p = x.p - x.moved
+
+
+def update(p: np.ndarray, m: np.ndarray, v: np.ndarray, x: Tensor64) -> np.ndarray:
+    """lr · r · u of these p, m and v."""
+    o = x.options
+    beta1, beta2 = o.betas
+    m_hat, v_hat = m, v
+    if o.bias_correction:
+        m_hat = m / (1 - beta1**x.step)
+        v_hat = v / (1 - beta2**x.step)
+    u = m_hat / (np.sqrt(v_hat) + o.eps) + o.weight_decay * p
+    ratio = 1.0
+    if o.weight_decay != 0 or o.always_adapt:
+        p_norm, u_norm = norm(p), norm(u)
+        if p_norm != 0 and u_norm != 0:
+            ratio = p_norm / u_norm
+        if o.trust_clip:
+            ratio = min(ratio, 1.0)
+    return o.lr * ratio * u
+
+
+def timm_lamb() -> Any:
+    """timm's Lamb class without the rest of timm, which needs torchvision; or why it is missing."""
+    name = "timm.optim.lamb"
+    if name in sys.modules:
+        return sys.modules[name].Lamb
+    try:
+        spec = importlib.util.find_spec("timm")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        return "timm is not installed"
+    root = Path(spec.submodule_search_locations[0])
+    for package, folder in (("timm", root), ("timm.optim", root / "optim")):
+        if package not in sys.modules:
+            module = types.ModuleType(package)
+            module.__path__ = [str(folder)]
+            sys.modules[package] = module
+    return importlib.import_module(name).Lamb

@@ -1,0 +1,236 @@
+"""LAMB's CUDA kernels, run by the emulator against float64."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from . import lamb_reference as reference
+from .emulator import build, emulator
+from .lamb_reference import Options, Tensor64, ulp
+
+DTYPES = {"f32": 0, "f16": 1, "bf16": 2}
+TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FLAGS = ("bias_correction", "grad_averaging", "trust_clip", "always_adapt", "maximize")
+CHUNK = 16 * 1024
+
+SIZES = {
+    0: "no chunk at all",
+    1: "one element",
+    37: "units of four and a tail",
+    4096: "whole units",
+    CHUNK: "one full chunk",
+    2 * CHUNK + 5: "three chunks, the last with one unit and a tail",
+}
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("tensor_count", ctypes.c_int64),
+        ("tensors", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("group_count", ctypes.c_int64),
+        ("numbers", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
+        ("max_grad_norm", ctypes.c_double),
+    ]
+
+
+@dataclass
+class Parameter:
+    numel: int
+    p_dtype: str = "f32"
+    g_dtype: str = "f32"
+    group: int = 0
+    step: int = 7
+    offset: int = 0  # elements past 64-byte alignment
+    start: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = self.numel
+        self.start = {
+            "p": (torch.randn(n) * 0.1).to(TORCH[self.p_dtype]),
+            "g": (torch.randn(n) * 0.01).to(TORCH[self.g_dtype]),
+            "m": torch.randn(n) * 1e-3,
+            "v": torch.rand(n) * 1e-5,
+        }
+
+
+@dataclass
+class Problem:
+    parameters: list[Parameter]
+    groups: list[Options] = field(default_factory=lambda: [Options()])
+    max_grad_norm: float | None = 0.05
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    lib = build.library("lamb", ["csrc/kernels/cuda/lamb.cu"], ["lamb_api.cpp"])
+    lib.emulated_lamb_table_bytes.restype = ctypes.c_size_t
+    lib.emulated_lamb_workspace_bytes.restype = ctypes.c_size_t
+    return lib
+
+
+def run(
+    lib: ctypes.CDLL, problem: Problem, grad_sum_sq: float | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """The tensors after one step; what lies around each in memory is checked to be untouched."""
+    rows, steps, memories = [], [], []
+    for x in problem.parameters:
+        row, mine = [], {}
+        for name, start in x.start.items():
+            size = start.element_size()
+            memory = emulator.Memory(x.numel * size + 64, x.offset * size)
+            memory.bytes[: x.numel * size] = start.view(torch.uint8).numpy()
+            row.append(memory.pointer)
+            mine[name] = memory
+        rows.append([*row, x.numel, DTYPES[x.p_dtype], DTYPES[x.g_dtype], x.group])
+        steps.append(float(x.step))
+        memories.append(mine)
+    tensors = np.array(rows, dtype=np.int64).reshape(-1, 8)
+    counts = np.array(steps)
+    numbers = np.array([[o.lr, *o.betas, o.eps, o.weight_decay] for o in problem.groups])
+    flags = np.array(
+        [sum(getattr(o, f) << b for b, f in enumerate(FLAGS)) for o in problem.groups],
+        dtype=np.int64,
+    )
+    call = Call(
+        len(rows),
+        tensors.ctypes.data,
+        counts.ctypes.data,
+        len(problem.groups),
+        numbers.ctypes.data,
+        flags.ctypes.data,
+        problem.max_grad_norm or 0.0,
+    )
+    table = emulator.Memory(lib.emulated_lamb_table_bytes(ctypes.byref(call)))
+    workspace = emulator.Memory(lib.emulated_lamb_workspace_bytes(ctypes.byref(call)))
+    total = None if grad_sum_sq is None else ctypes.byref(ctypes.c_double(grad_sum_sq))
+    emulator.call(
+        lib.emulated_lamb_step,
+        ctypes.byref(call),
+        ctypes.c_void_p(table.pointer),
+        ctypes.c_void_p(workspace.pointer),
+        total,
+    )
+    results = []
+    for x, mine in zip(problem.parameters, memories, strict=True):
+        after = {}
+        for name, start in x.start.items():
+            nbytes = x.numel * start.element_size()
+            assert (mine[name].bytes[nbytes:] == 0xFF).all(), f"{name}: written past its end"
+            after[name] = torch.empty_like(start)
+            after[name].view(torch.uint8).numpy()[:] = mine[name].bytes[:nbytes]
+        assert torch.equal(after["g"].view(torch.uint8), x.start["g"].view(torch.uint8))
+        results.append(after)
+    return results
+
+
+def check(problem: Problem, results: list[dict[str, torch.Tensor]], divisor: float) -> None:
+    """The bounds of test_lamb.py's assert_one_step, which says where they come from."""
+
+    def wide(t: torch.Tensor) -> np.ndarray:
+        return t.double().numpy()
+
+    for i, (x, after) in enumerate(zip(problem.parameters, results, strict=True)):
+        start = {name: wide(value) for name, value in x.start.items()}
+        exact = Tensor64(start["p"], start["m"], start["v"], x.step - 1, problem.groups[x.group])
+        reference.step([exact], [start["g"] / divisor], None)
+        for name, want, addend in (
+            ("m", exact.m, exact.m_addend),
+            ("v", exact.v, exact.v_addend),
+        ):
+            error = np.abs(wide(after[name]) - want) / ulp(addend, torch.float32)
+            assert np.all(error <= 2), f"parameter {i}: {name} off by {error.max()} ulp"
+        moved = reference.update(start["p"], wide(after["m"]), wide(after["v"]), exact)
+        small = np.abs(start["p"]) >= 4 * np.abs(exact.moved)
+        for update, bound in ((moved, 2), (exact.moved, np.where(small, 2, 3))):
+            scale = ulp(np.maximum(np.abs(start["p"]), np.abs(update)), x.start["p"].dtype)
+            error = np.abs(wide(after["p"]) - start["p"] + update) / scale
+            assert np.all(error <= bound), f"parameter {i}: p off by {error.max()} ulp"
+
+
+def check_under_all_schedules(lib: ctypes.CDLL, problem: Problem) -> None:
+    """Correct, and the same bits whatever the order of threads and blocks."""
+    grads = [x.start["g"].double().numpy() for x in problem.parameters]
+    divisor = reference.clip_divisor(grads, problem.max_grad_norm)
+    first = None
+    for order, seed in emulator.SCHEDULES:
+        with emulator.schedule(lib, order, seed):
+            results = run(lib, problem)
+        check(problem, results, divisor)
+        if first is None:
+            first = results
+        for before, now in zip(first, results, strict=True):
+            for name in before:
+                assert torch.equal(before[name].view(torch.uint8), now[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("g_dtype", DTYPES)
+@pytest.mark.parametrize("p_dtype", DTYPES)
+def test_every_dtype_and_size(library, p_dtype, g_dtype):
+    problem = Problem([Parameter(n, p_dtype, g_dtype) for n in SIZES])
+    check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_memory_that_no_unit_fits(library, offset):
+    dtypes = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f32")]
+    problem = Problem([Parameter(1030, *d, offset=offset) for d in dtypes])
+    check_under_all_schedules(library, problem)
+
+
+VARIANTS = {
+    "no bias correction": Options(bias_correction=False),
+    "no grad averaging": Options(grad_averaging=False),
+    "trust clip": Options(trust_clip=True),
+    "no decay": Options(weight_decay=0.0),
+    "always adapted": Options(weight_decay=0.0, always_adapt=True),
+    "maximize": Options(maximize=True),
+    "large lr": Options(lr=0.3),
+}
+
+
+@pytest.mark.parametrize("clip", [None, 1e6], ids=["no clip", "in bounds"])
+def test_groups_of_every_variant(library, clip):
+    """Mixed in one call, with step counts of their own."""
+    parameters = [Parameter(900 + i, group=i, step=1 + 3 * i) for i in range(len(VARIANTS))]
+    check_under_all_schedules(library, Problem(parameters, [*VARIANTS.values()], clip))
+
+
+def test_more_step_counts_than_a_launch_takes(library):
+    parameters = [Parameter(40, step=t) for t in range(1, 72)]
+    problem = Problem(parameters)
+    with emulator.schedule(library, "random", 5):
+        results = run(library, problem)
+    grads = [x.start["g"].double().numpy() for x in parameters]
+    check(problem, results, reference.clip_divisor(grads, problem.max_grad_norm))
+
+
+def test_sum_of_gradients_elsewhere(library):
+    """The clip counts what another device holds, when it is given the sum over all."""
+    problem = Problem([Parameter(500), Parameter(CHUNK + 1)], max_grad_norm=1.0)
+    results = run(library, problem, grad_sum_sq=81.0)
+    check(problem, results, 9.0)
+
+
+def test_zero_norms_and_non_finite_ones(library):
+    zero_p, zero_u, bad = Parameter(600), Parameter(600), Parameter(600)
+    zero_p.start["p"].zero_()
+    for name in ("p", "g", "m"):
+        zero_u.start[name].zero_()
+    bad.start["g"][5] = float("inf")
+    problem = Problem([zero_p, zero_u, bad], max_grad_norm=None)
+    results = run(library, problem)
+    check(Problem([zero_p, zero_u], max_grad_norm=None), results[:2], 1.0)
+    assert torch.equal(results[1]["p"], torch.zeros(600))
+    assert not results[2]["p"].isfinite().any()
+
+    problem.max_grad_norm = 1.0
+    bad.start["g"][5] = float("nan")
+    results = run(library, problem)
+    assert all(r["p"].isnan().all() for r in results)

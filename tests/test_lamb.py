@@ -1,0 +1,801 @@
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+from batchops.optim import LAMB
+
+from . import lamb_reference as reference
+from .lamb_reference import Options, Tensor64, ulp
+from .reference import to_float64
+
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+
+SHAPES = {
+    "scalar": (),
+    "one": (1,),
+    "below a vector": (3,),
+    "vectors and a tail": (37, 5),
+    "several chunks, one thread": (5, 8191),
+    "largest done whole": (64, 1024),
+    "smallest split": (65537,),
+    "split, ragged last chunk": (3, 16384 * 3 + 11),
+}
+
+
+def parameter(shape, dtype=torch.float32, device="cpu", scale=0.1) -> torch.nn.Parameter:
+    p = torch.nn.Parameter((torch.randn(shape) * scale).to(device, dtype))
+    p.grad = torch.randn(shape).to(device, dtype) * 0.01
+    return p
+
+
+def warm_state(optimizer: LAMB, step: int = 7) -> None:
+    """Moments as after some steps, not zeros."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.randn_like(p, dtype=wide) * 1e-3,
+                "exp_avg_sq": torch.rand_like(p, dtype=wide) * 1e-5,
+            }
+
+
+def oracle_of(optimizer: LAMB) -> list[Tensor64]:
+    tensors = []
+    for group in optimizer.param_groups:
+        names = Options.__dataclass_fields__
+        options = Options(**{k: v for k, v in group.items() if k in names})
+        options.lr = float(options.lr)
+        for p in group["params"]:
+            state = optimizer.state.get(p, None)
+            m = to_float64(state["exp_avg"]) if state else np.zeros(p.shape)
+            v = to_float64(state["exp_avg_sq"]) if state else np.zeros(p.shape)
+            step = int(state["step"]) if state else 0
+            tensors.append(Tensor64(to_float64(p), m, v, step, options))
+    return tensors
+
+
+def params_of(optimizer: LAMB) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def grads_of(optimizer: LAMB) -> list[np.ndarray | None]:
+    return [None if p.grad is None else to_float64(p.grad) for p in params_of(optimizer)]
+
+
+def assert_one_step(optimizer: LAMB) -> None:
+    """One step from the present state agrees with the oracle, and gradients keep their bits.
+
+    m and v: within 2 ulp of their largest addend. p, in ulp of max(|p|, |lr·r·u|): within 2 of the
+    oracle's update from the m and v that are stored now; from end to end within 2 where the update
+    is small beside p, and within 3 elsewhere. The difference is what rounding m and v to float32
+    does to u: half an ulp of m and a quarter of v's, each up to twice by the mantissas.
+    """
+    params = params_of(optimizer)
+    expected = oracle_of(optimizer)
+    before = [x.p.copy() for x in expected]
+    bits = [None if p.grad is None else p.grad.clone() for p in params]
+    reference.step(expected, grads_of(optimizer), optimizer.param_groups[0]["max_grad_norm"])
+    optimizer.step()
+    for i, (p, x, p0, grad) in enumerate(zip(params, expected, before, bits, strict=True)):
+        what = f"parameter {i}, {tuple(p.shape)} {p.dtype}"
+        if grad is None:
+            assert p.grad is None
+            assert np.array_equal(to_float64(p), p0), what
+            continue
+        assert torch.equal(as_bits(p.grad), as_bits(grad)), f"{what}: the gradient was written"
+        state = optimizer.state[p]
+        assert float(state["step"]) == x.step
+        for name, want, addend in (
+            ("exp_avg", x.m, x.m_addend),
+            ("exp_avg_sq", x.v, x.v_addend),
+        ):
+            error = np.abs(to_float64(state[name]) - want) / ulp(addend, state[name].dtype)
+            assert error.max(initial=0) <= 2, f"{what}: {name} off by {error.max()} ulp"
+        stored = [to_float64(state[name]) for name in ("exp_avg", "exp_avg_sq")]
+        moved = reference.update(p0, *stored, x)
+        small = np.abs(p0) >= 4 * np.abs(x.moved)
+        for label, update, bound in (
+            ("from the stored m and v", moved, 2),
+            ("from end to end", x.moved, np.where(small, 2, 3)),
+        ):
+            scale = ulp(np.maximum(np.abs(p0), np.abs(update)), p.dtype)
+            error = np.abs((to_float64(p) - p0) + update) / scale
+            assert np.all(error <= bound), f"{what}: p {label} off by {error.max()} ulp"
+
+
+def as_bits(t: torch.Tensor) -> torch.Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.detach().contiguous().view(integer)
+
+
+# --------------------------------------------------------------------------------- the numbers
+
+
+@FUSED
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("max_grad_norm", [None, 0.01, 1e6], ids=["no clip", "clip", "in bounds"])
+def test_one_step(device, fused, shape, max_grad_norm):
+    optimizer = LAMB([parameter(shape, device=device)], max_grad_norm=max_grad_norm, fused=fused)
+    warm_state(optimizer)
+    assert_one_step(optimizer)
+
+
+@FUSED
+def test_first_steps_from_nothing(device, fused):
+    params = [parameter(shape, device=device) for shape in SHAPES.values()]
+    optimizer = LAMB(params, lr=0.01, fused=fused)
+    for _ in range(3):
+        assert_one_step(optimizer)
+        for p in params:
+            p.grad = torch.randn_like(p) * 0.01
+
+
+VARIANTS = {
+    "defaults": {},
+    "no bias correction": {"bias_correction": False},
+    "no grad averaging": {"grad_averaging": False},
+    "trust clip": {"trust_clip": True},
+    "no decay": {"weight_decay": 0.0},
+    "no decay, always adapted": {"weight_decay": 0.0, "always_adapt": True},
+    "maximize": {"maximize": True},
+    "strong decay": {"weight_decay": 0.5},
+    "eps above the root": {"eps": 0.1},
+    "other betas": {"betas": (0.63, 0.9)},
+    "no averaging over time": {"betas": (0.0, 0.0)},
+    "lr 0": {"lr": 0.0},
+    "tensor lr": {"lr": torch.tensor(0.004)},
+    "all at once": {
+        "bias_correction": False,
+        "grad_averaging": False,
+        "trust_clip": True,
+        "always_adapt": True,
+        "maximize": True,
+        "weight_decay": 0.0,
+    },
+}
+
+
+@FUSED
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants(device, fused, variant):
+    params = [parameter((300, 7), device=device), parameter((70001,), device=device)]
+    optimizer = LAMB(params, **variant, max_grad_norm=0.5, fused=fused)
+    warm_state(optimizer)
+    assert_one_step(optimizer)
+
+
+@FUSED
+def test_update_larger_than_the_parameter(device, fused):
+    """Where p is 0 or small against lr·r·u, nothing hides the update's own rounding."""
+    params = [parameter((20000,), device=device) for _ in range(3)]
+    with torch.no_grad():
+        params[0].zero_()
+        params[1][::2] = 0
+        params[2] *= 1e-6
+    optimizer = LAMB(params, lr=0.3, fused=fused)
+    warm_state(optimizer)
+    assert_one_step(optimizer)
+
+
+@FUSED
+@pytest.mark.parametrize("scale", [1e-10, 1e-6, 1e4, 1e17])
+def test_scales_far_from_one(device, fused, scale):
+    """Squares of updates and parameters that float32 cannot hold. v itself it must hold, with all
+    its places."""
+    params = [parameter((4000,), device=device), parameter((70000,), device=device)]
+    params[1].data *= scale**2
+    for p in params:
+        p.grad *= scale
+    for bound in (1.0, None):
+        optimizer = LAMB(params, max_grad_norm=bound, eps=1e-20, fused=fused)
+        assert_one_step(optimizer)
+
+
+LOW = [torch.bfloat16, torch.float16]
+
+
+@FUSED
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("shape", [(37, 5), (3, 40000)], ids=["whole", "split"])
+def test_low_precision(device, fused, dtype, shape):
+    optimizer = LAMB([parameter(shape, dtype, device)], lr=0.02, fused=fused)
+    for _ in range(3):
+        assert_one_step(optimizer)
+        (p,) = params_of(optimizer)
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float32
+        p.grad = (torch.randn(shape) * 0.01).to(p)
+
+
+@FUSED
+def test_dtypes_mixed_in_one_group(device, fused):
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] * 2
+    params = [parameter((100 * (i + 1),), dtype, device) for i, dtype in enumerate(dtypes)]
+    optimizer = LAMB(params, max_grad_norm=0.1, fused=fused)
+    assert_one_step(optimizer)
+
+
+def test_float64_takes_the_plain_path_under_one_norm(device):
+    params = [parameter((50, 40), device=device), parameter((900,), torch.float64, device)]
+    optimizer = LAMB(params, max_grad_norm=0.01)
+    assert_one_step(optimizer)
+    assert optimizer.state[params[1]]["exp_avg"].dtype == torch.float64
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*float64"):
+        LAMB(params, fused=True).step()
+
+
+@FUSED
+def test_groups_with_their_own_options(device, fused):
+    groups = [
+        {"params": [parameter((500,), device=device)], "lr": 0.01},
+        {"params": [parameter((500,), device=device)], "weight_decay": 0.0, "betas": (0.8, 0.99)},
+        {"params": [parameter((80000,), device=device)], "maximize": True, "eps": 1e-3},
+    ]
+    optimizer = LAMB(groups, max_grad_norm=0.1, fused=fused)
+    for _ in range(2):
+        assert_one_step(optimizer)
+    optimizer.add_param_group({"params": [parameter((33,), device=device)], "trust_clip": True})
+    for _ in range(2):  # the newcomer's step count lags behind
+        assert_one_step(optimizer)
+    assert [int(optimizer.state[p]["step"]) for p in params_of(optimizer)] == [4, 4, 4, 2]
+
+
+@FUSED
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")], ids=["inf", "nan"])
+def test_non_finite_norms_are_not_hidden(device, fused, bad):
+    params = [parameter((100,), device=device), parameter((100,), device=device)]
+    params[0].grad[3] = bad
+    LAMB(params, max_grad_norm=None, fused=fused).step()
+    assert not params[0].isfinite().any(), "r of an inf or NaN norm belongs to the whole tensor"
+    assert params[1].isfinite().all()
+
+    params = [parameter((100,), device=device), parameter((100,), device=device)]
+    before = params[1].detach().clone()
+    params[0].grad[3] = bad
+    optimizer = LAMB(params, max_grad_norm=1.0, fused=fused)
+    optimizer.step()
+    if bad != bad:
+        assert params[1].isnan().all(), "a NaN norm clips every tensor to NaN"
+    else:  # g / inf = 0: only weight decay is left
+        assert torch.all(optimizer.state[params[1]]["exp_avg"] == 0)
+        assert not torch.equal(params[1], before)
+
+
+@FUSED
+def test_trust_clip_keeps_a_nan(device, fused):
+    p = parameter((100,), device=device)
+    p.grad[0] = float("nan")
+    LAMB([p], trust_clip=True, max_grad_norm=None, fused=fused).step()
+    assert p.isnan().all()
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["no clip", "clip"])
+@FUSED
+def test_200_steps_no_further_than_timm(fused, clip):
+    """‖p - ref‖ / ‖ref - p0‖ at most 1.5 times timm's in float32."""
+    Lamb = reference.timm_lamb()
+    if isinstance(Lamb, str):
+        pytest.skip(Lamb)
+    shapes = [(64, 32), (64,), (300, 250), (10, 64, 3, 3)]
+    start = [torch.randn(shape) * 0.1 for shape in shapes]
+    ours = [torch.nn.Parameter(p.clone()) for p in start]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    optimizer = LAMB(ours, lr=2e-3, max_grad_norm=clip, fused=fused)
+    timm = Lamb(theirs, lr=2e-3, max_grad_norm=clip)
+    exact = [Tensor64(to_float64(p), np.zeros(p.shape), np.zeros(p.shape)) for p in start]
+    for x in exact:
+        x.options.lr = 2e-3
+    for t in range(200):
+        torch.manual_seed(1000 + t)
+        grads = [torch.randn(s) * 0.05 + 0.01 * p for s, p in zip(shapes, start, strict=True)]
+        for params in (ours, theirs):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+        reference.step(exact, [to_float64(g) for g in grads], clip)
+        optimizer.step()
+        timm.step()
+
+    def error(params):
+        return max(
+            np.linalg.norm(to_float64(p) - x.p) / np.linalg.norm(x.p - to_float64(p0))
+            for p, x, p0 in zip(params, exact, start, strict=True)
+        )
+
+    assert error(ours) <= 1.5 * error(theirs)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_same_bits_for_any_number_of_threads(threads, count):
+    shapes = [(64, 3, 7, 7), (64,), (300_000,), (1_200_000,), (70_000,), *[(256,)] * 300]
+
+    def run(n):
+        torch.manual_seed(3)
+        threads(n)
+        params = [parameter(shape) for shape in shapes]
+        optimizer = LAMB(params, max_grad_norm=0.5, fused=True)
+        for _ in range(3):
+            optimizer.step()
+        return [*params, *(s["exp_avg_sq"] for s in optimizer.state.values())]
+
+    for a, b in zip(run(1), run(count), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability, tmp_path):
+    """The same bounds; the choice is made once a process, so each has one of its own. This process
+    has the best set of the machine."""
+    import os
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "BATCHOPS_CPU_CAPABILITY": capability}
+    tests = "test_one_step or test_low or test_update_larger or test_scales"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", f"({tests}) and fused and cpu and not instruction"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+@FUSED
+def test_layouts_meet_element_by_element(device, fused):
+    """p, g, m and v each with strides of their own."""
+
+    shape = (6, 5, 4, 3)
+    formats = [torch.contiguous_format, torch.channels_last]
+    params, states = [], []
+    for p_format, g_format, m_format, v_format in itertools.product(formats, repeat=4):
+        p = torch.nn.Parameter(torch.randn(shape, device=device).to(memory_format=p_format))
+        # Assigning .grad keeps its strides.
+        p.grad = (torch.randn(shape, device=device) * 0.01).to(memory_format=g_format)
+        assert p.grad.is_contiguous(memory_format=g_format)
+        params.append(p)
+        m = (torch.randn(shape, device=device) * 1e-3).to(memory_format=m_format)
+        v = (torch.rand(shape, device=device) * 1e-5).to(memory_format=v_format)
+        states.append({"step": torch.tensor(4.0), "exp_avg": m, "exp_avg_sq": v})
+    optimizer = LAMB(params, fused=None if fused else False)
+    for p, state in zip(params, states, strict=True):
+        optimizer.state[p] = state
+    assert_one_step(optimizer)
+
+
+def test_new_state_has_the_parameters_format(device):
+    p = parameter((4, 8, 3, 3), device=device)
+    p.data = p.data.to(memory_format=torch.channels_last)
+    p.grad = p.grad.to(memory_format=torch.channels_last)
+    optimizer = LAMB([p], fused=True)
+    assert_one_step(optimizer)
+    assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+
+
+def test_parameters_with_gaps_take_the_plain_path(device):
+    base = torch.randn(40, 60, device=device)
+    gaps = torch.nn.Parameter(base[:, ::2])
+    shifted = torch.nn.Parameter(torch.randn(1001, device=device)[1:])  # 4-byte aligned only
+    transposed = torch.nn.Parameter(torch.randn(30, 20, device=device).t())
+    expanded_grad = parameter((8, 9), device=device)
+    params = [gaps, shifted, transposed, expanded_grad]
+    for p in params:
+        p.grad = torch.randn(p.shape, device=device) * 0.01
+    expanded_grad.grad = torch.randn(8, 1, device=device).expand(8, 9)
+    untouched = base[:, 1::2].clone()
+    optimizer = LAMB(params)
+    for _ in range(2):
+        assert_one_step(optimizer)
+    assert torch.equal(base[:, 1::2], untouched)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*without gaps"):
+        LAMB([gaps], fused=True).step()
+
+
+@FUSED
+def test_empty_tensors_and_missing_gradients(device, fused):
+    params = [parameter(s, device=device) for s in [(0,), (4, 0, 3), (1,), (5,), (6,)]]
+    params[3].grad = None
+    optimizer = LAMB(params, fused=fused)
+    assert_one_step(optimizer)
+    assert params[3] not in optimizer.state
+    params[3].grad = torch.ones_like(params[3])  # joins later, with a step count of its own
+    params[4].grad = None
+    assert_one_step(optimizer)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2, 1, 1]
+
+
+@FUSED
+def test_no_gradient_anywhere(fused):
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = LAMB([p], fused=fused)
+    optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert not optimizer.state
+
+
+@FUSED
+def test_autograd_sees_the_update(fused):
+    """A parameter saved for a backward and changed by step() is an error there, as with torch's."""
+    p = parameter((5,))
+    loss = (p * p).sum()
+    LAMB([p], fused=fused).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---------------------------------------------------------------------- what the table must notice
+
+
+def test_replaced_gradients_storages_and_states_are_seen():
+    params = [parameter((70000,)), parameter((50,)), parameter((5, 4, 3, 3))]
+    optimizer = LAMB(params, fused=True)
+    assert_one_step(optimizer)
+    for p in params:  # new gradient tensors
+        p.grad = torch.randn_like(p) * 0.02
+    assert_one_step(optimizer)
+    for p in params:  # a backward makes its own
+        p.grad = None
+    sum((p.sin() * 0.01).sum() for p in params).backward()
+    assert_one_step(optimizer)
+    for p in params:  # new storages under the same Parameter objects
+        p.data = p.detach() * 1.5
+    assert_one_step(optimizer)
+    for p in params:  # new storages under the same gradient objects
+        p.grad.data = torch.randn_like(p) * 0.01
+    assert_one_step(optimizer)
+    for p in params:  # new state tensors in the same dicts
+        optimizer.state[p]["exp_avg"] = torch.randn_like(p) * 1e-3
+        optimizer.state[p]["step"] = torch.tensor(100.0)
+    assert_one_step(optimizer)
+    for p in params:  # new dicts
+        optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
+    assert_one_step(optimizer)
+    with torch.no_grad():  # values changed in place
+        optimizer.state[params[0]]["exp_avg"].mul_(2)
+        params[1].fill_(0.5)
+    assert_one_step(optimizer)
+
+
+def test_moved_parameters_are_seen():
+    params = [parameter((70000,)), parameter((6, 5, 3, 3))]
+    optimizer = LAMB(params)
+    assert_one_step(optimizer)
+    params[1].data = params[1].data.to(memory_format=torch.channels_last)
+    params[1].grad = torch.randn_like(params[1]) * 0.01
+    assert_one_step(optimizer)
+    for p in params:  # module.bfloat16() does this
+        p.data = p.data.bfloat16()
+        p.grad = None
+        p.grad = torch.randn_like(p) * 0.01
+    assert_one_step(optimizer)
+    for p in params:
+        p.grad = None
+        p.data = p.data.double()
+        p.grad = torch.randn_like(p) * 0.01
+    optimizer.step()
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_replaced_parameter_lists_are_seen():
+    a, b = parameter((50,)), parameter((50,))
+    optimizer = LAMB([a], fused=True)
+    assert_one_step(optimizer)
+    optimizer.param_groups[0]["params"] = [b]
+    before = a.detach().clone()
+    optimizer.step()
+    assert torch.equal(a, before)
+    assert int(optimizer.state[b]["step"]) == 1
+
+
+# ------------------------------------------------------------------------------------ manners
+
+
+def fresh(dtype=torch.float32, **options):
+    torch.manual_seed(11)
+    params = [parameter((33, 7), dtype), parameter((66000,), dtype), parameter((5,), dtype)]
+    return LAMB(params, **options)
+
+
+def same_states(a: LAMB, b: LAMB) -> None:
+    for p, q in zip(params_of(a), params_of(b), strict=True):
+        assert torch.equal(p, q)
+        for name, value in a.state[p].items():
+            assert value.dtype == b.state[q][name].dtype
+            assert torch.equal(value, b.state[q][name]), name
+
+
+@pytest.mark.parametrize(("one", "two"), [*itertools.product([True, False, None], repeat=2)])
+def test_state_dict_goes_both_ways(one, two):
+    first, second = fresh(fused=one), fresh(fused=two)
+    for _ in range(2):
+        first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for p, q in zip(params_of(first), params_of(second), strict=True):
+        q.data.copy_(p.data)
+    same_states(first, second)
+    assert all(group["fused"] is two for group in second.param_groups)
+    assert_one_step(second)
+    first.step()
+    if one == two:
+        same_states(first, second)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_loading_keeps_every_dtype_bit_for_bit(dtype):
+    first, second = fresh(dtype), fresh(dtype)
+    first.step()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    for p, q in zip(params_of(first), params_of(second), strict=True):
+        q.data.copy_(p.data)
+        assert second.state[q]["exp_avg"].dtype == torch.float32
+    same_states(first, second)
+
+
+def test_states_of_another_dtype_take_the_plain_path():
+    """A checkpoint with bfloat16 moments is kept as it is."""
+    optimizer = fresh(torch.bfloat16)
+    optimizer.step()
+    dicts = copy.deepcopy(optimizer.state_dict())
+    for state in dicts["state"].values():
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+    optimizer.load_state_dict(dicts)
+    assert_one_step(optimizer)
+    assert all(s["exp_avg"].dtype == torch.bfloat16 for s in optimizer.state.values())
+
+
+def test_load_state_dict_hooks_and_errors():
+    optimizer = fresh()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+    def halve(_, loaded):
+        for state in loaded["state"].values():
+            state["exp_avg"] = state["exp_avg"] / 2
+        return loaded
+
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(halve)
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.extend(type(s["exp_avg"]) for s in o.state.values())
+    )
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    assert seen == [torch.Tensor] * 3
+    state = optimizer.state[params_of(optimizer)[0]]
+    assert torch.equal(state["exp_avg"], saved["state"][0]["exp_avg"] / 2)
+
+
+@FUSED
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_step_on_their_own(fused, copier):
+    optimizer = fresh(fused=fused)
+    optimizer.step()
+    twin = copier(optimizer)
+    for p, q in zip(params_of(optimizer), params_of(twin), strict=True):
+        q.grad = p.grad.clone()
+    before = [p.detach().clone() for p in params_of(optimizer)]
+    twin.step()
+    for p, b in zip(params_of(optimizer), before, strict=True):
+        assert torch.equal(p, b)
+    optimizer.step()
+    same_states(optimizer, twin)
+
+
+@FUSED
+def test_closure(fused):
+    model = torch.nn.Linear(4, 1)
+    x = torch.randn(16, 4)
+    optimizer = LAMB(model.parameters(), lr=0.05, fused=fused)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@FUSED
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_schedulers(fused, tensor_lr):
+    def run(schedule):
+        p = parameter((50,))
+        optimizer = LAMB([p], lr=torch.tensor(0.1) if tensor_lr else 0.1, fused=fused)
+        scheduler = schedule(optimizer)
+        for _ in range(4):
+            assert_one_step(optimizer)
+            scheduler.step()
+        return float(optimizer.param_groups[0]["lr"])
+
+    assert run(lambda o: LambdaLR(o, lambda t: 0.5**t)) == pytest.approx(0.1 * 0.5**4)
+    run(lambda o: CosineAnnealingLR(o, T_max=4))
+
+
+@FUSED
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(fused, set_to_none):
+    p = parameter((50,))
+    optimizer = LAMB([p], weight_decay=0.0, fused=fused)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    optimizer.step()
+    assert torch.equal(p, before) is set_to_none  # zeros still decay m and move p
+    assert int(optimizer.state[p]["step"]) == (1 if set_to_none else 2)
+
+
+def test_grad_scaler_unscales_before_the_step():
+    p = parameter((50,))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = LAMB([p])
+    optimizer.zero_grad()
+    expected = LAMB([torch.nn.Parameter(p.detach().clone())])
+    (q,) = params_of(expected)
+    (q**2).sum().backward()
+    scaler.scale((p**2).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    expected.step()
+    assert torch.equal(p, q)
+    optimizer.zero_grad()
+    before = p.detach().clone()
+    scaler.scale((p * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(p, before)
+    assert int(optimizer.state[p]["step"]) == 1
+
+
+def test_hooks_run_around_the_step():
+    optimizer = fresh()
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step()
+    assert calls == ["pre", "post"]
+
+
+def test_named_parameters_are_named_in_errors():
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.bias.grad = torch.zeros(2).to_sparse()
+    optimizer = LAMB(model.named_parameters())
+    with pytest.raises(RuntimeError, match=r"'bias'.*sparse gradient"):
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": torch.tensor([0.1, 0.2])},
+        {"eps": -1e-8},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"betas": (0.9,)},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": float("nan")},
+        {"fused": "yes"},
+    ],
+    ids=str,
+)
+def test_invalid_options(options):
+    with pytest.raises(ValueError, match=r"LAMB.*(expected|must be)"):
+        LAMB([parameter((2,))], **options)
+    optimizer = LAMB([parameter((2,))])
+    with pytest.raises(ValueError, match=r"LAMB.*(expected|must be|one number)"):
+        optimizer.add_param_group({"params": [parameter((2,))], **options})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_unsupported_options_are_refused():
+    for name in ("foreach", "differentiable", "capturable"):
+        with pytest.raises(TypeError, match=name):
+            LAMB([parameter((2,))], **{name: True})
+        with pytest.raises(RuntimeError, match=name):
+            LAMB([{"params": [parameter((2,))], name: True}])
+
+
+def test_max_grad_norm_is_one_number():
+    optimizer = LAMB([parameter((2,))])
+    with pytest.raises(ValueError, match=r"max_grad_norm.*expected 1\.0, got 2\.0"):
+        optimizer.add_param_group({"params": [parameter((2,))], "max_grad_norm": 2.0})
+    optimizer.add_param_group({"params": [parameter((2,))]})
+    optimizer.param_groups[1]["max_grad_norm"] = 3.0
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        optimizer.step()
+
+
+def snapshot(optimizer: LAMB):
+    state = {
+        i: {k: v.clone() for k, v in optimizer.state[p].items()}
+        for i, p in enumerate(params_of(optimizer))
+        if p in optimizer.state
+    }
+    return [p.detach().clone() for p in params_of(optimizer)], state
+
+
+def assert_unchanged(optimizer: LAMB, before) -> None:
+    params, state = before
+    for i, (p, old) in enumerate(zip(params_of(optimizer), params, strict=True)):
+        assert torch.equal(p, old)
+        assert (p in optimizer.state) == (i in state)
+        for name, value in state.get(i, {}).items():
+            assert torch.equal(optimizer.state[p][name], value)
+
+
+def bad_gradient(kind: str, p: torch.nn.Parameter) -> None:
+    if kind == "sparse":
+        p.grad = torch.zeros(p.shape).to_sparse()
+    elif kind == "complex":
+        p.data = torch.zeros(p.shape, dtype=torch.complex64)
+        p.grad = torch.zeros(p.shape, dtype=torch.complex64)
+
+
+@FUSED
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+@pytest.mark.parametrize("warm", [False, True], ids=["first step", "later"])
+def test_bad_gradients_change_nothing(fused, kind, warm):
+    """The bad parameter is the last of three, and of a mixed plan: all is checked before anything
+    is written."""
+    params = [parameter((9,)), parameter((9,), torch.float64), parameter((9,))]
+    optimizer = LAMB(params, fused=None if fused else False)
+    if warm:
+        optimizer.step()
+    else:
+        params[2].grad = None
+        params[2].data = params[2].data.clone()
+    params[2].grad = None
+    bad_gradient(kind, params[2])
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"parameter 2 of group 0.*{kind} gradient"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@FUSED
+def test_states_that_do_not_fit_change_nothing(fused):
+    params = [parameter((9,)), parameter((9,))]
+    optimizer = LAMB(params, fused=None if fused else False)
+    optimizer.step()
+    good = dict(optimizer.state[params[1]])
+    for bad, message in [
+        ({"exp_avg": torch.zeros(4)}, r"'exp_avg'.*of its size.*\(4,\)"),
+        ({"exp_avg_sq": torch.zeros(9, dtype=torch.int64)}, r"'exp_avg_sq'.*int64"),
+        ({"step": None}, "'step'"),
+    ]:
+        optimizer.state[params[1]] = {**good, **bad}
+        before = [p.detach().clone() for p in params]
+        first = {k: v.clone() for k, v in optimizer.state[params[0]].items()}
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        assert all(torch.equal(optimizer.state[params[0]][k], v) for k, v in first.items())
+
+
+def test_parameters_that_overlap_themselves_are_refused():
+    p = torch.nn.Parameter(torch.randn(3, 1).expand(3, 4))
+    p.grad = torch.zeros(3, 4)
+    for fused in (None, True, False):
+        with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*share memory"):
+            LAMB([p], fused=fused).step()
