@@ -10,6 +10,7 @@ from . import (
     data,
     functional,
     nn,
+    optim,
 )
 from ._config import show_config
 from .convert import convert, revert
@@ -22,6 +23,7 @@ __all__ = [
     "data",
     "functional",
     "nn",
+    "optim",
     "revert",
     "show_config",
 ]
