@@ -36,8 +36,7 @@ bool kernel_dtype(const Tensor& t) {
 }
 
 // Why the kernels cannot serve these tensors; empty if they can.
-std::string unsupported(const Tensor& p, const std::optional<Tensor>& exp_avg,
-                        const std::optional<Tensor>& exp_avg_sq) {
+std::string unsupported(const Tensor& p, const Tensor* exp_avg, const Tensor* exp_avg_sq) {
   const auto text = [](const auto&... parts) { return c10::str(parts...); };
   if (p.layout() != at::kStrided || p.unsafeGetTensorImpl()->is_python_dispatch()) {
     return "expected a plain strided tensor";
@@ -53,7 +52,7 @@ std::string unsupported(const Tensor& p, const std::optional<Tensor>& exp_avg,
   }
   if (p.is_conj() || p.is_neg()) return "expected a tensor without a lazy conjugate or minus";
   for (const auto& [name, state] : {std::pair{"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}}) {
-    if (!state) continue;
+    if (state == nullptr) continue;
     if (state->scalar_type() != at::kFloat || state->layout() != at::kStrided ||
         state->unsafeGetTensorImpl()->is_python_dispatch()) {
       return text("expected ", name, " in float32, got ", state->scalar_type());
@@ -99,7 +98,7 @@ class LambTable : public torch::CustomClassHolder {
       const Tensor& p = params_[i];
       const Tensor& grad = p.grad();
       if (!grad.defined()) continue;
-      if (p.device() != device_ || !unsupported(p, exp_avgs_[i], exp_avg_sqs_[i]).empty() ||
+      if (p.device() != device_ || !unsupported(p, &exp_avgs_[i], &exp_avg_sqs_[i]).empty() ||
           !steps_[i].is_cpu() || steps_[i].scalar_type() != at::kFloat || steps_[i].numel() != 1) {
         return static_cast<int64_t>(i);
       }
@@ -273,7 +272,10 @@ class LambTable : public torch::CustomClassHolder {
 
 TORCH_LIBRARY_FRAGMENT(batchops, m) {
   // Why LambTable cannot take a parameter with this state, "" where it can.
-  m.def("lamb_unsupported(Tensor p, Tensor? exp_avg, Tensor? exp_avg_sq) -> str", &unsupported);
+  m.def("lamb_unsupported(Tensor p, Tensor? exp_avg, Tensor? exp_avg_sq) -> str",
+        [](const Tensor& p, const std::optional<Tensor>& m, const std::optional<Tensor>& v) {
+          return unsupported(p, m ? &*m : nullptr, v ? &*v : nullptr);
+        });
   m.class_<LambTable>("LambTable")
       .def(torch::init<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                        std::vector<Tensor>, std::vector<int64_t>, std::vector<std::string>>())
