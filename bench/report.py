@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -145,6 +146,12 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:
     header, *rows = lines
     rule = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(line) + " |" for line in [header, rule, *rows]]
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """Folder name under results/: model, cores and GPU, lower case with hyphens."""
+    parts = [str(machine["cpu"]), f"{machine['cores']}-cores", machine.get("gpu") or ""]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
 def describe(machine: dict[str, Any]) -> str:
@@ -305,8 +312,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not records:
         raise SystemExit("report: the files hold no record of the pair fixture")
     if options.name is None:
-        from common import machine_name
-
         options.name = machine_name(machine)
     folder = options.out / options.name
     folder.mkdir(parents=True, exist_ok=True)

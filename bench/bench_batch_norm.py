@@ -1,0 +1,273 @@
+"""Batch norm alone, with ReLU, and with add + ReLU: forward, backward, eval, against torch.
+
+Peers: `torch` composes batch_norm, add and relu out of place; `torch in place` reuses the batch
+norm's output, as residual networks usually do; `torch.compile` comes with --compile.
+
+The bytes that must move, in passes over the tensor: forward 2 (read x, write y), backward 3 (read
+x and dy, write dx), plus 1 for a residual (or its gradient) and one bit an element for the mask of
+add + relu. What is reduced before it is used must be read again where it does not stay in the
+cache: in contiguous layout a channel's slice does; in channels_last it takes all of x (and dy).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import close_to, dtype_name, last_level_cache_bytes, rotating
+
+from batchops import functional as BF
+
+EPS = 1e-5
+
+# shape: why it is here; quick: the dtypes and layouts kept with --quick
+SHAPES = [
+    (32, 64, 112, 112),  # ResNet stem: few channels, 103 MB in fp32
+    (64, 256, 56, 56),  # ResNet stage 1, past every cache
+    (64, 512, 14, 14),  # stage 3: short rows in contiguous layout
+    (256, 2048, 7, 7),  # stage 4: 49 elements a row, not a multiple of a vector
+    (8, 32, 16, 16),  # small: fits the second-level cache, overhead counts
+    (4096, 1024),  # 1-D: features in rows
+]
+QUICK_SHAPES = {(32, 64, 112, 112), (64, 512, 14, 14), (8, 32, 16, 16)}
+VARIANTS = ["plain", "relu", "add_relu"]
+PASSES = ["forward", "backward", "eval"]
+
+
+def _cases() -> list[Any]:
+    cases = []
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in ("contiguous", "channels_last"):
+                if len(shape) == 2 and layout == "channels_last":
+                    continue
+                for variant in VARIANTS:
+                    for phase in PASSES:
+                        quick = (
+                            shape in QUICK_SHAPES
+                            and dtype is torch.float32
+                            and variant == "relu"
+                            and (layout == "contiguous" or shape == SHAPES[0])
+                        )
+                        size = "x".join(map(str, shape))
+                        name = f"{size}-{dtype_name(dtype)}-{layout}-{variant}-{phase}"
+                        marks = [pytest.mark.quick] if quick else []
+                        values = (shape, dtype, layout, variant, phase)
+                        cases.append(pytest.param(*values, id=name, marks=marks))
+    return cases
+
+
+class _Set:
+    """One set of rotated inputs."""
+
+    def __init__(
+        self, x: torch.Tensor, residual: torch.Tensor | None, dy: torch.Tensor | None, grad: bool
+    ) -> None:
+        self.x = x.requires_grad_(grad)
+        self.residual = residual if residual is None else residual.requires_grad_(dy is not None)
+        self.dy = dy
+
+    def copy(self) -> _Set:
+        """The same values elsewhere in memory, which is all that rotation needs."""
+        copies = (t if t is None else t.detach().clone() for t in (self.x, self.residual, self.dy))
+        return _Set(*copies, grad=self.x.requires_grad)
+
+
+class Problem:
+    """Inputs of one case, and what they should give, in float64."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        layout: str,
+        variant: str,
+        phase: str,
+        device: torch.device,
+    ) -> None:
+        self.shape, self.dtype, self.layout = shape, dtype, layout
+        self.variant, self.phase, self.device = variant, phase, device
+        last = layout == "channels_last"
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        # Stock rounds to bf16 between the steps of a composition: sums of magnitude 8 or less.
+        self.margin = 2e-3 if dtype is torch.float32 else 2.0**-4
+        channels = shape[1]
+        generator = torch.Generator(device).manual_seed(0)
+        self.weight = torch.rand(channels, generator=generator, device=device) + 0.5
+        self.bias = torch.randn(channels, generator=generator, device=device) * 0.5
+        self.mean = torch.randn(channels, generator=generator, device=device) * 0.1
+        self.var = torch.rand(channels, generator=generator, device=device) + 0.5
+        self.weight.requires_grad_(phase != "eval")
+        self.bias.requires_grad_(phase != "eval")
+        self.elements = torch.Size(shape).numel()
+        self.tensors = {"forward": 2, "backward": 3, "eval": 2}[phase] + (variant == "add_relu")
+        tensor_bytes = self.elements * dtype.itemsize
+        first = self._first_set(generator)
+        self.sets = rotating(
+            lambda i: first.copy() if i else first, self.tensors * tensor_bytes, device
+        )
+        self.reference = functools.lru_cache(maxsize=1)(self._reference)
+
+    def _first_set(self, generator: torch.Generator) -> _Set:
+        def draw() -> torch.Tensor:
+            x = torch.randn(self.shape, generator=generator, device=self.device)
+            return x.to(self.dtype, memory_format=self.memory_format)
+
+        backward = self.phase == "backward"
+        inputs = _Set(
+            draw(),
+            draw() if self.variant == "add_relu" else None,
+            draw() if backward else None,
+            grad=self.phase != "eval",
+        )
+        if backward and self.variant != "plain":
+            # Where rounding decides the sign before relu, no gradient comes in: so the masks of
+            # all sides are right alike.
+            before = self.expected_before_activation(inputs)
+            inputs.dy[before.abs() < self.margin] = 0
+        return inputs
+
+    def bytes_moved(self) -> int:
+        tensor_bytes = self.elements * self.dtype.itemsize
+        passes = self.tensors
+        read_twice = {"forward": 1, "backward": 2, "eval": 0}[self.phase]
+        fits = read_twice * tensor_bytes <= last_level_cache_bytes(self.device) // 2
+        if self.layout == "channels_last" and not fits:
+            passes += read_twice
+        mask = self.elements // 8 if self.variant == "add_relu" and self.phase != "eval" else 0
+        return passes * tensor_bytes + mask
+
+    def _per_channel(self, value: torch.Tensor) -> torch.Tensor:
+        return value.double().view(1, -1, *[1] * (len(self.shape) - 2))
+
+    def expected_before_activation(self, inputs: _Set) -> torch.Tensor:
+        x = inputs.x.detach().double()
+        if self.phase == "eval":
+            mean, var = self._per_channel(self.mean), self._per_channel(self.var)
+        else:
+            axes = [d for d in range(x.dim()) if d != 1]
+            mean = x.mean(axes, keepdim=True)
+            var = (x - mean).square().mean(axes, keepdim=True)
+        weight, bias = self._per_channel(self.weight.detach()), self._per_channel(self.bias)
+        y = (x - mean) / (var + EPS).sqrt() * weight + bias.detach()
+        return y if inputs.residual is None else y + inputs.residual.detach().double()
+
+    def _reference(self, index: int) -> list[torch.Tensor | None]:
+        inputs = self.sets[index]
+        before = self.expected_before_activation(inputs)
+        if self.phase != "backward":
+            return [before if self.variant == "plain" else before.clamp(min=0)]
+        # dx = w·rstd·(dz − Σdz/M − x̂·Σ(dz·x̂)/M), dw = Σ dz·x̂, db = Σ dz; dz = dy where y > 0
+        dz = inputs.dy.double()
+        if self.variant != "plain":
+            dz = dz * (before > 0)
+        x = inputs.x.detach().double()
+        axes = [d for d in range(x.dim()) if d != 1]
+        centred = x - x.mean(axes, keepdim=True)
+        rstd = (centred.square().mean(axes, keepdim=True) + EPS).rsqrt()
+        x_hat = centred * rstd
+        projection = (dz * x_hat).mean(axes, keepdim=True)
+        dx = dz - dz.mean(axes, keepdim=True) - x_hat * projection
+        dx = dx * rstd * self._per_channel(self.weight.detach())
+        residual = [dz] if self.variant == "add_relu" else []
+        return [dx, (dz * x_hat).sum(axes), dz.sum(axes), *residual]
+
+    def check(self, ours: bool) -> Any:
+        """Elementwise bounds: one rounding to the dtype for ours, three for a composition.
+
+        Sums over M elements: dweight and dbias grow as √M, and so does the bound.
+        """
+        fp32 = self.dtype is torch.float32
+        summed = self.elements / self.shape[1]
+        rtol = (2e-6 if fp32 else 2.0**-8) * (1 if ours else 3)
+        # torch sums channels_last statistics in fp32, one row after the other
+        drift = 0.0 if ours else summed**0.5 * 2e-6
+        atol = (1e-5 if fp32 else (2.0**-8 if ours else self.margin)) + drift
+        tensors = close_to(lambda i: self.reference(i)[0], rtol, atol)
+        rest = close_to(lambda i: self.reference(i)[3:], rtol, atol)
+        # a stock sum may add its M terms one after the other in fp32
+        scale = summed**0.5 * 1e-5 if ours else max(summed * 2.0**-24, summed**0.5 * 1e-4)
+        sums = close_to(lambda i: self.reference(i)[1:3], 1e-4, scale)
+
+        def check(output: Any, index: int) -> None:
+            if self.phase != "backward":
+                return tensors(output, index)
+            tensors(output[0], index)
+            sums(output[1:3], index)
+            rest(output[3:], index)
+
+        return check
+
+    def side(self, forward: Any) -> Any:
+        """What is timed: `forward(x, residual, mean, var, weight, bias, training)`, or its
+        backward through graphs that are built here, before any timing."""
+        mean, var = self.mean.clone(), self.var.clone()
+        training = self.phase != "eval"
+
+        def run(index: int) -> torch.Tensor:
+            inputs = self.sets[index]
+            return forward(inputs.x, inputs.residual, mean, var, self.weight, self.bias, training)
+
+        if self.phase != "backward":
+            return run
+        outputs = [run(index) for index in range(len(self.sets))]
+
+        def backward(index: int) -> tuple[torch.Tensor, ...]:
+            inputs = self.sets[index]
+            leaves = [inputs.x, self.weight, self.bias]
+            if inputs.residual is not None:
+                leaves.append(inputs.residual)
+            return torch.autograd.grad(outputs[index], leaves, inputs.dy, retain_graph=True)
+
+        return backward
+
+
+def _ours(activation: str | None) -> Any:
+    def forward(x, residual, mean, var, weight, bias, training):
+        return BF.batch_norm(
+            x, mean, var, weight, bias, training, 0.1, EPS, activation=activation, residual=residual
+        )
+
+    return forward
+
+
+def _torch(variant: str, in_place: bool) -> Any:
+    def forward(x, residual, mean, var, weight, bias, training):
+        y = F.batch_norm(x, mean, var, weight, bias, training, 0.1, EPS)
+        if residual is not None:
+            y = y.add_(residual) if in_place else y + residual
+        if variant == "plain":
+            return y
+        return F.relu_(y) if in_place else F.relu(y)
+
+    return forward
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "variant", "phase"), _cases())
+def test_batch_norm(request, pair, device, threads, shape, dtype, layout, variant, phase):
+    problem = Problem(shape, dtype, layout, variant, phase, device)
+    stock = _torch(variant, in_place=False)
+    peers = {"torch": problem.side(stock)}
+    if variant != "plain":
+        peers["torch in place"] = problem.side(_torch(variant, in_place=True))
+    if request.config.getoption("--compile"):
+        torch.compiler.reset()
+        peers["torch.compile"] = problem.side(torch.compile(stock, fullgraph=True))
+    with torch.set_grad_enabled(phase != "eval"):
+        pair(
+            ours=problem.side(_ours(None if variant == "plain" else "relu")),
+            peers=peers,
+            check=problem.check(ours=True),
+            peer_check=problem.check(ours=False),
+            bytes_moved=problem.bytes_moved(),
+            rotate=len(problem.sets),
+            op=f"batch_norm {variant.replace('_', ' + ')}, {phase}",
+            case={
+                "shape": "×".join(map(str, shape)),
+                "dtype": dtype_name(dtype),
+                "layout": layout,
+            },
+        )
