@@ -8,10 +8,13 @@ the moments at which samplers run, and the state of every random number generato
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
+import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -145,8 +148,18 @@ def same(make: Callable[[Any], tuple[Any, dict[str, Any]]], native: bool | None 
         assert got == want, f"event {position} of {len(expected)} differs"
 
 
-def images(n: int = 103) -> TensorDataset:
-    """Rows of 60 float, 1 label, 3 odd bytes: wide, one word, and no power of two."""
+@functools.lru_cache(maxsize=16)
+def _wide(n: int) -> torch.Tensor:
+    return torch.randn(n, 8192, generator=torch.Generator().manual_seed(n))
+
+
+def images(n: int = 103, wide: bool = False) -> TensorDataset:
+    """Rows of 60 float, 1 label, 3 odd bytes: long, one word, and no power of two.
+
+    wide: 32 KB rows, so that a batch of two is gathered ahead in the background.
+    """
+    if wide:
+        return TensorDataset(_wide(n), torch.arange(n))
     g = torch.Generator().manual_seed(n)
     return TensorDataset(
         torch.randn(n, 3, 4, 5, generator=g),
@@ -196,6 +209,7 @@ def random_case(rng: random.Random, workers: int) -> Callable[[Any], tuple[Any, 
     shared_draws = rng.random() < 0.5
     num_samples = rng.choice([1, n, 2 * n, 2 * n + 3, 31, 32, 64, 65])
     seed = rng.randrange(1 << 30)
+    wide = rng.random() < 0.5
     extra: dict[str, Any] = {}
     if workers:
         extra = {
@@ -205,7 +219,7 @@ def random_case(rng: random.Random, workers: int) -> Callable[[Any], tuple[Any, 
         }
 
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
-        dataset: Dataset = images(n)
+        dataset: Dataset = images(n, wide)
         local = random.Random(seed)
         for _ in range(nest):
             size = len(dataset)
@@ -309,12 +323,14 @@ def test_whole_epochs_of_background_size(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_user_samplers_run_when_torch_runs_them(workers: int) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_user_samplers_run_when_torch_runs_them(workers: int, wide: bool) -> None:
     logs = []
     for cls in (TorchLoader, DataLoader):
         log: list[Any] = []
         torch.manual_seed(0)
-        loader = cls(images(40), 4, sampler=LoggingSampler(40, log), num_workers=workers)
+        sampler = LoggingSampler(40, log)
+        loader = cls(images(40, wide), 4, sampler=sampler, num_workers=workers)
         log.append("iter")
         iterator = iter(loader)
         for k in range(5):
@@ -340,12 +356,14 @@ def test_sampler_that_fails_midway() -> None:
     same(lambda cls: (cls(images(), 4, sampler=Failing(), num_workers=2), {}), native=None)
 
 
-def test_batch_size_may_change_midway() -> None:
+@pytest.mark.parametrize("sizes", [[3, 10, 1, 20, 7], [5, None], [5, 0], [5, -1]], ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_batch_size_may_change_midway(wide: bool, sizes: list[Any]) -> None:
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
-        loader = cls(images(200), 8, shuffle=True)
+        loader = cls(images(200, wide), 8, shuffle=True)
 
         def between(k: int) -> None:
-            loader.batch_sampler.batch_size = 3 + (k * 7) % 20
+            loader.batch_sampler.batch_size = sizes[k % len(sizes)]
 
         return loader, {"epochs": 2, "between": between}
 
@@ -1237,6 +1255,33 @@ def test_native_errors_name_what_came() -> None:
     with pytest.raises(ValueError, match=r"IndexSpan: expected an address and a size >= 0"):
         _C.IndexSpan(0, 3)
     assert not out.any()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_pool_and_gather_under_sanitizers(sanitizer: str, tmp_path: Any) -> None:
+    """The collate library alone, no Python and no torch on the include path, under stress."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    root = pathlib.Path(__file__).parents[1]
+    sources = [*sorted((root / "csrc/collate").glob("*.cpp")), root / "tests/collate_stress.cpp"]
+    binary = tmp_path / "stress"
+    flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    built = subprocess.run(
+        [compiler, *flags, f"-I{root / 'csrc'}", *sources, "-o", binary, "-pthread"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "cannot find -l" in built.stderr:
+        pytest.skip(f"the compiler has no runtime for -fsanitize={sanitizer}")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([binary], capture_output=True, text=True, timeout=300, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the sanitizer cannot map its shadow memory on this kernel")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"
 
 
 def test_signals_do_not_reach_pool_threads() -> None:

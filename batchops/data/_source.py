@@ -28,6 +28,9 @@ _TENSOR_GETITEM = TensorDataset.__getitem__
 _SUBSET_GETITEM = Subset.__getitem__
 _SUBSET_GETITEMS = Subset.__getitems__
 
+# The last map that was found to leave tuples of tensors alone.
+_plain_fn_map: dict[Any, Any] = {}
+
 _is_cow = getattr(torch._C, "_is_cow_tensor", lambda _: False)
 
 
@@ -37,12 +40,15 @@ def collate_only_stacks() -> bool:
     ``default_collate_fn_map`` is the user's to extend, and read live. Inside a worker process
     stacking goes to shared memory.
     """
+    global _plain_fn_map
     fn_map = torch_collate.default_collate_fn_map
-    return (
-        fn_map.get(torch.Tensor) is torch_collate.collate_tensor_fn
-        and not any(issubclass(tuple, key) for key in fn_map if key is not torch.Tensor)
-        and get_worker_info() is None
-    )
+    if fn_map != _plain_fn_map:
+        if fn_map.get(torch.Tensor) is not torch_collate.collate_tensor_fn or any(
+            issubclass(tuple, key) for key in fn_map if key is not torch.Tensor
+        ):
+            return False
+        _plain_fn_map = dict(fn_map)
+    return get_worker_info() is None
 
 
 def nobody_watches() -> bool:
@@ -106,8 +112,12 @@ class GatherSource:
         self._dataset = dataset
         self._subsets = subsets
         self._layouts = [_layout(t) for t in self.tensors]
-        self._row_shapes = [t.shape[1:] for t in self.tensors]
-        self._row_bytes = [t[0].numel() * t.element_size() for t in self.tensors]
+        # Held so that memory which threads read outlives a tensor made to point elsewhere.
+        self._storages = [t.untyped_storage() for t in self.tensors]
+        self._columns = [
+            (t.dtype, tuple(t.shape[1:]), t[0].numel() * t.element_size()) for t in self.tensors
+        ]
+        self.row_bytes = sum(row_bytes for _, _, row_bytes in self._columns)
         self.table = _C.Table(
             [
                 (
@@ -154,16 +164,16 @@ class GatherSource:
 
     def is_current(self) -> bool:
         """Whether the tensors lie where the table says (their values may have changed)."""
-        return all(_layout(t) == seen for t, seen in zip(self.tensors, self._layouts, strict=True))
+        return [_layout(t) for t in self.tensors] == self._layouts
 
     def is_live(self) -> bool:
-        """Whether the dataset still refers to these tensors and these subsets."""
-        dataset: Any = self._subsets[0] if self._subsets else self._dataset
-        for subset in self._subsets:
-            if dataset is not subset:
+        """Whether the dataset still refers to these tensors, through these subsets."""
+        dataset: Any = self._dataset
+        for subset in reversed(self._subsets):
+            if subset.dataset is not dataset:
                 return False
-            dataset = subset.dataset
-        return dataset is self._dataset and dataset.tensors is self.tensors
+            dataset = subset
+        return self._dataset.tensors is self.tensors
 
     def versions(self) -> list[int]:
         """Counters that torch moves with every write to a tensor."""
@@ -185,21 +195,21 @@ class GatherSource:
         None where torch has to index (or to raise): indices that are no plain integers, or out of
         range, or no indices at all.
         """
-        lookups = (*lookups, *(_readable(subset.indices) for subset in self._subsets))
+        if self._subsets:
+            lookups = (*lookups, *(_readable(subset.indices) for subset in self._subsets))
         rows = self.table.resolve(_readable(indices), lookups)
         return rows if rows is not None and len(rows) else None
 
     def start(self, rows: _C.Rows, threads: int, pin_memory: bool) -> Batch:
         """Allocate a batch and start to fill it on at most ``threads`` pool threads."""
         n = len(rows)
-        batch = [
-            torch.empty((n, *shape), dtype=t.dtype, device="cpu", pin_memory=pin_memory)
-            for t, shape in zip(self.tensors, self._row_shapes, strict=True)
-        ]
-        outputs = [(b.data_ptr(), n * size) for b, size in zip(batch, self._row_bytes, strict=True)]
-        # Storages too: they outlive a tensor that is made to point elsewhere meanwhile.
-        keep = (batch, [t.untyped_storage() for t in self.tensors])
-        return Batch(batch, self.table.gather(rows, outputs, keep, threads))
+        batch = []
+        outputs = []
+        for dtype, shape, row_bytes in self._columns:
+            out = torch.empty((n, *shape), dtype=dtype, device="cpu", pin_memory=pin_memory)
+            batch.append(out)
+            outputs.append((out.data_ptr(), n * row_bytes))
+        return Batch(batch, self.table.gather(rows, outputs, (batch, self._storages), threads))
 
 
 class Batch:

@@ -76,6 +76,20 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         return GatherSource.of(self.dataset)
 
 
+# Below this, torch's own lists of indices cost less than slices of vectors.
+_STREAM_BATCH = 128
+
+
+def _stream(index_sampler: Any, source: GatherSource) -> IndexStream | None:
+    """The batches of ``index_sampler`` as vectors, where that is possible and pays."""
+    stream = IndexStream.of(index_sampler)
+    if stream is None:
+        return None
+    size = index_sampler.batch_size
+    large = size >= _STREAM_BATCH or size * source.row_bytes >= _C.COLLATE_BACKGROUND_BYTES
+    return stream if large else None
+
+
 class _Ahead(NamedTuple):
     """A batch that is gathered before it is asked for, and what it was gathered from."""
 
@@ -101,7 +115,7 @@ class _GatherIter(torch_dataloader._SingleProcessDataLoaderIter):
     def __init__(self, loader: DataLoader, source: GatherSource) -> None:
         super().__init__(loader)
         self._source: GatherSource | None = source
-        self._stream = IndexStream.of(self._index_sampler)
+        self._stream = _stream(self._index_sampler, source)
         self._ahead: _Ahead | None = None
 
     def _next_data(self) -> Any:
@@ -140,10 +154,12 @@ class _GatherIter(torch_dataloader._SingleProcessDataLoaderIter):
         data = self._dataset_fetcher.fetch(index)
         return pin(data, self._pin_memory_device) if self._pin_memory else data
 
-    def _read_ahead(self, size: int) -> None:
+    def _read_ahead(self, size: Any) -> None:
         threads = torch.get_num_threads() - 1
-        if threads < 1 or not self._stream.may_take_early(size) or not self._gathers():
+        if threads < 1 or type(size) is not int or not self._stream.may_take_early(size):
             return
+        if not self._gathers() or size * self._source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
+            return  # a small batch is gathered when it is asked for, by its thread
         try:
             taken = self._stream.take(size)
         except StopIteration:
@@ -199,7 +215,8 @@ class _WorkerGatherIter(torch_dataloader._BaseDataLoaderIter):
 
     def _reset(self, loader: DataLoader, first_iter: bool = False) -> None:
         super()._reset(loader, first_iter)
-        self._stream = IndexStream.of(self._index_sampler)
+        source = self._source
+        self._stream = None if source is None else _stream(self._index_sampler, source)
         self._under_way: deque[Any] = deque()
         self._sent = 0
         for _ in range(self._prefetch_factor * self._num_workers):

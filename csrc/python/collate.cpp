@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace batchops::collate {
 namespace {
 
-// Waking a thread costs more than copying this much (the caller then does it in wait()).
+// Waking a thread costs more than copying less than this: the caller does it, in wait().
 constexpr int64_t kBackgroundBytes = 64 << 10;
 
 // A run of int64 indices in memory that the caller keeps alive while it passes this on.
@@ -142,8 +142,11 @@ struct Rows {
 
 class GatherJob {
  public:
-  GatherJob(std::shared_ptr<GatherTask> task, py::object keep)
-      : task_(std::move(task)), keep_(std::move(keep)) {}
+  GatherJob(std::shared_ptr<GatherTask> task, py::object keep, int threads)
+      : task_(std::move(task)), keep_(std::move(keep)) {
+    if (is_small()) return;
+    if (threads > 0) ThreadPool::instance().submit(task_);
+  }
   // What `keep` holds may go only when no thread reads or writes it: a chunk or two at most.
   ~GatherJob() { ThreadPool::instance().cancel(*task_); }
   GatherJob(const GatherJob&) = delete;
@@ -152,6 +155,7 @@ class GatherJob {
   bool done() const { return task_->done(); }
   void wait() {
     if (task_->done()) return;
+    if (is_small()) return ThreadPool::instance().wait(*task_);
     // Not gil_scoped_release: a daemon thread that asks for the GIL while the interpreter exits is
     // ended there by unwinding its stack, and unwinding out of a destructor would abort.
     PyThreadState* const state = PyEval_SaveThread();
@@ -160,6 +164,9 @@ class GatherJob {
   }
 
  private:
+  // Over before another thread would be awake, or would have taken the GIL.
+  bool is_small() const { return task_->bytes() < kBackgroundBytes; }
+
   const std::shared_ptr<GatherTask> task_;
   py::object keep_;
 };
@@ -234,8 +241,7 @@ class PyTable {
       }
     }
     auto task = GatherTask::make(table_, rows.indices, std::move(out), threads);
-    if (threads > 0 && task->bytes() >= kBackgroundBytes) ThreadPool::instance().submit(task);
-    return std::make_unique<GatherJob>(std::move(task), std::move(keep));
+    return std::make_unique<GatherJob>(std::move(task), std::move(keep), threads);
   }
 
  private:
@@ -282,6 +288,7 @@ void bind_collate(py::module_& m) {
   m.def(
       "collate_threads", [] { return ThreadPool::instance().threads(); },
       "Native threads that are alive in this process");
+  m.attr("COLLATE_BACKGROUND_BYTES") = py::int_(kBackgroundBytes);
   m.attr("COLLATE_MAX_THREADS") = py::int_(ThreadPool::kMaxThreads);
   m.def(
       "collate_shutdown", [] { ThreadPool::instance().shutdown(); },
