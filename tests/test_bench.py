@@ -1,0 +1,223 @@
+"""The benches' tools: what `pair` does to its sides, and what the report makes of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+BENCH = pathlib.Path(__file__).parents[1] / "bench"
+
+pytest.importorskip("pytest_benchmark")
+
+TINY = """
+import gc, json, pathlib, time
+import torch
+LOG = []
+
+def side(name, seconds, value=1):
+    def call(index):
+        LOG.append((name, index, gc.isenabled(), torch.get_num_threads()))
+        time.sleep(seconds)
+        return value
+    return call
+
+def right(output, index):
+    assert output == 1, "not one"
+
+def test_order(pair, threads):
+    LOG.clear()
+    record = pair(
+        ours=side("ours", 1e-3),
+        peers={
+            "torch": side("torch", 4e-3),
+            "wrong": side("wrong", 0, value=2),
+            "absent": "absent is not installed",
+        },
+        check=right, rotate=5, calls=2, bytes_moved=1000, items=10,
+        op="sleep", case={"for": "1 ms"},
+    )
+    pathlib.Path(f"log-{threads}.json").write_text(json.dumps(LOG))
+
+def test_plain(pair):
+    pair(ours=lambda: 1, peers={"python": lambda: 1}, check=right, op="nothing")
+
+def test_wrong(pair):
+    pair(ours=side("ours", 0, value=2), peers={}, check=right)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A copy of the tools beside a bench of sleeps, run once with each allocator."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name in ("conftest.py", "common.py", "report.py", "pytest.ini"):
+        shutil.copy(BENCH / name, folder)
+    (folder / "bench_tiny.py").write_text(TINY)
+    for allocator, threshold in (("default", None), ("recycled", str(1 << 32))):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        if threshold:
+            environment |= {
+                "MALLOC_MMAP_THRESHOLD_": threshold,
+                "MALLOC_TRIM_THRESHOLD_": threshold,
+            }
+        command = [sys.executable, "-m", "pytest", "-q", "--pair-seconds", "0.05"]
+        command += [f"--benchmark-json={allocator}.json"]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+        (folder / f"{allocator}.txt").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def _records(folder: pathlib.Path, allocator: str = "default") -> dict[str, dict]:
+    stored = json.loads((folder / f"{allocator}.json").read_text())
+    return {bench["name"]: bench["extra_info"] for bench in stored["benchmarks"]}
+
+
+def test_a_wrong_kernel_has_no_time(folder):
+    text = (folder / "default.txt").read_text()
+    assert "1 failed, 3 passed" in text, text
+    assert "not one" in text
+    assert "test_wrong" not in _records(folder)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rounds_alternate_and_inputs_rotate(folder, threads):
+    log = json.loads((folder / f"log-{threads}.json").read_text())
+    record = _records(folder)[f"test_order[{threads}-thread]"]
+    timed = [entry for entry in log if not entry[2]]  # the collector is off in rounds only
+    names = [name for name, *_ in timed]
+    # the peer's turn precedes ours in every round, two calls each
+    assert names == ["torch", "torch", "ours", "ours"] * record["rounds"]
+    assert record["rounds"] >= 7
+    # calls of both sides are numbered through, modulo the number of sets
+    first = timed[0][1]
+    assert [index for _, index, *_ in timed] == [(first + k) % 5 for k in range(len(timed))]
+    assert {count for *_, count in timed} == {threads}
+
+
+def test_record(folder):
+    record = _records(folder)["test_order[1-thread]"]
+    # sleeps of 1 and 4 ms; a busy machine stretches both by the same fraction of a millisecond
+    assert 2 < record["ratio"]["torch"] < 4.2
+    low, high = record["ratio_quartiles"]["torch"]
+    assert low <= record["ratio"]["torch"] <= high
+    assert 1000 <= record["median_us"]["batchops"] < record["median_us"]["torch"]
+    assert record["calls_per_round"] == 2
+    assert record["skipped"]["absent"] == "absent is not installed"
+    assert record["skipped"]["wrong"].startswith("wrong result")
+    assert set(record["ratio"]) == {"torch"}
+    seconds = record["median_us"]["batchops"] * 1e-6
+    assert record["gbps"]["batchops"] == pytest.approx(1000 / seconds / 1e9)
+    assert record["items_per_s"]["batchops"] == pytest.approx(10 / seconds)
+    fraction = record["gbps"]["batchops"] / record["floor_gbps"]
+    assert record["fraction_of_floor"]["batchops"] == pytest.approx(fraction)
+    assert record["floor_gbps"] > 0.1
+
+
+def test_allocator_is_stated(folder):
+    for allocator in ("default", "recycled"):
+        assert _records(folder, allocator)["test_plain"]["allocator"] == allocator
+
+
+def test_stored_file_names_no_host(folder):
+    stored = json.loads((folder / "default.json").read_text())
+    assert "node" not in stored["machine_info"]
+    assert os.uname().nodename not in json.dumps(stored["machine_info"]).split('"')
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("bench_report", BENCH / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_report_of_both_allocators(folder, report, capsys):
+    readme = folder / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    runs = [str(folder / "default.json"), str(folder / "recycled.json")]
+    arguments = [*runs, "--name", "here", "--out", str(folder / "results"), "--readme", str(readme)]
+    assert report.main(arguments) == 0
+    assert "sleep" in capsys.readouterr().out
+    text = (folder / "results/here/report.md").read_text()
+    # 1 and 2 threads, two allocators
+    assert len([line for line in text.splitlines() if line.startswith("| 1 ms |")]) == 4
+    assert "Skipped absent: absent is not installed" in text
+    stored = json.loads((folder / "results/here/report.json").read_text())
+    assert len(stored["records"]) == 6
+    if importlib.util.find_spec("matplotlib"):
+        assert "<svg" in (folder / "results/here/report.svg").read_text()
+    filled = readme.read_text()
+    assert filled.startswith("before\n")
+    assert filled.endswith("\nafter\n")
+    assert "old" not in filled
+    assert "| sleep | torch | 1 | default | 1 |" in filled
+
+
+def _record(report, ratio: float, **changes):
+    record = {
+        "op": "op",
+        "case": {"shape": "1"},
+        "device": "cpu",
+        "threads": 1,
+        "allocator": "default",
+        "median_us": {report.OURS: 10.0, "torch": 10 * ratio},
+        "spread": {report.OURS: 0.01},
+        "ratio": {"torch": ratio},
+        "ratio_quartiles": {"torch": [ratio, ratio]},
+        "skipped": {},
+    }
+    return record | changes
+
+
+@pytest.mark.parametrize(("ratio", "marked"), [(0.96, True), (0.98, False), (2.0, False)])
+def test_slower_rows_are_marked(report, ratio, marked):
+    assert ("▼" in report.ratio_text(_record(report, ratio), "torch")) is marked
+
+
+def test_later_run_replaces_the_same_case(report, tmp_path):
+    machine = {"cpu": "cpu", "cores": 2, "gpu": None}
+    paths = []
+    for k, records in enumerate(
+        [[_record(report, 1.0), _record(report, 1.0, threads=2)], [_record(report, 3.0)]]
+    ):
+        path = tmp_path / f"{k}.json"
+        benches = [{"fullname": "b", "extra_info": r} for r in records]
+        stored = {"machine_info": machine, "benchmarks": benches, "datetime": str(k)}
+        path.write_text(json.dumps(stored))
+        paths.append(path)
+    found, records = report.load(paths)
+    assert found == machine
+    assert {r["threads"]: r["ratio"]["torch"] for r in records} == {1: 3.0, 2: 1.0}
+
+
+def test_runs_of_two_machines_do_not_mix(report, tmp_path):
+    paths = []
+    for k in range(2):
+        paths.append(tmp_path / f"{k}.json")
+        stored = {"machine_info": {"cores": k}, "benchmarks": [], "datetime": ""}
+        paths[-1].write_text(json.dumps(stored))
+    with pytest.raises(SystemExit, match="another machine"):
+        report.load(paths)
+
+
+def test_machine_name(report):
+    machine = {"cpu": "AMD EPYC (9)", "cores": 2, "gpu": "NVIDIA X"}
+    assert report.machine_name(machine) == "amd-epyc-9-2-cores-nvidia-x"
+
+
+def test_readme_without_markers_is_left_alone(report, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="bench:start"):
+        report.fill(readme, "section")
+    assert readme.read_text() == "no markers"
