@@ -978,9 +978,26 @@ def test_interpreter_exit_with_batches_in_flight(workers: int) -> None:
             batch = next(kept)
             cycle = [kept]; cycle.append(cycle)
             atexit.register(lambda: next(kept))
-            threading.Thread(target=lambda: next(iter(loader)), daemon=True).start()
         """)
         assert time.perf_counter() - start < 30
+
+
+def test_interpreter_exit_while_a_daemon_thread_waits() -> None:
+    """The thread is ended when it asks for the GIL; unwinding it must not abort. Only our own
+    calls in it: torch's do abort there."""
+    for _ in range(5):
+        assert_succeeds("""
+            column = (pixels.data_ptr(), 2048, 3072, 1, [3072], [1])
+            table = _C.Table([column])
+            rows = table.resolve(range(2047, -1, -1))
+            out = torch.empty_like(pixels)
+            def gather():
+                while True:
+                    table.gather(rows, [(out.data_ptr(), out.nbytes)], (pixels, out), 1).wait()
+            for _ in range(3):
+                threading.Thread(target=gather, daemon=True).start()
+            time.sleep(0.05)
+        """)
 
 
 def test_iterating_after_the_pool_has_stopped() -> None:
