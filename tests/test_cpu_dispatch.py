@@ -1,0 +1,120 @@
+"""The CPU kernels at every instruction set this machine can run, and nothing compiled beyond it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import batchops
+
+CAPABILITIES = ("avx512", "avx2", "default")
+
+# Runs in a process of its own: the choice is made once a process.
+BODY = """
+import sys
+import numpy as np
+import torch
+import batchops._binding as binding
+from batchops.functional import batch_norm
+from tests.reference import BatchNormReference, to_float64
+from tests.tolerances import elementwise, norm_error
+
+print(binding.core.cpu_capability())
+torch.manual_seed(0)
+SHAPES = (
+    (3, 5, 7, 7),      # planes shorter than most vectors, joined into rows; odd mask rows
+    (4, 3, 17, 19),    # one plane at a time, with a part of a vector at the end
+    (33, 67),          # rows with a part of a vector at the end
+    (40, 3, 5, 5),     # few channels: several pixels a row, and a short last row
+)
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for shape in SHAPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            if layout == torch.channels_last and len(shape) != 4:
+                continue
+            for act in ("none", "relu"):
+                for with_residual in (False, True):
+                    C = shape[1]
+                    make = lambda: torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+                    x, residual, dy = make() + 3, make() if with_residual else None, make()
+                    weight, bias = torch.rand(C).to(dtype) + 0.5, torch.randn(C).to(dtype)
+                    leaves = [t for t in (x, weight, bias, residual) if t is not None]
+                    for leaf in leaves:
+                        leaf.requires_grad_()
+                    y = batch_norm(x, None, None, weight, bias, training=True, activation=act,
+                                   residual=residual)
+                    grads = torch.autograd.grad(y, leaves, dy)
+                    values = [to_float64(t) for t in leaves]
+                    oracle = BatchNormReference(*values[:3], *values[3:], act=act)
+                    # Where z rounds to 0 or below, the derivative is 0 by the kernel's own z.
+                    mask = (to_float64(y) > 0) if act == "relu" else None
+                    dx, dresidual, dweight, dbias = oracle.backward(to_float64(dy), mask)
+                    expected = [oracle.y, dx, dweight, dbias] + [dresidual] * with_residual
+                    bound = 2 * elementwise(dtype, x.numel() // C)
+                    for got, want in zip((y, *grads), expected):
+                        error = norm_error(got, want)
+                        assert error <= bound, (dtype, shape, layout, act, error, bound)
+"""
+
+
+def run(capability: str, body: str = BODY) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", body],
+        env={**os.environ, "BATCHOPS_CPU_CAPABILITY": capability},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+NAME = "import batchops._binding as binding; print(binding.core.cpu_capability())"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_batch_norm_is_exact_at(capability):
+    result = run(capability)
+    assert result.returncode == 0, result.stderr
+    chosen = result.stdout.split()[0]
+    best = run("", NAME).stdout.strip()
+    # Asking for more than the machine has gives what it has.
+    assert CAPABILITIES.index(chosen) == max(map(CAPABILITIES.index, (capability, best)))
+
+
+def test_unknown_capability_is_reported_and_ignored():
+    best, odd = run("", NAME), run("sse9", NAME)
+    assert odd.stdout == best.stdout
+    assert not best.stderr
+    for word in ("BATCHOPS_CPU_CAPABILITY", '"sse9"', '"avx512", "avx2" or "default"'):
+        assert word in odd.stderr
+
+
+def disassembler(*arguments) -> str:
+    return subprocess.run(
+        ["objdump", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86-64 registers")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_exported_functions_use_baseline_registers_only():
+    """An exported (weak) library function compiled for AVX could replace the process's own copy."""
+    library = next(Path(batchops._binding.core.__file__).parent.rglob("libbatchops_core.so"))
+    wide = [
+        int(line.split(":")[0], 16)
+        for line in disassembler("-d", "--no-show-raw-insn", library).splitlines()
+        if "%ymm" in line or "%zmm" in line
+    ]
+    assert wide, "the kernels themselves should use them"
+    exported = {}
+    for line in disassembler("-T", "-C", library).splitlines():
+        match = re.match(r"([0-9a-f]+) .{6}F \.text\s+([0-9a-f]+)\s+\S+\s+(.*)$", line)
+        if match:
+            exported[match[3]] = range(int(match[1], 16), int(match[1], 16) + int(match[2], 16))
+    assert any("batch_norm_forward_cpu" in name for name in exported)
+    assert not [name for name, code in exported.items() if any(at in code for at in wide)]
