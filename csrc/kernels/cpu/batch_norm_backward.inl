@@ -127,6 +127,7 @@ struct BackwardSums {
                                    EachColumn<T> scale, EachColumn<T> shift, T* s, T* q) const {
     const auto row = geometry.row(g, group, step);
     const int64_t stride = geometry.plan.row_stride;
+    const bool far = geometry.plan.segment > 1;  // the hardware does not see the next rows coming
     FlatBits flat[kBits ? R : 1];
     const uint8_t* mask[R] = {};
     masks_of<R>(g, group, step, mask, flat);
@@ -143,6 +144,10 @@ struct BackwardSums {
         [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
           V sum_j = load<T>(s + j), product_j = load<T>(q + j);
           for (int k = 0; k < R; ++k) {
+            if (far) {
+              prefetch(p, (k + R) * stride + j);
+              prefetch(gradient, (k + R) * stride + j);
+            }
             const V value = load<T>(p + k * stride + j, lanes);
             const V d =
                 derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean, scale, shift);

@@ -157,12 +157,14 @@ struct Statistics {
   template <int R>
   BATCHOPS_INLINE void add_rows(const S* p, int64_t width, const T* shift, T* s, T* q) const {
     const int64_t stride = geometry.plan.row_stride;
+    const bool far = geometry.plan.segment > 1;  // the hardware does not see the next rows coming
     for_blocks<T>(
         0, width, [](int64_t, auto) {},
         [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
           const V about = load<T>(shift + j);
           V sum_j = load<T>(s + j), square_j = load<T>(q + j);
           for (int k = 0; k < R; ++k) {
+            if (far) prefetch(p, (k + R) * stride + j);
             const V d = load<T>(p + k * stride + j, lanes) - about;
             sum_j = sum_j + d;
             square_j = fma(d, d, square_j);

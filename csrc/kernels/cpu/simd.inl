@@ -339,6 +339,13 @@ BATCHOPS_INLINE bool can_stream(const S* p) {
   return reinterpret_cast<uintptr_t>(p) % (Vec<T>::kLanes * sizeof(S)) == 0;
 }
 
+// Asks for the line of p[offset], which may lie outside the array.
+template <class S>
+BATCHOPS_INLINE void prefetch(const S* p, int64_t offset) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset) * sizeof(S);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
+}
+
 // ------------------------------------------------------------------------ reductions and bits
 
 // The lanes of a float vector as two double vectors, low lanes first.
