@@ -252,7 +252,7 @@ def plot(stock: Training, ours: Training, all_stock: list[Training], path: Path)
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     for k, run in enumerate(all_stock[1:]):
         label = "stock, other seeds" if k == 0 else None
         left.plot(range(1, run.steps + 1), run.losses, color="0.8", lw=0.8, label=label)
@@ -269,8 +269,9 @@ def plot(stock: Training, ours: Training, all_stock: list[Training], path: Path)
         right.bar(["stock", "batchops"], heights, 0.6, bottom, label=part, color=f"C{k + 2}")
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     threads = torch.get_num_threads()
-    right.set(ylabel="milliseconds a step (median)", title=f"Time, {threads} threads")
-    right.legend()
+    plural = "s" if threads > 1 else ""
+    right.set(ylabel="milliseconds a step (median)", title=f"Time, {threads} thread{plural}")
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
