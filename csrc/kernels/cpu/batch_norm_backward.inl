@@ -95,6 +95,7 @@ struct BackwardSums {
     const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
     const BatchNormPlan& plan = geometry.plan;
     const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
+    const bool together = reads_rows_together(plan, args.shape);
     Columns<T> mean, scale, shift, s, q;
     Sums sums;
     columns_of(group, mean, scale, shift);
@@ -110,7 +111,7 @@ struct BackwardSums {
         store(q.at + j, V(T(0)));
       }
       int64_t width = group.width;
-      for (; step + 2 <= stop; step += 2) {
+      for (; together && step + 2 <= stop; step += 2) {
         add_rows<2>(g, group, step, means, scales, shifts, s.at, q.at);
       }
       for (; step < stop; ++step) {
@@ -303,8 +304,7 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     }
     const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at), slopes(slope.at),
         extras(extra.at);
-    const S* const out = dx != nullptr ? dx : dresidual;
-    const bool pairs = pairs_of_rows(geometry.plan, out, past_cache);
+    const bool pairs = writes_rows_together(args.shape);
     const auto rows = [&](auto count, int64_t step) BATCHOPS_INLINE_LAMBDA {
       constexpr int R = decltype(count)::value;
       const auto row = geometry.row(g, group, step);

@@ -361,14 +361,13 @@ inline bool streams(const BatchNormShape& shape) {
   return shape.numel() * size_of(shape.dtype) >= kStreamBytes;
 }
 
-// Two rows at a time share the loads of the channel values. Not where the rows of a large output
-// differ in alignment, since each then needs a start of its own.
-template <class S>
-inline bool pairs_of_rows(const BatchNormPlan& plan, const S* out, bool past_cache) {
-  using T = AccOf<S>;
-  return !past_cache || (can_stream<T>(out) && plan.row_stride % Vec<T>::kLanes == 0 &&
-                         plan.width % Vec<T>::kLanes == 0);
+// Several rows at a time share the loads of the channel values. That pays while the tensor is in
+// the cache. From memory, strictly ascending reads and whole lines of one row after the other are
+// worth more; but where rows lie far apart anyhow (segment > 1) reading several costs nothing.
+inline bool reads_rows_together(const BatchNormPlan& plan, const BatchNormShape& shape) {
+  return plan.segment > 1 || !streams(shape);
 }
+inline bool writes_rows_together(const BatchNormShape& shape) { return !streams(shape); }
 
 // Two sums a channel in double, for one chunk or for all of them.
 struct alignas(64) Sums {

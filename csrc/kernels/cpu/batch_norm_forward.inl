@@ -98,7 +98,7 @@ struct ForwardPass : Statistics<S> {
       geometry.spread(group, channel[2], shift.at);
     }
     const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
-    const bool pairs = pairs_of_rows<S>(geometry.plan, y, past_cache);
+    const bool pairs = writes_rows_together(args.shape);
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       const int64_t end = geometry.end_step(chunk);
       int64_t step = geometry.first_step(chunk);

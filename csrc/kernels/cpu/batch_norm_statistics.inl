@@ -92,6 +92,7 @@ struct Statistics {
     const Group group = geometry.group(g);
     const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
     const BatchNormPlan& plan = geometry.plan;
+    const bool together = reads_rows_together(plan, args.shape);
     Columns<T> shift, s, q;
     Sums sums;
     T channel[kMaxWidth];
@@ -126,7 +127,7 @@ struct Statistics {
       clear(q.at);
       int64_t width = group.width;
       int64_t r = step;
-      for (; r + kRows <= stop; r += kRows) {
+      for (; together && r + kRows <= stop; r += kRows) {
         add_rows<kRows>(x + geometry.row(g, group, r).offset, width, shift.at, s.at, q.at);
       }
       for (; r < stop; ++r) {
