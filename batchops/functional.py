@@ -94,6 +94,10 @@ def batch_norm(
             activation=activation,
             residual=residual,
         )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(input).__name__}")
+    if momentum is None:
+        raise TypeError("batch_norm: expected momentum to be a float, got None")
     name = "none" if activation is None else activation
     if not _has_kernel(input) or (residual is not None and residual.dtype != input.dtype):
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

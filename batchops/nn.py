@@ -32,7 +32,7 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         )
         if activation is not None:  # an unknown name fails here, not at the first batch
             torch.ops.batchops.activation(torch.empty(0), activation)
-        self.activation = activation
+        self.activation = None if activation == "none" else activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)

@@ -275,6 +275,49 @@ def test_saved_tensor_hooks():
     assert torch.equal(got, x.grad)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(4, 8, 4, 4), (2, 5, 3, 7), (3, 4, 2, 2)], ids=str)
+def test_saved_input_in_another_layout(size, layout):
+    """Hooks may hand the input back in another layout than the bit mask was written for; in the
+    first size the masks of both layouts are of one size."""
+    x = torch.randn(size).to(memory_format=layout).requires_grad_()
+    z = torch.randn(size)
+
+    def gradient():
+        y = run(x, None, None, z, activation="relu")
+        return torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)[0]
+
+    expected = gradient()
+    second = torch.autograd.grad(expected.pow(2).sum(), x)[0]
+    swapped = torch.channels_last if layout is torch.contiguous_format else torch.contiguous_format
+
+    def other_layout(t):
+        return t.contiguous(memory_format=swapped) if t.dim() == 4 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, other_layout):
+        got = gradient()
+        got_second = torch.autograd.grad(got.pow(2).sum(), x)[0]
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got_second, second)
+
+
+@pytest.mark.parametrize("transposed", ["(C, N)", "(C, N, 1)"])
+def test_compile_of_a_transposed_input(transposed):
+    """The mask's size without data must be the size with data, also where a copy is made."""
+    torch._dynamo.reset()
+    x = torch.randn(4, 6).t() if transposed == "(C, N)" else torch.randn(9, 4, 1).transpose(0, 1)
+    z = torch.randn(x.shape)
+    x = x.detach().requires_grad_()
+
+    def step(t, r):
+        return run(t, None, None, r, activation="relu").pow(2).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(x, z), x)
+    (expected,) = torch.autograd.grad(step(x, z), x)
+    assert torch.equal(got, expected)
+
+
 def test_only_wanted_gradients():
     x, weight, bias, z = case(residual=True)
     for wanted in ([x], [weight], [bias], [z], [z, bias]):

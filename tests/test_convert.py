@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -100,9 +101,15 @@ def test_deepcopy_of_a_converted_model_reverts():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-def test_revert_of_the_norm_alone_restores_its_activation():
+def test_revert_of_a_part_is_refused_where_it_would_lose_an_activation():
     model = batchops.convert(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
-    batchops.revert(model[0])
+    for part in (model[0], model[1]):
+        with pytest.raises(ValueError, match="both parts of every fused pair"):
+            batchops.revert(part)
+    assert model[0].activation == "relu"
+    model[0] = copy.deepcopy(model[0])
+    batchops.revert(model)
+    assert type(model[0]) is nn.BatchNorm2d
     assert type(model[1]) is nn.ReLU
 
 
@@ -218,15 +225,125 @@ class RegisteredTwice(nn.Module):
         return self.relu(self.bn(x))
 
 
+class OnlyWithGradients(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        h = self.bn(x)
+        return self.relu(h) if torch.is_grad_enabled() else h
+
+
+class OwnMethod(nn.Module):
+    """The norm is the end of a method that users call as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+    def embed(self, x):
+        return self.bn(x)
+
+    def forward(self, x):
+        return self.relu(self.embed(x))
+
+
+class DirectForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(x)) + self.relu.forward(-x)
+
+
+class NestedEnds(nn.Sequential):
+    """The norm ends one container, the ReLU stands outside: each may be run or watched alone."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
+
+
 @pytest.mark.parametrize(
-    "kind", [SharedReLU, OtherUser, OnlyInTraining, OnlyWithoutMask, RegisteredTwice]
+    "kind",
+    [
+        SharedReLU,
+        OtherUser,
+        OnlyInTraining,
+        OnlyWithoutMask,
+        OnlyWithGradients,
+        OwnMethod,
+        DirectForward,
+        NestedEnds,
+        RegisteredTwice,
+    ],
 )
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
 def test_not_fused_where_it_would_change_the_result(kind):
     model = kind()
     reference = copy.deepcopy(model)
     batchops.convert(model)
     assert unfused(model)
     assert_same_behaviour(model, reference, torch.randn(3, 4, 5, 5))
+
+
+def test_not_fused_where_an_instance_has_a_forward_of_its_own():
+    for name in ("0", "1"):
+        model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+        module = model.get_submodule(name)
+        module.forward = module.forward
+        batchops.convert(model)
+        assert unfused(model), name
+
+
+def test_hooks_of_containers_see_what_they_saw_and_no_proxies():
+    seen = []
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.Sequential(inner, nn.Conv2d(4, 4, 1))
+    inner.register_forward_hook(lambda m, i, o: seen.append(type(o)))
+    batchops.convert(model)
+    assert not seen
+    assert isinstance(inner[2], FusedReLU)
+    model(torch.randn(2, 4, 5, 5))
+    assert seen == [torch.Tensor]
+
+
+def test_an_activation_shared_with_another_model_stays_there():
+    relu = nn.ReLU()
+    one = batchops.convert(nn.Sequential(nn.BatchNorm2d(4), relu))
+    other = nn.Sequential(nn.Conv2d(4, 4, 1), relu)
+    assert isinstance(one[1], FusedReLU)
+    assert other(torch.randn(2, 4, 5, 5)).min() >= 0
+    assert batchops.revert(one)[1] is relu
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_eval_mode_survives_a_scripted_part():
+    model = nn.Sequential(torch.jit.script(nn.Linear(5, 5)), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    batchops.convert(model)
+    assert not any(m.training for m in model.modules())
+    assert isinstance(model[2], FusedReLU)
+
+
+def test_other_threads_run_their_models_meanwhile():
+    other, x = Block(), torch.randn(1, 4, 4, 4)
+    errors, stop = [], threading.Event()
+
+    def work():
+        try:
+            while not stop.is_set():
+                other(x)
+        except Exception as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    for _ in range(20):
+        assert not unfused(batchops.convert(Block()))
+    stop.set()
+    worker.join()
+    assert not errors
 
 
 class Untraceable(nn.Module):
@@ -276,12 +393,14 @@ def test_analysis_has_no_side_effects():
             super().__init__()
             self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
             self.calls = 0
+            self.kept = []
             self.register_buffer("seen", torch.zeros(()))
 
         def forward(self, x):
             self.calls += 1
             self.seen.add_(1)
             self.last = x
+            self.kept.append(x)
             return self.relu(self.bn(x + torch.rand(())))
 
     model = Counting()
@@ -291,6 +410,7 @@ def test_analysis_has_no_side_effects():
     assert isinstance(model.relu, FusedReLU)
     assert (model.calls, float(model.seen)) == (0, 0.0)
     assert not hasattr(model, "last")
+    assert model.kept == []
     assert model.training
     assert not model.bn.training
     assert torch.equal(torch.get_rng_state(), state)

@@ -73,6 +73,14 @@ CASES = {
     ),
     "eps when training": ({"eps": 0.0}, ValueError, "eps must be positive"),
     "eps in eval": ({"eps": -1.0, "training": False}, ValueError, "eps must be non-negative"),
+    "4-D weight": ({"weight": torch.ones(1, 3, 1, 1)}, RuntimeError, "weight to be 1-D"),
+    "2-D running_mean": (
+        {"running_mean": torch.zeros(1, 3)},
+        RuntimeError,
+        "running_mean to be 1-D",
+    ),
+    "list input": ({"input": [1.0]}, TypeError, "input to be a Tensor, got list"),
+    "no momentum": ({"momentum": None}, TypeError, "momentum to be a float"),
     "activation": ({"activation": "selu"}, ValueError, "'none', 'relu', got 'selu'"),
     "no statistics in eval": (
         {"running_mean": None, "running_var": None, "training": False},
@@ -104,6 +112,8 @@ def test_error_names_the_argument_and_changes_nothing(name):
 DIFFERS = {
     "1-D input": "torch: IndexError or RuntimeError, by version",
     "weight device": "torch computes a meta result",
+    "4-D weight": "torch fails in the backward, and not everywhere",
+    "list input": "torch: AttributeError when training, TypeError in eval",
     "one statistic": "torch updates the one that is given",
     "eps when training": "torch 2.11 takes 0",
     "eps in eval": "torch 2.11 takes negative values",
@@ -144,3 +154,5 @@ def test_backward_operator_checks_what_it_is_given():
     mask = torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="expected a mask of"):
         backward(x, x, None, None, stats, mask, True, 1e-5, "relu", wanted)
+    with pytest.raises(RuntimeError, match="contiguous Byte"):
+        backward(x, x, None, None, stats, mask.float(), True, 1e-5, "relu", wanted)

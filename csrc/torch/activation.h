@@ -24,8 +24,8 @@ struct Lane {
 };
 
 inline Lane select_le(const Lane& a, const Lane& b, const Lane& yes, const Lane& no) {
-  const at::Tensor below = b.tensor.defined() ? at::le(a.tensor, b.tensor)
-                                              : at::le(a.tensor, b.number);
+  const at::Tensor below =
+      b.tensor.defined() ? at::le(a.tensor, b.tensor) : at::le(a.tensor, b.number);
   return at::where(below, yes.like(a.tensor), no.like(a.tensor));
 }
 

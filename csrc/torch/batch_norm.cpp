@@ -34,11 +34,13 @@ void check_per_channel(const char* name, const std::optional<Tensor>& t, const T
   TORCH_CHECK(t->sym_numel() == input.sym_size(1), kOp, ": ", name, " should contain ",
               input.sym_size(1), " elements, one for each channel of the input of size ",
               input.sym_sizes(), ", not ", t->sym_numel());
+  TORCH_CHECK(t->dim() == 1, kOp, ": expected ", name, " to be 1-D, of size [", input.sym_size(1),
+              "], but got size ", t->sym_sizes());
   const at::ScalarType got = t->scalar_type();
   TORCH_CHECK(got == input.scalar_type() || got == at::kFloat, kOp, ": expected ", name, " to be ",
               input.scalar_type(), " (like input) or Float, but got ", got);
-  TORCH_CHECK(type == at::ScalarType::Undefined || type == got, kOp, ": expected ", name,
-              " to be ", type, ", like its companion, but got ", got);
+  TORCH_CHECK(type == at::ScalarType::Undefined || type == got, kOp, ": expected ", name, " to be ",
+              type, ", like its companion, but got ", got);
   type = got;
 }
 
@@ -49,17 +51,15 @@ void check_input(const Tensor& input, const std::optional<Tensor>& weight,
   TORCH_CHECK(input.layout() == at::kStrided, kOp, ": expected a dense input, got layout ",
               input.layout());
   TORCH_CHECK(dtype_of(input.scalar_type()), kOp,
-              ": expected input to be Float, Half, BFloat16 or Double, got ",
-              input.scalar_type());
+              ": expected input to be Float, Half, BFloat16 or Double, got ", input.scalar_type());
   auto type = at::ScalarType::Undefined;
   check_per_channel("weight", weight, input, type);
   check_per_channel("bias", bias, input, type);
   if (residual) {
     TORCH_CHECK(residual->device() == input.device(), kOp, ": expected residual on ",
                 input.device(), ", where input is, but got it on ", residual->device());
-    TORCH_CHECK(residual->scalar_type() == input.scalar_type(), kOp,
-                ": expected residual to be ", input.scalar_type(), " like input, but got ",
-                residual->scalar_type());
+    TORCH_CHECK(residual->scalar_type() == input.scalar_type(), kOp, ": expected residual to be ",
+                input.scalar_type(), " like input, but got ", residual->scalar_type());
     TORCH_CHECK(residual->sym_sizes().equals(input.sym_sizes()), kOp,
                 ": expected residual of input's size ", input.sym_sizes(), ", but got ",
                 residual->sym_sizes());
@@ -81,8 +81,10 @@ void check_training(const Tensor& input, double eps) {
   if (values == 1) {
     std::ostringstream sizes;
     sizes << input.sym_sizes();
-    TORCH_CHECK_VALUE(false, "Expected more than 1 value per channel when training, got input "
-                             "size torch.Size(", sizes.str(), ")");
+    TORCH_CHECK_VALUE(false,
+                      "Expected more than 1 value per channel when training, got input "
+                      "size torch.Size(",
+                      sizes.str(), ")");
   }
 }
 
@@ -127,6 +129,15 @@ Tensor empty_on(const Tensor& x, at::IntArrayRef size, at::ScalarType type) {
   return x.is_cpu() ? Tensor(at::detail::empty_cpu(size, options)) : at::empty(size, options);
 }
 
+// Of no element where no mask is wanted.
+Tensor empty_mask(const Tensor& x, const BatchNormShape* shape) {
+  if (shape == nullptr) return empty_on(x, {0}, at::kByte);
+  if (shape->layout == Layout::channels_first) {
+    return empty_on(x, {shape->N, shape->C, (shape->HxW + 7) / 8}, at::kByte);
+  }
+  return empty_on(x, {shape->N * shape->HxW, (shape->C + 7) / 8}, at::kByte);
+}
+
 void raise_on(const char* message) { TORCH_CHECK(message == nullptr, kOp, ": ", message); }
 
 ForwardOutputs forward(const Tensor& input, const std::optional<Tensor>& running_mean,
@@ -144,14 +155,14 @@ ForwardOutputs forward(const Tensor& input, const std::optional<Tensor>& running
   const auto stats_type = accumulate_type(input);
   if (input.numel() == 0) {
     return {y, at::zeros({3, input.size(1)}, input.options().dtype(stats_type)),
-            empty_on(input, {0}, at::kByte)};
+            empty_mask(input, nullptr)};
   }
 
   BatchNormForward args;
   args.shape = shape_of(x, weight, bias, activation);
   Tensor stats = empty_on(input, {3, args.shape.C}, stats_type);
   const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
-  Tensor mask = empty_on(input, {mask_wanted ? args.shape.mask_bytes() : 0}, at::kByte);
+  Tensor mask = empty_mask(input, mask_wanted ? &args.shape : nullptr);
 
   const Parameter w(weight), b(bias);
   const Tensor z = residual ? in_layout_of(*residual, x) : Tensor();
@@ -227,16 +238,20 @@ BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
   check_input(input, weight, bias, std::nullopt);
   TORCH_CHECK(dy.sizes() == input.sizes() && dy.scalar_type() == input.scalar_type() &&
                   dy.device() == input.device(),
-              "batch_norm_backward: expected dy of size ", input.sizes(), ", ",
-              input.scalar_type(), ", on ", input.device(), ", like input, but got ", dy.sizes(),
-              ", ", dy.scalar_type(), ", on ", dy.device());
+              "batch_norm_backward: expected dy of size ", input.sizes(), ", ", input.scalar_type(),
+              ", on ", input.device(), ", like input, but got ", dy.sizes(), ", ", dy.scalar_type(),
+              ", on ", dy.device());
   TORCH_CHECK(stats.sizes() == at::IntArrayRef({3, input.size(1)}) &&
                   stats.scalar_type() == accumulate_type(input) && stats.is_contiguous() &&
                   stats.device() == input.device(),
               "batch_norm_backward: expected stats as batch_norm returned them, of size [3, ",
               input.size(1), "], got ", stats.sizes(), " ", stats.scalar_type());
 
-  const Dense x = to_dense(input);
+  TORCH_CHECK(!mask || mask->scalar_type() == at::kByte && mask->is_contiguous() &&
+                           mask->device() == input.device(),
+              "batch_norm_backward: expected mask as batch_norm returned it, contiguous Byte on ",
+              input.device(), ", got ", mask->scalar_type(), " on ", mask->device());
+  const Dense x = mask ? in_layout(input, layout_of_mask(*mask)) : to_dense(input);
   const auto [want_dx, want_dresidual, want_dweight, want_dbias] = output_mask;
   BatchNormBackward args;
   args.shape = shape_of(x, weight, bias, activation);
@@ -282,8 +297,7 @@ BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
   } else {
     const c10::DeviceGuard guard(input.device());
     const int device = input.device().index();
-    const auto bytes =
-        static_cast<int64_t>(batch_norm_backward_workspace_cuda(args.shape, device));
+    const auto bytes = static_cast<int64_t>(batch_norm_backward_workspace_cuda(args.shape, device));
     const Tensor workspace = empty_on(input, {bytes}, at::kByte);
     raise_on(batch_norm_backward_cuda(args, workspace.mutable_data_ptr(), device,
                                       current_stream(input.device())));
@@ -298,17 +312,19 @@ Tensor empty_like_meta(const Tensor& x) {
   return at::empty_symint(x.sym_sizes(), x.options(), x.suggest_memory_format());
 }
 
-// The layout the kernels will see, decided as to_dense does.
-c10::SymInt mask_bytes_meta(const Tensor& x) {
+// As empty_mask, for the layout that to_dense decides on.
+Tensor empty_mask_meta(const Tensor& x, bool wanted) {
+  const auto options = x.options().dtype(at::kByte).memory_format(std::nullopt);
+  if (!wanted) return at::empty_symint({0}, options);
   const auto sizes = x.sym_sizes();
   c10::SymInt spatial = 1;
   for (size_t d = 2; d < sizes.size(); d++) spatial = spatial * sizes[d];
   const bool rows_of_channels =
-      x.is_contiguous() ? spatial == 1
-                        : is_channels_last_dense(x) ||
-                              x.suggest_memory_format() != at::MemoryFormat::Contiguous;
-  if (rows_of_channels) return sizes[0] * spatial * ((sizes[1] + 7) / 8);
-  return sizes[0] * sizes[1] * ((spatial + 7) / 8);
+      spatial == 1 ||
+      (!x.is_contiguous() &&
+       (is_channels_last_dense(x) || x.suggest_memory_format() != at::MemoryFormat::Contiguous));
+  if (rows_of_channels) return at::empty_symint({sizes[0] * spatial, (sizes[1] + 7) / 8}, options);
+  return at::empty_symint({sizes[0], sizes[1], (spatial + 7) / 8}, options);
 }
 
 ForwardOutputs forward_meta(const Tensor& input, const std::optional<Tensor>& running_mean,
@@ -322,10 +338,9 @@ ForwardOutputs forward_meta(const Tensor& input, const std::optional<Tensor>& ru
   if (training) check_training(input, eps);
   const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
   const auto options = input.options().memory_format(std::nullopt);
-  const c10::SymInt bytes = mask_wanted ? mask_bytes_meta(input) : c10::SymInt(0);
   return {empty_like_meta(input),
           at::empty_symint({3, input.sym_size(1)}, options.dtype(accumulate_type(input))),
-          at::empty_symint({bytes}, options.dtype(at::kByte))};
+          empty_mask_meta(input, mask_wanted && input.sym_numel() != 0)};
 }
 
 ForwardOutputs batch_norm_meta(const Tensor& input, const std::optional<Tensor>& weight,
@@ -396,17 +411,15 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
   m.def("activation(Tensor z, str name) -> Tensor");
 }
 
-#define BATCHOPS_IMPLEMENT(m, suffix)                                  \
-  (m).impl("batch_norm", &batch_norm##suffix);                         \
-  (m).impl("batch_norm_update", &batch_norm_update##suffix);           \
-  (m).impl("batch_norm_eval", &batch_norm_eval##suffix);               \
+#define BATCHOPS_IMPLEMENT(m, suffix)                        \
+  (m).impl("batch_norm", &batch_norm##suffix);               \
+  (m).impl("batch_norm_update", &batch_norm_update##suffix); \
+  (m).impl("batch_norm_eval", &batch_norm_eval##suffix);     \
   (m).impl("batch_norm_backward", &batch_norm_backward##suffix)
 
 TORCH_LIBRARY_IMPL(batchops, CPU, m) { BATCHOPS_IMPLEMENT(m, ); }
 TORCH_LIBRARY_IMPL(batchops, CUDA, m) { BATCHOPS_IMPLEMENT(m, ); }
 TORCH_LIBRARY_IMPL(batchops, Meta, m) { BATCHOPS_IMPLEMENT(m, _meta); }
-TORCH_LIBRARY_IMPL(batchops, CompositeImplicitAutograd, m) {
-  m.impl("activation", &activation_op);
-}
+TORCH_LIBRARY_IMPL(batchops, CompositeImplicitAutograd, m) { m.impl("activation", &activation_op); }
 
 }  // namespace batchops::binding

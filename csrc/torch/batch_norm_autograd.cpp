@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <mutex>
+
 #include "torch/activation.h"
 #include "torch/batch_norm.h"
 #include "torch/common.h"
@@ -57,16 +59,16 @@ Tensor per_channel(const Tensor& t, const Tensor& x) {
 
 // The bit mask as a tensor of 0 and 1 of the size of `like`, in like's dtype.
 Tensor unpack_mask(const Tensor& mask, const Tensor& like) {
-  const Dense x = to_dense(like);
   const int64_t N = like.size(0), C = like.size(1), HxW = spatial_size(like);
-  const bool last = x.layout == Layout::channels_last;
+  const bool last = layout_of_mask(mask) == Layout::channels_last;
   const int64_t row = last ? C : HxW;
   const Tensor bits = mask.unsqueeze(-1)
                           .bitwise_right_shift(at::arange(8, mask.options()))
                           .bitwise_and(1)
                           .view({-1, (row + 7) / 8 * 8})
                           .narrow(1, 0, row);
-  const Tensor shaped = last ? bits.reshape({N, HxW, C}).transpose(1, 2) : bits.reshape({N, C, HxW});
+  const Tensor shaped =
+      last ? bits.reshape({N, HxW, C}).transpose(1, 2) : bits.reshape({N, C, HxW});
   return shaped.reshape(like.sizes()).to(like.scalar_type());
 }
 
@@ -113,6 +115,7 @@ struct BatchNormDoubleBackward : ag::Node {
   ag::SavedVariable dy;
 
   ag::variable_list apply(ag::variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     const bool create_graph = at::GradMode::is_enabled();
     at::AutoGradMode grad_mode(true);
     // Aliases, so that a path from one input to another (dy computed from x) is not followed, yet
@@ -120,9 +123,9 @@ struct BatchNormDoubleBackward : ag::Node {
     const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
     const ag::variable_list inputs = {alias(dy.unpack()), alias(saved.input.unpack()),
                                       alias(saved.weight.unpack()), alias(saved.bias.unpack())};
-    const auto [dx, dresidual, dweight, dbias] = differentiable_backward(
-        inputs[0], inputs[1], inputs[2], inputs[3], saved.stats.unpack(), saved.mask.unpack(),
-        saved.training, saved.eps, saved.activation);
+    const auto [dx, dresidual, dweight, dbias] =
+        differentiable_backward(inputs[0], inputs[1], inputs[2], inputs[3], saved.stats.unpack(),
+                                saved.mask.unpack(), saved.training, saved.eps, saved.activation);
     ag::variable_list outputs, output_grads, wanted;
     const ag::variable_list results = {dx, dresidual, dweight, dbias};
     for (size_t i = 0; i < results.size(); i++) {
@@ -147,6 +150,7 @@ struct BatchNormDoubleBackward : ag::Node {
   }
 
   void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     saved.reset();
     dy.reset_data();
   }
@@ -171,8 +175,8 @@ BackwardOutputs backward_autograd(const Tensor& dy, const Tensor& input,
   BackwardOutputs outputs;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    outputs = call_backward(dy, input, weight, bias, stats, mask, training, eps, activation,
-                            output_mask);
+    outputs =
+        call_backward(dy, input, weight, bias, stats, mask, training, eps, activation, output_mask);
   }
   if (!requires_grad) return outputs;
   auto node = make_node<BatchNormDoubleBackward>();
@@ -200,6 +204,7 @@ struct BatchNormBackward : ag::Node {
   Saved saved;
 
   ag::variable_list apply(ag::variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     const Tensor& dy = grads[0];
     ag::variable_list result(4);
     if (!dy.defined()) return result;
@@ -219,7 +224,10 @@ struct BatchNormBackward : ag::Node {
     return result;
   }
 
-  void release_variables() override { saved.reset(); }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved.reset();
+  }
 
   std::string name() const override { return "BatchopsBatchNormBackward"; }
 };
@@ -247,6 +255,10 @@ ForwardOutputs record(const Tensor& input, const OptionalTensor& weight, const O
   const Activation activation = parse_activation("batch_norm", activation_name);
   const auto traits = traits_of(activation);
   const bool masked = traits.maskable && residual.has_value();
+  TORCH_CHECK_NOT_IMPLEMENTED(!traits.needs_z || masked || !residual, "batch_norm: activation '",
+                              activation_name,
+                              "' with a residual has no backward yet: its derivative is no bit, "
+                              "and z cannot be recomputed from the input alone");
   auto node = make_node<BatchNormBackward>();
   const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
   node->set_next_edges(ag::collect_next_edges(input, residual.value_or(Tensor()), w, b));
@@ -276,8 +288,7 @@ ForwardOutputs batch_norm_update_autograd(const Tensor& input, Tensor& running_m
                                           Tensor& running_var, const OptionalTensor& weight,
                                           const OptionalTensor& bias,
                                           const OptionalTensor& residual, double momentum,
-                                          double eps, std::string_view activation,
-                                          bool save_mask) {
+                                          double eps, std::string_view activation, bool save_mask) {
   static const auto op = find<Update>("batchops::batch_norm_update");
   auto outputs =
       record(input, weight, bias, residual, true, eps, activation, save_mask, [&](bool mask) {

@@ -110,10 +110,18 @@ inline Dense to_dense(const at::Tensor& x) {
   return to_dense(x.contiguous(x.suggest_memory_format()));
 }
 
+// `x` in the given layout, copied once where it is not.
+inline Dense in_layout(const at::Tensor& x, Layout layout) {
+  Dense dense = to_dense(x);
+  if (dense.layout == layout) return dense;
+  if (layout == Layout::channels_first) return {x.contiguous(), layout};
+  return {x.movedim(1, -1).contiguous().movedim(-1, 1), layout};
+}
+
 // `t`, of the size of `like.tensor`, in the very layout of `like`.
 inline at::Tensor in_layout_of(const at::Tensor& t, const Dense& like) {
-  const bool fits =
-      t.is_contiguous() ? like.tensor.is_contiguous()
+  const bool fits = t.is_contiguous()
+                        ? like.tensor.is_contiguous()
                         : like.layout == Layout::channels_last && is_channels_last_dense(t);
   if (fits) return t;
   return at::empty_like(like.tensor).copy_(t);
