@@ -34,7 +34,7 @@ struct Split {
 struct Task {
   enum Kind : int32_t { moments, apply, whole } kind;
   int32_t split;       // moments, apply
-  int64_t slot;        // moments: where the partial norms go; apply: the chunk to fetch
+  int64_t slot;        // moments: where the partial norms go
   int64_t begin, end;  // elements of the tensor; whole: tensors, in the order of `order`
   int32_t tensor;
 };
@@ -91,16 +91,14 @@ class Step {
         for (int64_t at = 0; at < numel; at += kChunk) {
           tasks_.push_back({Task::moments, static_cast<int32_t>(end), slots++, at,
                             std::min(at + kChunk, numel), large[end]});
-          first_sweep_.push_back(chunk_at(large[end], at));
         }
         elements += numel;
       }
       // Back to front: what was touched last is the likeliest to be cached.
-      int64_t ahead = slots;
       for (size_t k = end; k-- > begin;) {
         const int64_t numel = args_.tensors[large[k]].numel;
         for (int64_t at = (chunk_count(numel) - 1) * kChunk; at >= 0; at -= kChunk) {
-          tasks_.push_back({Task::apply, static_cast<int32_t>(k), ahead++, at,
+          tasks_.push_back({Task::apply, static_cast<int32_t>(k), 0, at,
                             std::min(at + kChunk, numel), large[k]});
         }
       }
@@ -117,7 +115,7 @@ class Step {
 
   void perform(const Task& task) {
     if (task.kind == Task::whole) {
-      for (int64_t i = task.begin; i < task.end; ++i) whole(i);
+      for (int64_t i = task.begin; i < task.end; ++i) whole(small_[i]);
       return;
     }
     const LambTensor& x = args_.tensors[task.tensor];
@@ -144,13 +142,11 @@ class Step {
       for (int spins = 0; !split.ready.load(std::memory_order_acquire); ++spins) {
         if (spins > 1000) std::this_thread::yield();
       }
-      const bool more = task.slot < static_cast<int64_t>(first_sweep_.size());
-      apply(chunk, factors, split.step, more ? first_sweep_[task.slot] : LambChunk{});
+      apply(chunk, factors, split.step);
     }
   }
 
-  void whole(int64_t i) const {
-    const int32_t tensor = small_[i];
+  void whole(int32_t tensor) const {
     const int64_t numel = args_.tensors[tensor].numel;
     const LambSet& set = sets_[set_of_[tensor]];
     const LambFactors& factors = factors_[set_of_[tensor]];
@@ -159,24 +155,23 @@ class Step {
       moments(chunk_at(tensor, at), factors, set.adapted ? &norms : nullptr);
     }
     const LambStepFactors step(set, set.adapted ? lamb_ratio(set, norms.p_sq, norms.u_sq) : 1);
-    const bool more = i + 1 < static_cast<int64_t>(small_.size());
     for (int64_t at = (chunk_count(numel) - 1) * kChunk; at >= 0; at -= kChunk) {
-      apply(chunk_at(tensor, at), factors, step, more ? chunk_at(small_[i + 1], at) : LambChunk{});
+      apply(chunk_at(tensor, at), factors, step);
     }
   }
 
-  // The chunk that begins at `at`; empty past the tensor's end.
+  // The chunk that begins at `at`.
   LambChunk chunk_at(int32_t tensor, int64_t at) const {
     const LambTensor& x = args_.tensors[tensor];
-    return {&x, at, std::clamp<int64_t>(x.numel - at, 0, kChunk)};
+    return {&x, at, std::min(x.numel - at, kChunk)};
   }
 
   static void moments(const LambChunk& chunk, const LambFactors& factors, LambNorms* norms) {
     BATCHOPS_ISA_CALL(lamb_moments, chunk, factors, norms);
   }
-  static void apply(const LambChunk& chunk, const LambFactors& factors, const LambStepFactors& step,
-                    const LambChunk& ahead) {
-    BATCHOPS_ISA_CALL(lamb_apply, chunk, factors, step, ahead);
+  static void apply(const LambChunk& chunk, const LambFactors& factors,
+                    const LambStepFactors& step) {
+    BATCHOPS_ISA_CALL(lamb_apply, chunk, factors, step);
   }
 
   const LambArgs& args_;
@@ -186,7 +181,6 @@ class Step {
   std::vector<int32_t> small_;
   std::vector<Split> splits_;
   std::vector<LambNorms> norms_;
-  std::vector<LambChunk> first_sweep_;  // by slot
   std::vector<Task> tasks_;
 };
 

@@ -151,26 +151,13 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
   norms->u_sq += sums.u_sq;
 }
 
-// Asks for the cache lines of elements [i, i + kLanes) of a chunk that comes later.
-BATCHOPS_INLINE void fetch_ahead(const LambChunk& chunk, int64_t i) {
-  const int64_t at = chunk.begin + i;
-  const auto fetch = [&](const void* base, int64_t size) BATCHOPS_INLINE_LAMBDA {
-    __builtin_prefetch(static_cast<const char*>(base) + at * size, 0, 2);
-  };
-  fetch(chunk.tensor->p, size_of(chunk.tensor->p_dtype));
-  fetch(chunk.tensor->g, size_of(chunk.tensor->g_dtype));
-  fetch(chunk.tensor->m, 4);
-  fetch(chunk.tensor->v, 4);
-}
-
 template <class P>
 void apply(P* p, const float* m, const float* v, int64_t count, const LambFactors& factors,
-           const LambStepFactors& step_factors, const LambChunk& ahead) {
+           const LambStepFactors& step_factors) {
   const Constants c(factors);
   const StepConstants step(step_factors);
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = std::min(kLanes, count - i);
-    if (i < ahead.count) fetch_ahead(ahead, i);
     const Quotient q = quotient(load_part(m + i, n), load_part(v + i, n), c);
     store_part(p + i, updated(load_part(p + i, n), q, step), n);
   }
@@ -203,12 +190,11 @@ void lamb_moments(const LambChunk& chunk, const LambFactors& factors, LambNorms*
   });
 }
 
-void lamb_apply(const LambChunk& chunk, const LambFactors& factors, const LambStepFactors& step,
-                const LambChunk& ahead) {
+void lamb_apply(const LambChunk& chunk, const LambFactors& factors, const LambStepFactors& step) {
   const LambTensor& x = *chunk.tensor;
   with_element(x.p_dtype, [&](auto* type) {
     using P = std::remove_pointer_t<decltype(type)>;
     apply(static_cast<P*>(x.p) + chunk.begin, x.m + chunk.begin, x.v + chunk.begin, chunk.count,
-          factors, step, ahead);
+          factors, step);
   });
 }

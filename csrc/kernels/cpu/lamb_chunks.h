@@ -18,14 +18,12 @@ struct LambNorms {
   double u_sq = 0;  // Σ (u / scale)²
 };
 
-#define BATCHOPS_LAMB_CHUNK_FUNCTIONS                                                              \
-  double lamb_grad_sq(const LambChunk& chunk);                                                     \
-  /* m, v = …; the norms are added to *norms unless it is null */                                  \
-  void lamb_moments(const LambChunk& chunk, const LambFactors& factors, LambNorms* norms);         \
-  /* p -= …, u formed from the stored m and v. It computes more than it loads, so meanwhile      \
-     it calls for the memory of `ahead`, a chunk of the next first sweep. */                       \
-  void lamb_apply(const LambChunk& chunk, const LambFactors& factors, const LambStepFactors& step, \
-                  const LambChunk& ahead);
+#define BATCHOPS_LAMB_CHUNK_FUNCTIONS                                                      \
+  double lamb_grad_sq(const LambChunk& chunk);                                             \
+  /* m, v = …; the norms are added to *norms unless it is null */                          \
+  void lamb_moments(const LambChunk& chunk, const LambFactors& factors, LambNorms* norms); \
+  /* p -= …, u formed from the stored m and v */                                           \
+  void lamb_apply(const LambChunk& chunk, const LambFactors& factors, const LambStepFactors& step);
 
 #if defined(BATCHOPS_X86)
 namespace avx512 {
