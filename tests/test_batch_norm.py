@@ -141,12 +141,21 @@ def test_parameter_dtypes(dtype, parameter, device):
         assert p is None or p.grad.dtype == p.dtype
 
 
+LARGE_MEAN_SHAPES = [
+    (16, 6, 24, 24),
+    (64, 40, 7, 7),  # planes shorter than a row of the kernel
+    (257, 128),  # the last chunk is one short row, with a shift of its own
+    (4127, 10),  # the same, with many channels' worth of columns a row
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1.0, 1e3, 1e4])
-def test_large_mean(ratio, layout, device):
+@pytest.mark.parametrize("shape", LARGE_MEAN_SHAPES, ids=str)
+def test_large_mean(shape, ratio, layout, device):
     """|mean| / std up to 1e4 in float32: y, dx and dweight within 1e-5 norm-wise of float64."""
-    x = leaf(make((16, 6, 24, 24), torch.float32, device, layout, offset=ratio, scale=1.0))
-    weight, bias = map(leaf, parameters(6, torch.float32, device))
+    x = leaf(make(shape, torch.float32, device, layout, offset=ratio, scale=1.0))
+    weight, bias = map(leaf, parameters(shape[1], torch.float32, device))
     y = BF.batch_norm(x, None, None, weight, bias, True)
     dy = make(y.shape, torch.float32, device, layout, offset=0.0, scale=1.0)
     y.backward(dy)
@@ -155,6 +164,14 @@ def test_large_mean(ratio, layout, device):
     assert norm_error(y, oracle.y) <= 1e-5
     assert norm_error(x.grad, dx) <= 1e-5
     assert norm_error(weight.grad, dweight) <= 1e-5
+
+
+def test_infinite_running_mean(device):
+    x = make((4, 3, 5, 5), torch.float32, device)
+    mean = torch.tensor([0.0, float("inf"), -float("inf")], device=device)
+    var = torch.ones(3, device=device)
+    y, expected = (f(x, mean, var, training=False) for f in (BF.batch_norm, F.batch_norm))
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

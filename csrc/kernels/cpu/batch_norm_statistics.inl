@@ -103,16 +103,19 @@ struct Statistics {
       for (int64_t j = 0; j < group.width; j += L) store(p + j, V(T(0)));
     };
 
-    // The first shift: the mean of at least eight values where there are as many.
+    // The first shift: the mean of at least eight values where there are as many. A last chunk may
+    // consist of the short last row alone.
     clear(s.at);
     const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
     const int64_t wanted = 1 + 7 / (plan.repeat * plan.segment);
-    const int64_t seen = full_end - begin < wanted ? full_end - begin : wanted;
+    const bool short_row = full_end == begin;
+    const int64_t seen = short_row ? 1 : full_end - begin < wanted ? full_end - begin : wanted;
+    const int64_t seen_width = short_row ? plan.tail : group.width;
     for (int64_t step = begin; step < begin + seen; ++step) {
-      add_columns(x + geometry.row(g, group, step).offset, s.at, group.width);
+      add_columns(x + geometry.row(g, group, step).offset, s.at, seen_width);
     }
-    geometry.fold(group, s.at, group.width, sums.first);
-    const double scale = seen > 0 ? 1.0 / values(begin, begin + seen) : 0.0;
+    geometry.fold(group, s.at, seen_width, sums.first);
+    const double scale = 1.0 / values(begin, begin + seen);
     for (int64_t c = 0; c < group.channels; ++c) {
       channel[c] = static_cast<T>(sums.first[c] * scale);
     }
@@ -214,7 +217,8 @@ struct Statistics {
   void set_stats(int64_t c, double mean, double var) const {
     const int64_t C = args.shape.C;
     stats[c] = static_cast<T>(mean);
-    stats[C + c] = static_cast<T>(mean - stats[c]);
+    const double low = mean - stats[c];
+    stats[C + c] = low == low ? static_cast<T>(low) : T(0);  // ∞ has no low part
     stats[2 * C + c] = static_cast<T>(1.0 / std::sqrt(var + args.eps));
   }
 
