@@ -5,8 +5,8 @@
 //
 //   forward(z)       activation(z)
 //   backward(dy, z)  dy · activation'(z)
-//   kMaskable        activation' depends on z only through "z <= 0", so a bit can stand for z
-//   backward(dy, V is_positive…) is not needed: a cleared bit means derivative 0.
+//   kNeedsZ          whether backward reads z at all
+//   kMaskable        activation' is 0 where z <= 0 and 1 elsewhere, so a bit can stand for z
 //
 // NaN: forward(NaN) is NaN and backward passes dy, as torch's relu does.
 

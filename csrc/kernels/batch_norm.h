@@ -64,12 +64,13 @@ struct BatchNormBackward {
   BatchNormShape shape;
   const void* dy = nullptr;
   const void* x = nullptr;
-  const void* weight = nullptr;   // may be null
-  const void* bias = nullptr;     // may be null; read only to recompute z for the activation
-  const void* stats = nullptr;    // [3, C] from the forward
-  const uint8_t* mask = nullptr;  // given exactly when the forward wrote one; then z is not recomputed
-  void* dx = nullptr;             // each output may be null: not wanted
-  void* dresidual = nullptr;      // only with an activation; without one it equals dy
+  const void* weight = nullptr;  // may be null
+  const void* bias = nullptr;    // may be null; read only to recompute z for the activation
+  const void* stats = nullptr;   // [3, C] from the forward
+  const uint8_t* mask =
+      nullptr;                // given exactly when the forward wrote one; then z is not recomputed
+  void* dx = nullptr;         // each output may be null: not wanted
+  void* dresidual = nullptr;  // only with an activation; without one it equals dy
   void* dweight = nullptr;
   void* dbias = nullptr;
   bool training = true;
