@@ -66,7 +66,7 @@ bench: build
 	$(say) "benchmarks, recycled pages"
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 	  $(BIN)/python -m pytest bench -q --benchmark-json=$(BENCH_OUT)/recycled.json $(BENCH_ARGS)
-	$(BIN)/python -m bench.report $(BENCH_OUT)/default.json $(BENCH_OUT)/recycled.json
+	$(BIN)/python bench/report.py $(BENCH_OUT)/default.json $(BENCH_OUT)/recycled.json --readme README.md
 
 wheel: env
 	$(say) "wheel (targets: $(or $(CUDA_ARCHS),all))"
@@ -84,7 +84,7 @@ gpu-check:
 	$(say) "benches"
 	mkdir -p $(BENCH_OUT)
 	$(PYTHON) -m pytest bench -q --device cuda --benchmark-json=$(BENCH_OUT)/cuda.json $(BENCH_ARGS)
-	$(PYTHON) -m bench.report $(BENCH_OUT)/cuda.json
+	$(PYTHON) bench/report.py $(BENCH_OUT)/cuda.json
 
 clean:
 	rm -rf build dist out .pytest_cache .ruff_cache
