@@ -190,7 +190,8 @@ def markdown(machine: dict[str, Any], records: Sequence[Record], plot: str | Non
         f"{SLOWER}. `spread` is the interquartile range of our time over its median. `GB/s` counts "
         "the bytes that must move, `of floor` compares with a large copy right before and after "
         f"({floors(records) or 'not measured'}); it passes 100 % where an output small enough for "
-        "the cache is overwritten before it leaves it. Allocator `default` pays page faults for "
+        "the cache is overwritten before it leaves it, or where a kernel writes past the cache, "
+        "which torch's copy does not. Allocator `default` pays page faults for "
         "large outputs, `recycled` keeps its pages. All sides have the same number of threads.",
         "",
     ]
@@ -204,7 +205,9 @@ def markdown(machine: dict[str, Any], records: Sequence[Record], plot: str | Non
     return "\n".join(lines)
 
 
-def summary(machine: dict[str, Any], records: Sequence[Record], folder: str) -> str:
+def summary(
+    machine: dict[str, Any], records: Sequence[Record], folder: str, plot: str | None
+) -> str:
     """README's section: for each operation and peer the worst, middle and best ratio."""
     header = ["operation", "against", "threads", "allocator", "cases", "worst", "median", "best"]
     groups: dict[tuple[str, str, int, str], list[float]] = {}
@@ -229,6 +232,7 @@ def summary(machine: dict[str, Any], records: Sequence[Record], folder: str) -> 
             f"[{folder}/report.md]({folder}/report.md).",
             "",
             *markdown_table([header, *rows]),
+            *([f"\n![Ratios, case by case]({folder}/{plot})"] if plot else []),
         ]
     )
 
@@ -321,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (folder / "report.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
     if options.readme:
         relative = f"bench/results/{options.name}"
-        fill(options.readme, summary(machine, records, relative))
+        fill(options.readme, summary(machine, records, relative, plot))
     print(text_table(records))
     print(f"\nwritten: {folder}/report.md, report.json" + (f", {plot}" if plot else ""))
     return 0
