@@ -18,6 +18,7 @@ from . import _binding as _binding  # loads the operators
 __all__ = ["LAMB"]
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _state_tensors = itemgetter(*_STATE)
 _FLAGS = ("bias_correction", "grad_averaging", "trust_clip", "always_adapt", "maximize")
 # Elements that the plain path turns into float64 at a time.
@@ -172,7 +173,9 @@ class LAMB(Optimizer):
                     home = p.device if isinstance(p, Tensor) else value.value.device
                     entry[name] = value.value.to(torch.device("cpu") if name == "step" else home)
             if "step" in entry and not isinstance(entry["step"], Tensor):
-                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+                entry["step"] = torch.tensor(
+                    float(entry["step"]), dtype=torch.float32, device="cpu"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -184,6 +187,7 @@ class LAMB(Optimizer):
 
         max_grad_norm = self.param_groups[0]["max_grad_norm"]
         for group in self.param_groups:
+            _check_options(group)
             if group["max_grad_norm"] != max_grad_norm:
                 raise ValueError(
                     "LAMB.step: max_grad_norm is one number for the whole optimizer, got "
@@ -214,7 +218,9 @@ class _Plan:
         self.stateless: list[Tensor] = []
         chosen: list[tuple[Tensor, int, str, bool]] = []
 
-        # All checks come before the first change to the state.
+        # All checks come before the first change to the state. Where two parameters are one memory,
+        # the second must see the first one's step: not a thing for threads.
+        seen: set[int] = set()
         for index, group in enumerate(groups):
             for position, p in enumerate(group["params"]):
                 name = _name_of(p, group, index, position)
@@ -229,7 +235,15 @@ class _Plan:
                 reason = "" if group["fused"] is False else _why_not_native(p, entry)
                 if reason and group["fused"]:
                     raise RuntimeError(f"LAMB: fused=True cannot take {name}: {reason}")
-                chosen.append((p, index, name, not reason and group["fused"] is not False))
+                repeated = p.numel() > 0 and type(p) in _PLAIN_TYPES and p.data_ptr() in seen
+                if repeated and group["fused"]:
+                    raise RuntimeError(
+                        f"LAMB: fused=True cannot take {name}: an earlier parameter has its memory"
+                    )
+                if type(p) in _PLAIN_TYPES:
+                    seen.add(p.data_ptr())
+                native = not reason and not repeated and group["fused"] is not False
+                chosen.append((p, index, name, native))
 
         tables: dict[torch.device, list[tuple[Tensor, int, str]]] = defaultdict(list)
         self.plain: list[tuple[Tensor, dict[str, Any], int, str]] = []
@@ -237,7 +251,7 @@ class _Plan:
             entry = state[p]
             if not entry:
                 dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                entry["step"] = torch.zeros((), dtype=torch.float32)
+                entry["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 entry["exp_avg"] = torch.zeros_like(p, dtype=dtype)
                 entry["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
             if native:
@@ -247,7 +261,7 @@ class _Plan:
         self.tables = [
             (device, _native_table(members, state)) for device, members in tables.items()
         ]
-        self.entries = [entry for entry in state.values() if entry]
+        self.entries = [entry for p, entry in state.items() if entry and isinstance(p, Tensor)]
         self.tensors = list(chain.from_iterable(map(_state_tensors, self.entries)))
 
     def holds(self, optimizer: LAMB) -> bool:
@@ -256,7 +270,8 @@ class _Plan:
         if self.groups != [(len(group["params"]), group["fused"]) for group in groups]:
             return False
         params = chain.from_iterable(group["params"] for group in groups)
-        entries = [entry for entry in optimizer.state.values() if entry]
+        state = optimizer.state
+        entries = [entry for p, entry in state.items() if entry and isinstance(p, Tensor)]
         if (
             len(entries) != len(self.entries)
             or not all(map(is_, params, self.params))
@@ -316,6 +331,8 @@ def _native_table(members: list[tuple[Tensor, int, str]], state: Any) -> Any:
 
 def _check_options(options: dict[str, Any]) -> None:
     lr = options["lr"]
+    if not isinstance(lr, (int, float, Tensor)):
+        raise TypeError(f"LAMB: expected lr to be a number or a tensor, got {type(lr).__name__}")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"LAMB: lr must be a float or a one-element tensor, got {lr.numel()}")
     if not lr >= 0.0:
@@ -377,7 +394,7 @@ def _check_state(p: Tensor, entry: dict[str, Any], name: str) -> None:
 
 
 def _why_not_native(p: Tensor, entry: dict[str, Any]) -> str:
-    if type(p) not in (Tensor, torch.nn.Parameter):
+    if type(p) not in _PLAIN_TYPES:
         return f"expected a torch.Tensor, got the subclass {type(p).__name__}"
     step = entry.get("step")
     if step is not None and (step.dtype != torch.float32 or not step.is_cpu or step.numel() != 1):

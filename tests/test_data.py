@@ -1313,3 +1313,79 @@ def test_signals_do_not_reach_pool_threads() -> None:
                 blocked += 1
         assert blocked == _C.collate_threads() > 0
     """)
+
+
+class OnlyGetItem:
+    """A sampler by the old protocol: no __iter__."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        if i >= 6:
+            raise IndexError
+        return 5 - i
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sampler_without_iter(workers):
+    dataset = TensorDataset(torch.arange(6.0))
+    ours = DataLoader(dataset, batch_size=4, sampler=OnlyGetItem(), num_workers=workers)
+    assert [b[0].tolist() for b in ours] == [[5.0, 4.0, 3.0, 2.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_inference_mode_is_that_of_the_moment_of_delivery(workers):
+    dataset = TensorDataset(torch.randn(1000, 64))
+    iterator = iter(DataLoader(dataset, batch_size=100, num_workers=workers))
+    seen = []
+    for step in range(6):
+        with torch.inference_mode(step % 2 == 0):
+            (x,) = next(iterator)
+        seen.append(x.is_inference())
+        assert torch.equal(x, dataset.tensors[0][step * 100 : (step + 1) * 100])
+    assert seen == [True, False] * 3
+
+
+def test_no_memory_for_the_batch_ahead_loses_nothing(monkeypatch):
+    dataset = TensorDataset(torch.arange(1000 * 128.0).view(1000, 128))
+    real, calls = torch.empty, []
+
+    def scarce(*args, **kwargs):
+        calls.append(args)
+        if len(calls) % 2 == 0:
+            raise RuntimeError("not enough memory")
+        return real(*args, **kwargs)
+
+    loader = DataLoader(dataset, batch_size=200)
+    iterator = iter(loader)
+    monkeypatch.setattr(torch, "empty", scarce)
+    got = list(iterator)
+    monkeypatch.undo()
+    assert len(calls) > len(got)  # batches ahead were tried, and failed
+    assert torch.equal(torch.cat([x for (x,) in got]), dataset.tensors[0])
+
+
+@pytest.mark.parametrize("moment", ["before the first batch", "after the first batch"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sampler_replaced_under_a_running_epoch(workers, moment):
+    dataset = TensorDataset(torch.arange(1000))
+
+    def rows(kind):
+        sampler = torch.utils.data.SubsetRandomSampler(list(range(200, 1000)))
+        loader = kind(dataset, batch_size=200, sampler=sampler, num_workers=workers)
+        torch.manual_seed(3)
+        iterator = iter(loader)
+        got = [next(iterator)[0]] if moment == "after the first batch" else []
+        loader.batch_sampler.sampler = torch.utils.data.SequentialSampler(range(700))
+        return [b.tolist() for b in got] + [b.tolist() for (b,) in iterator]
+
+    assert rows(DataLoader) == rows(torch.utils.data.DataLoader)
+
+
+def test_indexing_patched_under_a_running_epoch(monkeypatch):
+    dataset = TensorDataset(torch.arange(100_000.0).view(1000, 100))
+    iterator = iter(DataLoader(dataset, batch_size=100))
+    next(iterator)
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, i: (torch.tensor(i),))
+    assert next(iterator)[0].tolist() == list(range(100, 200))

@@ -799,3 +799,59 @@ def test_parameters_that_overlap_themselves_are_refused():
     for fused in (None, True, False):
         with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*share memory"):
             LAMB([p], fused=fused).step()
+
+
+def test_gradients_without_memory_of_their_own():
+    p = parameter((70,))
+    before = p.detach().clone()
+    p.grad = torch._efficientzerotensor((70,))
+    optimizer = LAMB([p], weight_decay=0.0)
+    optimizer.step()
+    assert torch.equal(p, before)
+    p.grad = torch.randn(70)
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage is too small"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_step_stays_on_the_cpu_whatever_the_default_device(fused):
+    p = parameter((5,))
+    optimizer = LAMB([p], fused=fused)
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None if before.type == "cpu" else before)
+    assert optimizer.state[p]["step"].device.type == "cpu"
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_parameters_over_one_memory_do_not_race():
+    data = torch.randn(300_000)
+    results = []
+    for fused in (None, False):
+        shared = data.clone()
+        params = [torch.nn.Parameter(shared), torch.nn.Parameter(shared)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        LAMB(params, fused=fused).step()
+        results.append(shared)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    with pytest.raises(RuntimeError, match="an earlier parameter has its memory"):
+        LAMB(params, fused=True).step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("lr", -1.0, ValueError), ("lr", None, TypeError), ("max_grad_norm", 0.0, ValueError)],
+)
+def test_options_changed_between_steps_are_checked(name, value, error):
+    p = parameter((5,))
+    optimizer = LAMB([p])
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(error, match=name.replace("lr", "l.*r")):
+        optimizer.step()
+    assert not optimizer.state[p]

@@ -89,6 +89,10 @@ def _distributed(sampler: DistributedSampler) -> Iterator[Any]:
     yield list(sampler.__iter__())
 
 
+def _one_by_one(sampler: Any) -> Iterator[list[Any]]:
+    return ([index] for index in sampler)
+
+
 class IndexStream:
     """The batches of a ``BatchSampler`` over one of torch's samplers."""
 
@@ -101,6 +105,8 @@ class IndexStream:
         self._batch_sampler = batch_sampler
         self._draw = draw
         self._private = private
+        self._kind = type(batch_sampler.sampler)
+        self._sampler: Any = None  # the one that draws; a batch sampler's may be replaced later
         self._draws: Iterator[Any] | None = None
         self._pending: deque[Any] = deque()  # drawn, not yet taken
         self._batch_size: Any = None
@@ -114,7 +120,9 @@ class IndexStream:
             return None
         sampler = index_sampler.sampler
         kind = type(sampler)
-        if any(t.__iter__ is not _ITERATORS.get(t) for t in (kind, BatchSampler)):
+        if any(
+            t not in _ITERATORS or t.__iter__ is not _ITERATORS[t] for t in (kind, BatchSampler)
+        ):
             return None
         if kind is SequentialSampler and _is_plain_sized(sampler.data_source):
             return cls(index_sampler, _sequential, private=True)
@@ -132,8 +140,8 @@ class IndexStream:
     @property
     def lookups(self) -> tuple[list[int], ...]:
         """What taken indices are positions of, where they are positions."""
-        sampler = self._batch_sampler.sampler
-        return (sampler.indices,) if type(sampler) is SubsetRandomSampler else ()
+        positions = self._draw is _subset_random and self._sampler is not None
+        return (self._sampler.indices,) if positions else ()
 
     def as_list(self, batch: Any) -> list[Any]:
         """The list that the batch sampler itself would have yielded."""
@@ -151,7 +159,10 @@ class IndexStream:
         if self._draws is None:
             self._drop_last = self._batch_sampler.drop_last
             self._batch_size = self._batch_sampler.batch_size
-            self._draws = self._draw(self._batch_sampler.sampler)
+            self._sampler = self._batch_sampler.sampler
+            if type(self._sampler) is not self._kind:  # replaced since this stream was made
+                self._draw, self._private = _one_by_one, False
+            self._draws = self._draw(self._sampler)
         elif not self._drop_last:
             self._batch_size = self._batch_sampler.batch_size
         return self._batch_size

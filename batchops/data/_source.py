@@ -97,6 +97,26 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.stride(),
         tensor.dtype,
         tensor.requires_grad,
+        type(tensor),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def _indexes_as_torch_does(dataset: Dataset, subsets: list[Subset]) -> bool:
+    """Whether nobody has put another way of indexing on the classes or the objects."""
+    return (
+        type(dataset) is TensorDataset
+        and TensorDataset.__getitem__ is _TENSOR_GETITEM
+        and not hasattr(dataset, "__getitems__")
+        and (
+            not subsets
+            or (
+                Subset.__getitem__ is _SUBSET_GETITEM
+                and Subset.__getitems__ is _SUBSET_GETITEMS
+                and all(type(s) is Subset and "__getitems__" not in vars(s) for s in subsets)
+            )
+        )
     )
 
 
@@ -140,20 +160,13 @@ class GatherSource:
         """
         subsets: list[Subset] = []
         while type(dataset) is Subset:
-            if (
-                Subset.__getitem__ is not _SUBSET_GETITEM
-                or Subset.__getitems__ is not _SUBSET_GETITEMS
-                or "__getitems__" in vars(dataset)
-            ):
-                return None
             subsets.append(dataset)
             dataset = dataset.dataset
-        if type(dataset) is not TensorDataset or hasattr(dataset, "__getitems__"):
+        if not _indexes_as_torch_does(dataset, subsets):
             return None
         tensors = dataset.tensors
         if (
-            TensorDataset.__getitem__ is not _TENSOR_GETITEM
-            or type(tensors) is not tuple
+            type(tensors) is not tuple
             or not tensors
             or not all(_is_gatherable(t) for t in tensors)
             or any(t.shape[0] != tensors[0].shape[0] for t in tensors)
@@ -173,7 +186,9 @@ class GatherSource:
             if subset.dataset is not dataset:
                 return False
             dataset = subset
-        return self._dataset.tensors is self.tensors
+        return self._dataset.tensors is self.tensors and _indexes_as_torch_does(
+            self._dataset, self._subsets
+        )
 
     def versions(self) -> list[int]:
         """Counters that torch moves with every write to a tensor."""

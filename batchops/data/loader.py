@@ -16,6 +16,7 @@ from batchops.data._sampling import IndexStream
 from batchops.data._source import Batch, GatherSource, collate_only_stacks, nobody_watches
 
 _T_co = TypeVar("_T_co", covariant=True)
+_DEFAULT_COLLATE = torch_collate.default_collate
 
 
 class DataLoader(torch_dataloader.DataLoader[_T_co]):
@@ -48,8 +49,9 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         ``timeout``, ``multiprocessing_context`` and ``in_order`` are checked as in torch and
         have nothing to do: no process is started and batches come in order.
 
-    Batches never share memory with one another or with the dataset. The tensors of the dataset must
-    not be resized while an iterator is alive: that frees memory which threads may be reading.
+    Batches never share memory with one another or with the dataset. While an iterator is alive the
+    tensors of the dataset must not be resized or moved to shared memory (``share_memory_``, which
+    sending them to another process does too): that frees memory which threads may be reading.
 
     Raises what torch raises, with torch's message.
     """
@@ -67,7 +69,7 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         if (
             self._dataset_kind != torch_dataloader._DatasetKind.Map
             or not self._auto_collation
-            or self.collate_fn is not torch_collate.default_collate
+            or self.collate_fn is not _DEFAULT_COLLATE
             or (self.num_workers > 0 and self.worker_init_fn is not None)
             or not collate_only_stacks()
             or not nobody_watches()
@@ -164,15 +166,23 @@ class _GatherIter(torch_dataloader._SingleProcessDataLoaderIter):
             taken = self._stream.take(size)
         except StopIteration:
             return
+        try:
+            self._ahead = self._start(taken, size, threads)
+        except (RuntimeError, MemoryError):
+            pass  # no memory for a second batch: this one is not lost, the next may fit later
+        finally:
+            if self._ahead is None:
+                self._stream.untake(taken)
+
+    def _start(self, taken: Any, size: int, threads: int) -> _Ahead | None:
         source = self._source
         rows = source.resolve(taken, self._lookups())
         if rows is None:
-            self._stream.untake(taken)
-            return
+            return None
         versions = source.versions()
         batch = source.start(rows, threads, self._pin_memory)
         inference = torch.is_inference_mode_enabled()
-        self._ahead = _Ahead(taken, size, source, versions, inference, rows, batch)
+        return _Ahead(taken, size, source, versions, inference, rows, batch)
 
     def _is_valid(self, ahead: _Ahead) -> bool:
         """Whether gathering now would give the same batch."""
@@ -233,18 +243,19 @@ class _WorkerGatherIter(torch_dataloader._BaseDataLoaderIter):
         if self._source is not None and not self._source.is_current():
             self._source = self._source.refreshed()
         lookups = () if stream is None else stream.lookups
-        if self._source is not None and nobody_watches():
-            rows = self._source.resolve(taken, lookups)
-            if rows is not None:
-                self._under_way.append(
-                    self._source.start(rows, self._num_workers, self._pin_memory)
-                )
-                return
-        index = taken if stream is None else stream.as_list(taken)
         try:
-            data = self._dataset_fetcher.fetch(index)
-            if self._pin_memory:
-                data = pin(data, self._pin_memory_device)
+            rows = None
+            if self._source is not None and nobody_watches():
+                rows = self._source.resolve(taken, lookups)
+            if rows is not None:
+                # Inference mode is that of the moment at which a batch is handed out.
+                with torch.inference_mode(False):
+                    data = self._source.start(rows, self._num_workers, self._pin_memory)
+            else:
+                index = taken if stream is None else stream.as_list(taken)
+                data = self._dataset_fetcher.fetch(index)
+                if self._pin_memory:
+                    data = pin(data, self._pin_memory_device)
         except Exception:
             # Raised, as in torch, when it is this batch's turn.
             data = ExceptionWrapper(where=f"in DataLoader worker process {worker}")
@@ -256,7 +267,14 @@ class _WorkerGatherIter(torch_dataloader._BaseDataLoaderIter):
         data = self._under_way.popleft()
         self._send()
         if isinstance(data, Batch):
-            return data.result()
+            tensors = data.result()
+            return [_alias(t) for t in tensors] if torch.is_inference_mode_enabled() else tensors
         if isinstance(data, ExceptionWrapper):
             data.reraise()
         return data
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor over the same memory: in inference mode, an inference tensor."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())

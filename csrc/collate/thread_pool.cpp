@@ -60,6 +60,10 @@ void ThreadPool::start_threads(int wanted) {
     sigset_t all;
     sigset_t before;
     sigfillset(&all);
+    // A fault is the faulting thread's own: blocked, its handlers would not run.
+    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) {
+      sigdelset(&all, fault);
+    }
     pthread_sigmask(SIG_SETMASK, &all, &before);
     bool started = true;
     try {

@@ -165,11 +165,26 @@ class LambTable : public torch::CustomClassHolder {
                 kOp, ": ", name, " expects a floating-point gradient of size ", p.sizes(), " on ",
                 p.device(), ", got ", grad.scalar_type(), " of size ", grad.sizes(), " on ",
                 grad.device());
+    // A subclass that wraps other tensors, or storage that was given back: no memory to read.
+    TORCH_CHECK(!grad.unsafeGetTensorImpl()->is_python_dispatch(), kOp, ": ", name,
+                " expects a gradient that is a plain tensor; fused=False takes subclasses");
+    TORCH_CHECK(
+        grad._is_zerotensor() || grad.numel() == 0 ||
+            grad.storage().nbytes() >=
+                static_cast<size_t>(grad.storage_offset() + span(grad)) * grad.element_size(),
+        kOp, ": ", name, " has a gradient whose storage is too small for its size ", grad.sizes());
+  }
+
+  // Elements from the first to the last, inclusive.
+  static int64_t span(const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return last + 1;
   }
 
   void add(size_t i, const Tensor& p, const Tensor& grad) {
     Tensor g = grad;
-    if (g.is_neg() || !kernel_dtype(g) || !same_layout(g, p)) {
+    if (g.is_neg() || g._is_zerotensor() || !kernel_dtype(g) || !same_layout(g, p)) {
       // Rare: a layout of its own, or a dtype no kernel takes. One copy in the parameter's layout.
       const auto type = kernel_dtype(g) ? g.scalar_type() : at::kFloat;
       g = at::empty_strided(p.sizes(), p.strides(), g.options().dtype(type)).copy_(g);
