@@ -35,6 +35,9 @@ def problems() -> Iterator[Problem]:
                 residual=residual,
                 training=shape[1] != 12,
             )
+    for dtype, layout in itertools.product(("f32", "f16", "bf16"), batch_norm.LAYOUTS):
+        # Rows would allow whole units, the pointers do not.
+        yield Problem(2, 8, 64, layout=layout, dtype=dtype, activation="relu", misaligned=1)
     for layout in batch_norm.LAYOUTS:  # several chunks
         yield Problem(5, 3, 4096, layout=layout, activation="relu")
 
