@@ -80,7 +80,7 @@ gpu-check:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps . -C cmake.define.BATCHOPS_CUDA=ON \
 	  -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCHS),native)
 	$(say) "CUDA tests"
-	$(PYTHON) -m pytest -m cuda --import-mode=importlib
+	$(PYTHON) -m pytest -m cuda
 	$(say) "benches"
 	mkdir -p $(BENCH_OUT)
 	$(PYTHON) -m pytest bench -q --device cuda --benchmark-json=$(BENCH_OUT)/cuda.json $(BENCH_ARGS)
