@@ -243,16 +243,17 @@ class _WorkerGatherIter(torch_dataloader._BaseDataLoaderIter):
         if self._source is not None and not self._source.is_current():
             self._source = self._source.refreshed()
         lookups = () if stream is None else stream.lookups
+        rows = None
+        if self._source is not None and nobody_watches():
+            rows = self._source.resolve(taken, lookups)
+        # The sampler's own errors are raised now, as in torch.
+        index = taken if rows is not None or stream is None else stream.as_list(taken)
         try:
-            rows = None
-            if self._source is not None and nobody_watches():
-                rows = self._source.resolve(taken, lookups)
             if rows is not None:
                 # Inference mode is that of the moment at which a batch is handed out.
                 with torch.inference_mode(False):
                     data = self._source.start(rows, self._num_workers, self._pin_memory)
             else:
-                index = taken if stream is None else stream.as_list(taken)
                 data = self._dataset_fetcher.fetch(index)
                 if self._pin_memory:
                     data = pin(data, self._pin_memory_device)
