@@ -9,9 +9,7 @@ struct ForwardPass : Statistics<S> {
 
   const S* const residual = static_cast<const S*>(args.residual);
   S* const y = static_cast<S*>(args.y);
-  // Small planes in eval are written one after the other: most begin or end within a cache line,
-  // and half a line past the cache costs more than a whole one through it.
-  const bool past_cache = streams(args.shape) && (args.training || geometry.plan.segment == 1);
+  const bool past_cache = streams(args.shape);
 
   // R runs of n elements, `stride` apart, with the same channel values.
   template <int R, class Param>
@@ -89,23 +87,63 @@ struct ForwardPass : Statistics<S> {
     }
   }
 
-  // Samples [begin, end) plane by plane in the order of memory: in eval nothing of a group of
-  // channels waits in the cache, and a walk down the group would only jump.
-  void apply_samples(int64_t begin, int64_t end) const {
-    const int64_t C = args.shape.C, HxW = args.shape.HxW;
-    T mean[kMaxWidth], scale[kMaxWidth], shift[kMaxWidth];
-    for (int64_t first = 0; first < C; first += kMaxWidth) {
-      const int64_t count = C - first < kMaxWidth ? C - first : kMaxWidth;
-      affine(first, count, mean, scale, shift);
-      for (int64_t n = begin; n < end; ++n) {
-        for (int64_t c = 0; c < count; ++c) {
-          const int64_t plane = n * C + first + c;
-          uint8_t* mask = args.mask + (kMask ? plane * ((HxW + 7) / 8) : 0);
-          apply_run<1>(plane * HxW, 0, &mask, HxW, OneChannel<T>(mean + c),
-                       OneChannel<T>(scale + c), OneChannel<T>(shift + c));
-        }
+  // Whether whole vectors can go through memory in order, whatever plane they belong to. The mask
+  // cannot: it pads every plane to whole bytes.
+  bool in_order() const {
+    return !kMask && args.shape.layout == Layout::channels_first && args.shape.HxW >= L;
+  }
+
+  // Elements [begin, end) in the order of memory, by vectors that end where one of y ends: those
+  // on the border of two planes take the channel values of both. `mean`, `scale` and `shift` hold
+  // all channels.
+  void apply_in_order(int64_t begin, int64_t end, const T* mean, const T* scale,
+                      const T* shift) const {
+    struct {
+      V mean, scale, shift;
+    } now, before;
+    const int64_t HxW = args.shape.HxW, C = args.shape.C;
+    int64_t c = begin / HxW % C, plane_end = (begin / HxW + 1) * HxW;
+    const auto enter = [&]() BATCHOPS_INLINE_LAMBDA {
+      now = {V(mean[c]), V(scale[c]), V(shift[c])};
+    };
+    const auto write = [&](int64_t j, auto lanes, V m, V a, V b) BATCHOPS_INLINE_LAMBDA {
+      V z = normalize(load<T>(x + j, lanes), m, a, b);
+      if constexpr (kResidual) z = z + load<T>(residual + j, lanes);
+      put(y + j, Act::forward(z), lanes, past_cache);
+    };
+    const auto write_border = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
+      const int64_t left = plane_end - j;
+      before = now;
+      if (++c == C) c = 0;
+      plane_end += HxW;
+      enter();
+      write(j, lanes, first_of(left, before.mean, now.mean),
+            first_of(left, before.scale, now.scale), first_of(left, before.shift, now.shift));
+    };
+    const auto write_part = [&](int64_t j, int64_t n) BATCHOPS_INLINE_LAMBDA {
+      if (j + n <= plane_end) {
+        write(j, First{n}, now.mean, now.scale, now.shift);
+      } else {
+        write_border(j, First{n});
       }
+    };
+    constexpr int64_t kBytes = L * sizeof(S);
+    const int64_t past_line = reinterpret_cast<uintptr_t>(y + begin) % kBytes / sizeof(S);
+    int64_t j = begin;
+    enter();
+    if (past_line != 0) {
+      const int64_t head = L - past_line < end - begin ? L - past_line : end - begin;
+      write_part(j, head);
+      j += head;
     }
+    while (true) {
+      const int64_t stop = plane_end < end ? plane_end : end;
+      for (; j + L <= stop; j += L) write(j, All{}, now.mean, now.scale, now.shift);
+      if (j + L > end) break;
+      write_border(j, All{});
+      j += L;
+    }
+    if (j < end) write_part(j, end - j);
   }
 
   void apply_rows(int64_t g, int64_t chunk_begin, int64_t chunk_end) const {
@@ -157,17 +195,25 @@ struct ForwardPass : Statistics<S> {
 template <class Pass>
 inline const char* run_forward(const BatchNormForward& args, const Geometry& geometry,
                                const Parallel& par) {
+  using T = typename Pass::T;
   Pass pass{{args, geometry}};
   if (args.training) return reduce_and_apply(geometry, par, pass, true);
   pass.take_running_stats();
-  if (geometry.plan.segment > 1) {
-    par(args.shape.N, [&](int64_t begin, int64_t end) {
-      pass.apply_samples(begin, end);
-      fence();
-    });
-    return nullptr;
-  }
-  return apply_only(geometry, par, pass);
+  if (!pass.in_order()) return apply_only(geometry, par, pass);
+
+  const int64_t C = args.shape.C, numel = args.shape.numel();
+  T few[3 * 256];
+  std::unique_ptr<T[]> many(C > 256 ? new (std::nothrow) T[3 * C] : nullptr);
+  if (C > 256 && many == nullptr) return "batch_norm: out of memory for the channel values";
+  T* const mean = C > 256 ? many.get() : few;
+  pass.affine(0, C, mean, mean + C, mean + 2 * C);
+  constexpr int64_t kPart = 4096;
+  par((numel + kPart - 1) / kPart, [&](int64_t begin, int64_t end) {
+    pass.apply_in_order(begin * kPart, end * kPart < numel ? end * kPart : numel, mean, mean + C,
+                        mean + 2 * C);
+    fence();
+  });
+  return nullptr;
 }
 
 template <class S, class Act>

@@ -441,6 +441,24 @@ BATCHOPS_INLINE Vec<T> keep(uint64_t bits, Vec<T> a) {
 #endif
 }
 
+// Lane i of `a` where i < n, of `b` elsewhere.
+template <class T>
+BATCHOPS_INLINE Vec<T> first_of(int64_t n, Vec<T> a, Vec<T> b) {
+#if defined(BATCHOPS_ISA_AVX512)
+  const uint32_t first = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_mov_ps(b.v, static_cast<__mmask16>(first), a.v);
+  } else {
+    return _mm512_mask_mov_pd(b.v, static_cast<__mmask8>(first), a.v);
+  }
+#else
+  using U = typename Native<T>::U;
+  U lane;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) lane[i] = i;
+  return (lane < U{} + static_cast<decltype(U{}[0] + 0)>(n)) ? a.v : b.v;
+#endif
+}
+
 // ------------------------------------------------------------------------------ functions
 
 // e^a within 2 ulp; 0 below the smallest normal's logarithm, inf above the largest, NaN for NaN.
