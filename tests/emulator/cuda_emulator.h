@@ -27,7 +27,7 @@
   static const char name##_key = 0;                                        \
   using name##_type = typename ::cuda_emulator::TypeIs<__VA_ARGS__>::type; \
   auto& name = *static_cast<name##_type*>(                                 \
-      ::cuda_emulator::current().block->static_shared(&name##_key, sizeof(name##_type)))
+      ::cuda_emulator::current().block->static_shared(&name##_key, sizeof(name##_type), #name))
 #define BATCHOPS_DYNAMIC_SHARED(name, ...) \
   __VA_ARGS__* name =                      \
       reinterpret_cast<__VA_ARGS__*>(::cuda_emulator::current().block->dynamic_shared())
@@ -65,6 +65,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   grid.blocks = config->gridDim;
   grid.threads = config->blockDim;
   grid.dynamic_shared = config->dynamicSmemBytes;
+  grid.stream = config->stream;
   grid.body = [&] { std::apply(kernel, copies); };
   cuda_emulator::run(grid);
   return cudaSuccess;
@@ -126,13 +127,21 @@ inline int __all_sync(unsigned mask, int predicate, Site site = Site::current())
 
 // Threads take turns on one host thread: plain operations are atomic and ordered.
 template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
+EMULATOR_UNSEEN T atomicAdd(T* address, std::type_identity_t<T> value) {
+  if (auto* o = cuda_emulator::observer()) {
+    o->atomic({address, sizeof(T), true, true, cuda_emulator::MemoryOrder::relaxed,
+               cuda_emulator::Scope::device, __builtin_return_address(0)});
+  }
   const T before = *address;
   *address = before + value;
   return before;
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence() {
+  if (auto* o = cuda_emulator::observer()) o->fence(cuda_emulator::Scope::device);
+}
+inline void __threadfence_block() {
+  if (auto* o = cuda_emulator::observer()) o->fence(cuda_emulator::Scope::block);
+}
 
 template <class T>
 T __ldg(const T* address) {

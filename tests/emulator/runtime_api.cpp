@@ -40,7 +40,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
 }
 
-cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  if (auto* o = cuda_emulator::observer()) o->memory_operation(data, nullptr, bytes, stream);
   __builtin_memset(data, value, bytes);
   return cudaSuccess;
 }

@@ -10,6 +10,9 @@ constinit thread_local dim3 blockDim;
 constinit thread_local dim3 gridDim;
 
 namespace cuda_emulator {
+
+Observer* the_observer = nullptr;
+
 namespace {
 
 thread_local Thread* running = nullptr;
@@ -48,6 +51,8 @@ void in_order(unsigned count, F&& visit) {
     }
   }
 }
+
+uint64_t flatten(uint3 i, dim3 shape) { return (uint64_t{i.z} * shape.y + i.y) * shape.x + i.x; }
 
 std::unique_ptr<unsigned char[]> poisoned(size_t bytes) {
   auto memory = std::make_unique_for_overwrite<unsigned char[]>(bytes);
@@ -94,6 +99,13 @@ void Block::start(const Grid& grid, uint3 index) {
     thread.wait = Wait::nothing;
     thread.fiber.start(&Block::run_thread, &thread);
   }
+  if (Observer* o = observer()) {
+    o->block_starts(linear());
+    if (grid.dynamic_shared > 0) {
+      o->shared_memory(linear(), "dynamic shared memory", dynamic_shared_.get(),
+                       grid.dynamic_shared);
+    }
+  }
 }
 
 void Block::run_thread(void* context) {
@@ -114,7 +126,9 @@ bool Block::run_ready(unsigned first, unsigned lanes) {
     moved = true;
     running = &thread;
     threadIdx = thread.index;
+    if (Observer* o = observer()) o->thread_runs(linear(), thread.linear);
     if (thread.fiber.resume()) --live_;
+    if (Observer* o = observer()) o->thread_stops();
     running = nullptr;
     if (failure_) std::rethrow_exception(failure_);
   });
@@ -210,6 +224,10 @@ void Block::exchange(unsigned first, unsigned lanes) {
     pool_[first + k]->value = results[k];
     pool_[first + k]->wait = Wait::nothing;
   }
+  if (Observer* o = observer()) {
+    const Thread& any = *pool_[first + static_cast<unsigned>(__builtin_ctz(lanes))];
+    o->warp_released(linear(), first / 32, lanes, any.collective == Collective::sync);
+  }
 }
 
 bool Block::release_barrier() {
@@ -238,10 +256,17 @@ bool Block::release_barrier() {
          first->site);
   }
   for (unsigned i = 0; i < threads_; ++i) pool_[i]->wait = Wait::nothing;
+  if (Observer* o = observer()) {
+    std::vector<unsigned> all(threads_);
+    std::iota(all.begin(), all.end(), 0u);
+    o->barrier_released(linear(), all);
+  }
   return true;
 }
 
-void* Block::static_shared(const void* key, size_t bytes) {
+uint64_t Block::linear() const { return flatten(index_, grid_->blocks); }
+
+void* Block::static_shared(const void* key, size_t bytes, const char* name) {
   for (StaticShared& variable : static_shared_) {
     if (variable.key == key) return variable.bytes.get();
   }
@@ -253,6 +278,9 @@ void* Block::static_shared(const void* key, size_t bytes) {
                 " bytes static and " + std::to_string(grid_->dynamic_shared) + " dynamic");
   }
   static_shared_.push_back({key, poisoned(bytes)});
+  if (Observer* o = observer()) {
+    o->shared_memory(linear(), name, static_shared_.back().bytes.get(), bytes);
+  }
   return static_shared_.back().bytes.get();
 }
 
@@ -293,6 +321,14 @@ void run(const Grid& grid) {
                 " bytes dynamic, the limit is " + std::to_string(settings().shared_limit));
   }
   random_engine.seed(settings().seed);
+  struct Observed {  // grid_ends comes after an Error too
+    explicit Observed(const GridEvent& event) {
+      if (Observer* o = observer()) o->grid_starts(event);
+    }
+    ~Observed() {
+      if (Observer* o = observer()) o->grid_ends();
+    }
+  } const observed({grid.kernel, count, static_cast<unsigned>(threads), 1, grid.stream});
 
   std::vector<unsigned> order;
   order.reserve(count);
@@ -321,8 +357,10 @@ void run(const Grid& grid) {
       });
       if (!moved) active.front()->fail_deadlock();
       std::erase_if(active, [&](Block* block) {
-        if (block->done()) idle.push_back(block);
-        return block->done();
+        if (!block->done()) return false;
+        if (Observer* o = observer()) o->block_ends(block->linear());
+        idle.push_back(block);
+        return true;
       });
     }
   } catch (...) {

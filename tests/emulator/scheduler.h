@@ -17,6 +17,7 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 #include "fiber.h"
+#include "observer.h"
 
 // The built-in variables of device code, set each time a thread gets its turn.
 extern constinit thread_local uint3 threadIdx;
@@ -75,6 +76,7 @@ struct Grid {
   dim3 blocks;
   dim3 threads;
   size_t dynamic_shared = 0;
+  const void* stream = nullptr;
   std::function<void()> body;
 };
 
@@ -88,10 +90,11 @@ class Block {
 
   const Grid& grid() const { return *grid_; }
   uint3 index() const { return index_; }
+  uint64_t linear() const;  // the index as one number, x fastest
   unsigned char* dynamic_shared() { return dynamic_shared_.get(); }
   // The block's instance of the static shared variable that `key` stands for; filled with 0xff
   // (NaN for floats) at first, so that a read before a write shows.
-  void* static_shared(const void* key, size_t bytes);
+  void* static_shared(const void* key, size_t bytes, const char* name);
 
   [[noreturn]] void fail(const Thread& thread, const std::string& what, const Site& site) const;
   [[noreturn]] void fail_deadlock() const;
