@@ -65,8 +65,8 @@ def load(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def library() -> ctypes.CDLL:
-    return load(build.library("batch_norm", KERNELS, API))
+def library(instrument: bool = False) -> ctypes.CDLL:
+    return load(build.library("batch_norm", KERNELS, API, instrument))
 
 
 @dataclass
@@ -157,16 +157,16 @@ class _Buffers:
         """Memory for `size` numbers: poison, or `value`."""
         numbers = Numbers(dtype)
         offset = self.problem.misaligned * numbers.itemsize if size > self.problem.C else 0
-        memory = emulator.Memory(size * numbers.itemsize, offset)
+        memory = emulator.Memory(size * numbers.itemsize, offset, name)
         if value is not None:
             memory.bytes[:] = numbers.encode(np.ascontiguousarray(value).reshape(-1)).view(np.uint8)
         self.memory[name] = memory, numbers
         return memory.pointer
 
-    def raw(self, nbytes: int, offset: int = 0) -> int:
-        memory = emulator.Memory(nbytes, offset)
-        self.memory[f"raw {len(self.memory)}"] = memory, Numbers("f32")
-        return memory.pointer
+    def raw(self, name: str, nbytes: int, offset: int = 0) -> emulator.Memory:
+        memory = emulator.Memory(nbytes, offset, name)
+        self.memory[name] = memory, Numbers("f32")
+        return memory
 
     def results(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """The bytes of `names`, after checking that nothing beside any buffer was written."""
@@ -196,13 +196,12 @@ def forward(library: ctypes.CDLL, problem: Problem) -> dict[str, np.ndarray]:
             setattr(args, name, buffers.tensor(name, dtype, p.C, given[name]))
     if p.masked:
         rows, row = p.rows
-        buffers.memory["mask"] = emulator.Memory(rows * -(-row // 8), 1), Numbers("f32")
-        args.mask = buffers.memory["mask"][0].pointer
+        args.mask = buffers.raw("mask", rows * -(-row // 8), offset=1).pointer
     size = library.emulated_batch_norm_forward_workspace(ctypes.byref(args.shape))
     emulator.call(
         library.emulated_batch_norm_forward,
         ctypes.byref(args),
-        ctypes.c_void_p(buffers.raw(max(size, 16))),
+        ctypes.c_void_p(buffers.raw("workspace", max(size, 16)).pointer),
     )
     return buffers.results(("y", "stats", "mask", "running_mean", "running_var"))
 
@@ -222,9 +221,8 @@ def backward(
         if name in given:
             setattr(args, name, buffers.tensor(name, p.param_dtype, p.C, given[name]))
     if p.masked:
-        memory = emulator.Memory(saved["mask"].size, 1)
+        memory = buffers.raw("mask", saved["mask"].size, offset=1)
         memory.bytes[:] = saved["mask"]
-        buffers.memory["mask"] = memory, Numbers("f32")
         args.mask = memory.pointer
     wanted = {"dx": numel, "dweight": p.C, "dbias": p.C}
     if p.activation != "none":
@@ -237,6 +235,6 @@ def backward(
     emulator.call(
         library.emulated_batch_norm_backward,
         ctypes.byref(args),
-        ctypes.c_void_p(buffers.raw(max(size, 16))),
+        ctypes.c_void_p(buffers.raw("workspace", max(size, 16)).pointer),
     )
     return buffers.results(("dx", "dresidual", "dweight", "dbias"))

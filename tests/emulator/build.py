@@ -39,6 +39,30 @@ FLAGS = (
     "-DBATCHOPS_CUDA_EMULATOR",
 )
 FAST = ("-O1",)
+# Sources that tell of every load and store (instrument.cpp), beside those that listen.
+WATCHERS = (
+    "instrument.cpp",
+    "knowledge.cpp",
+    "memory_map.cpp",
+    "race.cpp",
+    "recorder.cpp",
+    "traffic.cpp",
+)
+INSTRUMENTED = (
+    "-O1",
+    "-g",
+    "-fsanitize=thread",
+    "--param=tsan-distinguish-volatile=1",
+    # A 16-byte access stays one.
+    "-fno-tree-sra",
+    "-fno-ipa-sra",
+    "-fno-builtin-memcpy",
+    "-fno-builtin-memmove",
+    "-fno-builtin-memset",
+    "-DBATCHOPS_EMULATOR_INSTRUMENTED",
+    "-include",
+    str(HERE / "instrument_prefix.h"),
+)
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
@@ -73,9 +97,17 @@ def _forget_old(seconds: float) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False) -> Path:
+def build(
+    name: str,
+    kernels: list[str],
+    api: list[str],
+    sanitize: bool = False,
+    instrument: bool = False,
+) -> Path:
     """The path of the shared library with `kernels` and `api` in it; compiles what is missing.
 
+    With `sanitize` all of it runs under AddressSanitizer and UndefinedBehaviorSanitizer
+    (run_sanitized). With `instrument` kernels and api report each load and store (recording.py).
     Skips the test where g++ or the CUDA headers are missing.
     """
     compiler = _compiler()
@@ -85,20 +117,25 @@ def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False)
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    folder = CACHE / _sources_hash(flags, version.stdout)
-    library = folder / f"{name}{'_sanitized' if sanitize else ''}.so"
+    folder = CACHE / _sources_hash([*flags, *INSTRUMENTED], version.stdout)
+    library = folder / f"{name}{'_sanitized' if sanitize else ''}{'_watched' * instrument}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     _forget_old(seconds=24 * 3600)
 
-    sources = [HERE / file for file in (*CORE, *api)] + [ROOT / file for file in kernels]
+    watchers = WATCHERS if instrument else ()
+    watched = [HERE / file for file in api] + [ROOT / file for file in kernels]
+    sources = [*watched, *(HERE / file for file in (*CORE, *watchers))]
 
     def compile_one(source: Path) -> Path:
-        object_file = folder / f"{source.stem}{'_sanitized' if sanitize else ''}.o"
+        instrumented = instrument and source in watched
+        suffix = f"{'_sanitized' if sanitize else ''}{'_watched' * instrumented}"
+        object_file = folder / f"{source.stem}{suffix}.o"
         if not object_file.exists():
             part = object_file.with_suffix(f".{os.getpid()}.part")
-            _run([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(part)])
+            more = INSTRUMENTED if instrumented else ()
+            _run([compiler, *flags, *more, "-x", "c++", "-c", str(source), "-o", str(part)])
             part.replace(object_file)
         return object_file
 
@@ -110,9 +147,9 @@ def build(name: str, kernels: list[str], api: list[str], sanitize: bool = False)
     return library
 
 
-def library(name: str, kernels: list[str], api: list[str]) -> ctypes.CDLL:
+def library(name: str, kernels: list[str], api: list[str], instrument: bool = False) -> ctypes.CDLL:
     """build(), loaded."""
-    return ctypes.CDLL(str(build(name, kernels, api)))
+    return ctypes.CDLL(str(build(name, kernels, api, instrument=instrument)))
 
 
 def run_sanitized(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

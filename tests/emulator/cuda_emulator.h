@@ -19,7 +19,11 @@
 #undef __forceinline__
 #undef __grid_constant__
 #define __launch_bounds__(...)
+#ifdef BATCHOPS_EMULATOR_INSTRUMENTED  // each use of a helper is an instruction of its own
+#define __forceinline__ inline __attribute__((always_inline))
+#else
 #define __forceinline__ inline
+#endif
 #define __grid_constant__
 
 // A shared variable is looked up in the running block by the address of a static of its own.

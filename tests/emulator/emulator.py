@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -51,13 +51,16 @@ class Memory:
     """`nbytes` of memory at `offset` bytes past a 64-byte boundary, filled with 0xff (NaN).
 
     64 bytes on either side hold a pattern that guards_intact() looks for. With `exact` set there
-    are none and the memory is one allocation of its own, for AddressSanitizer to watch.
+    are none and the memory is one allocation of its own, for AddressSanitizer to watch. `watcher`,
+    where set (recording.py), is told of every new one.
     """
 
     GUARD, PATTERN = 64, 0xA5
     exact = False
+    watcher: Callable[[Memory], None] | None = None
 
-    def __init__(self, nbytes: int, offset: int = 0) -> None:
+    def __init__(self, nbytes: int, offset: int = 0, name: str = "memory") -> None:
+        self.name = name
         around = 0 if self.exact else 2 * self.GUARD + 64
         self._owner = np.full(nbytes + offset + around, self.PATTERN, dtype=np.uint8)
         self._start = offset
@@ -65,6 +68,8 @@ class Memory:
             self._start += -self._owner.ctypes.data % 64 + self.GUARD
         self.bytes = self._owner[self._start : self._start + nbytes]
         self.bytes[:] = 0xFF
+        if Memory.watcher is not None:
+            Memory.watcher(self)
 
     @property
     def pointer(self) -> int:
