@@ -103,9 +103,8 @@ struct ForwardPass : Statistics<S> {
     } now, before;
     const int64_t HxW = args.shape.HxW, C = args.shape.C;
     int64_t c = begin / HxW % C, plane_end = (begin / HxW + 1) * HxW;
-    const auto enter = [&]() BATCHOPS_INLINE_LAMBDA {
-      now = {V(mean[c]), V(scale[c]), V(shift[c])};
-    };
+    const auto enter = [&]()
+                           BATCHOPS_INLINE_LAMBDA { now = {V(mean[c]), V(scale[c]), V(shift[c])}; };
     const auto write = [&](int64_t j, auto lanes, V m, V a, V b) BATCHOPS_INLINE_LAMBDA {
       V z = normalize(load<T>(x + j, lanes), m, a, b);
       if constexpr (kResidual) z = z + load<T>(residual + j, lanes);
