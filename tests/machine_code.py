@@ -1,162 +1,225 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, shared memory, width of memory accesses.
+"""What nvcc makes of the CUDA kernels: registers, spills, stack, shared memory, occupancy, and the
+width of global memory accesses.
 
-    python -m tests.machine_code [sm_90 ...]
+    python -m tests.machine_code [sm_90 ...] [--markdown] [--library]
 
-prints a table. Accesses are counted in the machine code where nvdisasm is found (it is in
-the pip package nvidia-cuda-nvdisasm), in the PTX otherwise.
+prints a table for each target (sm_75, sm_80, sm_90 and sm_100 by default); --library reads the
+installed build, for the targets that it has, rather than compiling. Accesses are counted in the
+machine code where nvdisasm is found (it is in the pip package nvidia-cuda-nvdisasm), in the PTX
+otherwise; the table says which. What is compiled is kept in build/machine_code/ by content.
 """
 
 from __future__ import annotations
 
-import functools
-import re
+import argparse
+import hashlib
+import json
+import os
 import subprocess
-import sys
 import tempfile
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
+from . import disassembly, occupancy
+from .disassembly import Kernel
 from .emulator import toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "csrc" / "kernels" / "cuda"
+CACHE = ROOT / "build" / "machine_code"
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
+# Those of CMakeLists.txt and cmake/cuda.cmake that code generation depends on.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda")
 
 
-@dataclass
-class Kernel:
-    source: str
-    name: str  # demangled, without namespaces and parameters
-    registers: int = 0
-    shared: int = 0
-    stack: int = 0
-    spill_stores: int = 0
-    spill_loads: int = 0
-    loads: Counter[int] = field(default_factory=Counter)  # global loads by bits a thread
-    stores: Counter[int] = field(default_factory=Counter)
-
-
-def sources() -> list[str]:
+def sources() -> list[Path]:
     """CUDA sources with kernels in them."""
-    files = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
-    return [file.name for file in files if "__global__" in file.read_text()]
+    return [file for file in sorted(FOLDER.glob("*.cu")) if "__global__" in file.read_text()]
 
 
-@functools.cache
-def kernels(source: str, target: str) -> list[Kernel]:
+def kernels(source: Path, target: str) -> list[Kernel]:
     """Compiles one source for one target ("sm_90"); raises RuntimeError with nvcc's output."""
-    nvcc = toolkit.tool("nvcc")
-    if nvcc is None:
-        raise RuntimeError("no nvcc")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path = ROOT / "csrc" / "kernels" / "cuda" / source
-        result = subprocess.run(
-            [
-                *(nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "--extended-lambda"),
-                *(f"-arch={target}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "--keep"),
-                *("--keep-dir", name, "-cubin", str(path), "-o", str(folder / "out.cubin")),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode != 0:
-            raise RuntimeError(result.stdout + result.stderr)
-        found = _resources(source, result.stderr)
-        if (nvdisasm := toolkit.tool("nvdisasm")) is not None:
-            text = subprocess.run(
-                [nvdisasm, str(folder / "out.cubin")], capture_output=True, text=True, check=True
-            ).stdout
-            _count_machine_code(text, found)
-        else:
-            _count_ptx(next(folder.glob("*.ptx")).read_text(), found)
-    _demangle(found)
-    return list(found.values())
-
-
-def _resources(source: str, log: str) -> dict[str, Kernel]:
-    """From ptxas -v, by mangled name."""
-    found: dict[str, Kernel] = {}
-    kernel = None
-    for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            kernel = found.setdefault(match[1], Kernel(source, match[1]))
-        elif match := re.search(r"Function properties for (\w+)", line):
-            kernel = found.get(match[1])
-        elif kernel is None:
-            continue
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+).*stores, (\d+)", line):
-            kernel.stack, kernel.spill_stores, kernel.spill_loads = map(int, match.groups())
-        elif match := re.search(r"Used (\d+) registers", line):
-            kernel.registers = int(match[1])
-            if shared := re.search(r"(\d+) bytes smem", line):
-                kernel.shared = int(shared[1])
+    kept = CACHE / f"{source.stem}.{target}.{_content_hash(source, target)}.json"
+    if kept.exists():
+        kept.touch()
+        return [_restored(values) for values in json.loads(kept.read_text())]
+    found = _compiled(source, target)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.iterdir():
+        if old.stat().st_mtime < time.time() - 24 * 3600:
+            old.unlink(missing_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps([vars(kernel) for kernel in found]))
+    part.replace(kept)
     return found
 
 
-def _count_machine_code(text: str, found: dict[str, Kernel]) -> None:
-    """LDG.E.128.CONSTANT R4, ...: 32 bits where no width is written."""
-    kernel = None
-    for line in text.splitlines():
-        if match := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
-            kernel = found.get(match[1])
-        elif kernel is not None and (match := re.search(r"\b(LDG|STG)\.([\w.]+)", line)):
-            width = re.search(r"(?:^|\.)[US]?(8|16|64|128)(?:\.|$)", match[2])
-            bits = int(width[1]) if width else 32
-            (kernel.loads if match[1] == "LDG" else kernel.stores)[bits] += 1
+def compile_all(paths: Iterable[Path], targets: Iterable[str]) -> dict[tuple[str, str], list]:
+    """kernels() of every source for every target, by (source's name, target), in parallel."""
+    pairs = [(path, target) for path in paths for target in targets]
+    pairs.sort(key=lambda pair: -pair[0].stat().st_size)  # the longest first
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        results = pool.map(lambda pair: kernels(*pair), pairs)
+        return {(path.name, t): found for (path, t), found in zip(pairs, results, strict=True)}
 
 
-def _count_ptx(text: str, found: dict[str, Kernel]) -> None:
-    """ld.global.nc.v4.u32: vector length times element bits."""
-    for part in re.split(r"\.entry\s+", text)[1:]:
-        kernel = found.get(re.match(r"\w+", part)[0])
-        if kernel is None:
-            continue
-        for kind, length, bits in re.findall(
-            r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)\b", part
-        ):
-            counter = kernel.loads if kind == "ld" else kernel.stores
-            counter[int(length or 1) * int(bits)] += 1
+def library_kernels(library: Path) -> list[Kernel]:
+    """The kernels in a built library, of all its targets. Spills, launch bounds and barriers are
+    not told there; local memory accesses are."""
+    cuobjdump, nvdisasm = toolkit.tool("cuobjdump"), toolkit.tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        raise RuntimeError("needs cuobjdump and nvdisasm")
+    everything: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as folder:
+        _output([cuobjdump, "-xelf", "all", str(library)], cwd=folder)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = cubin.name.split(".")[-2]
+            usage = _output([cuobjdump, "-res-usage", str(cubin)])
+            reserved = occupancy.TARGETS[target].shared_reserved
+            found = disassembly.read_library(usage, target, reserved)
+            disassembly.count_machine_code(_output([nvdisasm, "-c", str(cubin)]), found)
+            disassembly.demangle(found)
+            everything += found.values()
+    return everything
 
 
-def _demangle(found: dict[str, Kernel]) -> None:
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True
-    ).stdout
-    for mangled, demangled in zip(found, text.splitlines(), strict=True):
-        short = re.sub(
-            r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|batchops::(cuda::)?", "", demangled
-        )
-        short = short.removeprefix("void ")
-        short = short.replace("(Layout)0", "channels_first").replace("(Layout)1", "channels_last")
-        short = re.sub(r">\(.*\)$", ">", short)
-        found[mangled].name = re.sub(r"\(\w+(, .*)?\)$", "", short)
+def _compiled(source: Path, target: str) -> list[Kernel]:
+    nvcc, nvdisasm = toolkit.tool("nvcc"), toolkit.tool("nvdisasm")
+    if nvcc is None:
+        raise RuntimeError("no nvcc")
+    with tempfile.TemporaryDirectory() as name:
+        cubin = Path(name) / "out.cubin"
+        command = [nvcc, *FLAGS, f"-arch={target}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
+        command += ["--keep", "--keep-dir", name, "-cubin", str(source), "-o", str(cubin)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+        found = disassembly.read_resources(result.stderr, target)
+        ptx = next(Path(name).glob("*.ptx")).read_text()
+        disassembly.read_launch_bounds(ptx, found)
+        if nvdisasm is not None:
+            disassembly.count_machine_code(_output([nvdisasm, "-c", str(cubin)]), found)
+        else:
+            disassembly.count_ptx(ptx, found)
+    disassembly.demangle(found)
+    return list(found.values())
+
+
+def _output(command: list[str], cwd: str | None = None) -> str:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def _versions() -> str:
+    tools = [toolkit.tool("nvcc"), toolkit.tool("nvdisasm")]
+    return "\0".join(_output([tool, "--version"]) if tool else "" for tool in tools)
+
+
+def _content_hash(source: Path, target: str) -> str:
+    headers = [
+        path
+        for path in (ROOT / "csrc" / "kernels").rglob("*")
+        if path.suffix in {".h", ".cuh", ".inl"} and "cpu" not in path.parts
+    ]
+    digest = hashlib.sha256("\0".join([*FLAGS, target, _versions()]).encode())
+    for path in [source, Path(__file__), Path(disassembly.__file__), *sorted(headers)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _restored(values: dict) -> Kernel:
+    for name in ("loads", "stores"):
+        values[name] = Counter({int(bits): count for bits, count in values[name].items()})
+    return Kernel(**values)
+
+
+def residency(kernel: Kernel, dynamic_shared: int = 0) -> occupancy.Resident:
+    """With blocks as large as the launch bounds allow, which is how every kernel is launched."""
+    return occupancy.resident(
+        kernel.target,
+        threads=kernel.threads,
+        registers=kernel.registers,
+        shared=kernel.shared + dynamic_shared,
+        barriers=kernel.barriers,
+    )
+
+
+def wide(counter: Counter[int]) -> int:
+    """Accesses of 16 bytes a thread and more."""
+    return sum(count for bits, count in counter.items() if bits >= 128)
 
 
 def _share(counter: Counter[int]) -> str:
     total = sum(counter.values())
-    return f"{counter[128]}/{total}" if total else "-"
+    return f"{wide(counter)}/{total}" if total else "-"
 
 
-def table(rows: list[Kernel]) -> str:
-    width = max(len(row.name) for row in rows)
-    lines = [
-        f"{'kernel':{width}}  regs  shared  stack  spills  128-bit loads  128-bit stores",
+COLUMNS = (
+    *("kernel", "registers", "spills", "stack", "local", "shared", "128-bit loads"),
+    *("128-bit stores", "blocks", "occupancy", "limited by"),
+)
+
+
+def _row(kernel: Kernel) -> list[str]:
+    fits = residency(kernel) if kernel.threads else None
+    return [
+        kernel.name,
+        str(kernel.registers),
+        str(kernel.spill_stores + kernel.spill_loads),
+        str(kernel.stack),
+        str(kernel.local),
+        str(kernel.shared),
+        _share(kernel.loads),
+        _share(kernel.stores),
+        str(fits.blocks) if fits else "?",
+        f"{100 * fits.share:.0f} %" if fits else "?",
+        fits.limited_by if fits else "?",
     ]
-    for row in sorted(rows, key=lambda r: r.name):
-        lines.append(
-            f"{row.name:{width}}  {row.registers:4}  {row.shared:6}  {row.stack:5}  "
-            f"{row.spill_stores + row.spill_loads:6}  {_share(row.loads):>13}  "
-            f"{_share(row.stores):>14}"
-        )
-    return "\n".join(lines)
+
+
+def table(rows: Iterable[Kernel], markdown: bool = False) -> str:
+    """Spills, stack and shared in bytes; accesses as 128-bit ones / all, by count in the code."""
+    cells = [list(COLUMNS), *(_row(kernel) for kernel in sorted(rows, key=lambda k: k.name))]
+    if markdown:
+        lines = ["| " + " | ".join(cells[0]) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+        lines += [f"| `{row[0]}` | " + " | ".join(row[1:]) + " |" for row in cells[1:]]
+        return "\n".join(lines)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    return "\n".join(
+        f"{row[0]:{widths[0]}}  "
+        + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in cells
+    )
 
 
 def main() -> None:
-    counted = "machine code" if toolkit.tool("nvdisasm") else "PTX"
-    for target in sys.argv[1:] or ["sm_90"]:
-        rows = [kernel for source in sources() for kernel in kernels(source, target)]
-        print(f"{target}, accesses counted in {counted}\n{table(rows)}\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.machine_code", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("targets", nargs="*", default=TARGETS)
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--library", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.targets) - set(occupancy.TARGETS):
+        parser.error(f"expected targets among {', '.join(occupancy.TARGETS)}, got {unknown}")
+    if options.library:
+        import batchops
+
+        found = library_kernels(Path(batchops.__file__).with_name("libbatchops_core.so"))
+    else:
+        groups = compile_all(sources(), options.targets)
+        found = [kernel for group in groups.values() for kernel in group]
+    for target in options.targets:
+        rows = [kernel for kernel in found if kernel.target == target]
+        if rows:
+            counted = " and ".join({row.counted_in for row in rows})
+            heading = f"{target}, accesses counted in {counted}"
+            print(f"{'### ' if options.markdown else ''}{heading}\n")
+            print(table(rows, options.markdown) + "\n")
 
 
 if __name__ == "__main__":

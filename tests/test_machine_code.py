@@ -1,61 +1,218 @@
-"""The compiler's output for the CUDA kernels: no spills, and wide accesses where they are meant."""
+"""The compiler's output for the CUDA kernels, held to tests/machine_code_limits.py."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from . import machine_code
+from . import disassembly, machine_code, machine_code_limits, occupancy
+from .disassembly import Kernel
 from .emulator import toolkit
+from .machine_code_limits import Limits
 
-TARGET = "sm_90"
+FAULTS = Path(__file__).with_name("machine_code_faults.cu")
 
-pytestmark = pytest.mark.skipif(toolkit.tool("nvcc") is None, reason="needs nvcc")
-
-
-def compiled(source: str) -> list[machine_code.Kernel]:
-    return machine_code.kernels(source, TARGET)
+needs_nvcc = pytest.mark.skipif(toolkit.tool("nvcc") is None, reason="needs nvcc")
+every_target = pytest.mark.parametrize("target", machine_code.TARGETS)
 
 
-@pytest.mark.parametrize("source", machine_code.sources())
-def test_no_spills_and_no_stack(source):
-    rows = compiled(source)
-    assert rows, "no kernel found in nvcc's output"
-    assert all(row.registers > 0 for row in rows)
-    print(f"\n{TARGET}\n{machine_code.table(rows)}")
-    bad = [row for row in rows if row.stack or row.spill_stores or row.spill_loads]
-    assert not bad, machine_code.table(bad)
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[Kernel]]:
+    """All kernels by target."""
+    if toolkit.tool("nvcc") is None:
+        pytest.skip("needs nvcc")
+    groups = machine_code.compile_all(machine_code.sources(), machine_code.TARGETS)
+    by_target: dict[str, list[Kernel]] = {target: [] for target in machine_code.TARGETS}
+    for (_, target), found in groups.items():
+        by_target[target] += found
+    for target, found in by_target.items():
+        print(f"\n{target}, counted in {found[0].counted_in}\n{machine_code.table(found)}")
+    return by_target
 
 
-# Tensors that each kernel reads and writes, and what else it may touch by single words: a mask
-# by bytes (8), and where z is recomputed one float a channel (32).
-TRAFFIC = {
-    "batch_norm_partials": (1, 0),
-    "batch_norm_apply": (2, 1),
-    "batch_norm_backward_partials": (2, 0),
-    "batch_norm_backward_apply": (2, 2),
+@every_target
+def test_every_kernel_has_an_entry_and_every_entry_a_kernel(compiled, target):
+    found = {machine_code_limits.entry(kernel) for kernel in compiled[target]}
+    assert found == machine_code_limits.ENTRIES
+
+
+@every_target
+def test_no_spills_no_stack_no_local_memory(compiled, target):
+    assert all(kernel.registers > 0 and kernel.counted_in for kernel in compiled[target])
+    wrong = [w for kernel in compiled[target] for w in machine_code_limits.local_memory(kernel)]
+    assert not wrong, "\n".join(wrong)
+
+
+@every_target
+def test_enough_blocks_are_resident(compiled, target):
+    wrong = []
+    for kernel in compiled[target]:
+        wrong += machine_code_limits.residency(kernel, machine_code_limits.limits(kernel))
+    assert not wrong, "\n".join(wrong)
+
+
+@every_target
+def test_global_memory_is_accessed_in_the_width_meant(compiled, target):
+    wrong = []
+    for kernel in compiled[target]:
+        wrong += machine_code_limits.accesses(kernel, machine_code_limits.limits(kernel))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.name)
+def test_launches_are_those_that_residency_is_computed_for(source):
+    """launch("name", kernel, blocks, threads, shared, stream, ...) against the table."""
+    text = source.read_text()
+    # The one constant that launches name.
+    values = {"kThreads": 256}
+    headers = text + (source.parent / "batch_norm.cuh").read_text()
+    assert re.search(r"constexpr int kThreads = 256;", headers)
+    launches = re.findall(
+        r'\blaunch\(\s*"(\w+)",\s*(?:\w+::)*\w+(?:<[^>]*>)?,\s*[^,]+,\s*([\w:]+),\s*(\w+),\s*stream',
+        text,
+    )
+    assert len(launches) == len(re.findall(r'\blaunch\(\s*"', text))
+    names = {place if isinstance(place, str) else place[0] for place in machine_code_limits.ENTRIES}
+    for name, threads, shared in launches:
+        limit = machine_code_limits.OTHERS.get(name, Limits(blocks=0))
+        assert name in names
+        assert values[threads.removeprefix("cuda::")] == limit.threads, name
+        assert int(shared) == limit.dynamic_shared, name
+
+
+@needs_nvcc
+def test_the_built_library_holds_this_machine_code(compiled):
+    """What is checked here is what is shipped: same registers, stack, shared memory, accesses."""
+    import batchops
+    from batchops import _binding
+
+    if not _binding.core.built_with_cuda():
+        pytest.skip("batchops was built without CUDA")
+    if toolkit.tool("cuobjdump") is None or toolkit.tool("nvdisasm") is None:
+        pytest.skip("needs cuobjdump and nvdisasm")
+    library = Path(batchops._C.__file__).with_name("libbatchops_core.so")
+    newest = max(file.stat().st_mtime for file in machine_code.FOLDER.parent.rglob("*.*"))
+    if newest > library.stat().st_mtime:
+        pytest.skip("kernel sources were edited after the build")
+    shipped = machine_code.library_kernels(library)
+    targets = {kernel.target for kernel in shipped} & set(machine_code.TARGETS)
+    if not targets:
+        pytest.skip(f"the build has none of {machine_code.TARGETS}")
+
+    def facts(kernel: Kernel) -> tuple:
+        return (
+            *(kernel.registers, kernel.shared, kernel.stack, kernel.local),
+            *(kernel.loads, kernel.stores),
+        )
+
+    for target in targets:
+        ours = {kernel.name: facts(kernel) for kernel in compiled[target]}
+        theirs = {kernel.name: facts(kernel) for kernel in shipped if kernel.target == target}
+        assert ours == theirs
+
+
+# ---- planted faults
+
+
+@pytest.fixture(scope="module", params=["sm_75", "sm_90", "sm_100"])
+def planted(request) -> dict[str, Kernel]:
+    if toolkit.tool("nvcc") is None:
+        pytest.skip("needs nvcc")
+    return {kernel.name: kernel for kernel in machine_code.kernels(FAULTS, request.param)}
+
+
+# What each was meant to be, and the check that must find that it is not.
+WIDE = Limits(blocks=2, reads=1, writes=1, only=frozenset({128}))
+PLANTED = {
+    "clean": (WIDE, set()),
+    "spills": (WIDE, {"local_memory"}),
+    "array_in_local_memory": (WIDE, {"local_memory"}),
+    "narrow": (WIDE, {"accesses"}),
+    "split_store": (WIDE, {"accesses"}),
+    "too_many_registers": (Limits(blocks=3, reads=1, writes=1), {"residency"}),
+    "too_much_shared_memory": (Limits(blocks=5, reads=1, writes=1), {"residency"}),
 }
-IN_FLIGHT = 4
 
 
-def widest(kernel: machine_code.Kernel) -> bool:
-    """Whether it is the instance for 16-byte units."""
-    match = re.search(r"<(float|__half|__nv_bfloat16), \w+, (\d+)", kernel.name)
-    return bool(match) and int(match[2]) * (4 if match[1] == "float" else 2) == 16
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_is_found_by_its_check_alone(planted, fault):
+    kernel = planted[fault]
+    limit, expected = PLANTED[fault]
+    found = {
+        "local_memory": machine_code_limits.local_memory(kernel),
+        "residency": machine_code_limits.residency(kernel, limit),
+        "accesses": machine_code_limits.accesses(kernel, limit),
+    }
+    assert {name for name, wrong in found.items() if wrong} == expected, found
 
 
-@pytest.mark.parametrize("source", ["batch_norm_forward.cu", "batch_norm_backward.cu"])
-def test_batch_norm_moves_16_bytes_at_a_time(source):
-    wide = [kernel for kernel in compiled(source) if widest(kernel)]
-    bases = {kernel.name.split("<")[0] for kernel in wide}
-    assert bases == {name for name in TRAFFIC if ("backward" in name) == ("backward" in source)}
-    for kernel in wide:
-        base = kernel.name.split("<")[0]
-        reads, writes = TRAFFIC[base]
-        # All units of a batch are loaded before the first is used: as many separate loads.
-        assert kernel.loads[128] >= reads * IN_FLIGHT, kernel
-        assert kernel.stores[128] >= writes * IN_FLIGHT, kernel
-        if base.endswith("apply"):
-            assert set(kernel.loads) <= {128, 32, 8}, kernel
-            assert set(kernel.stores) <= {128, 8}, kernel
+def test_all_faults_are_tried_and_have_no_entry(planted):
+    assert set(planted) == set(PLANTED)
+    for kernel in planted.values():
+        with pytest.raises(KeyError):
+            machine_code_limits.limits(kernel)
+
+
+def test_each_fault_shows_in_its_figure(planted):
+    assert planted["spills"].spill_stores > 0
+    assert planted["spills"].registers <= 64
+    # 64 floats, and none of it is a spill.
+    assert planted["array_in_local_memory"].stack >= 256
+    assert planted["array_in_local_memory"].spill_stores == 0
+    assert planted["array_in_local_memory"].local > 0
+    assert planted["narrow"].loads == {32: 1}
+    assert planted["split_store"].stores == {32: 4}
+    assert planted["too_many_registers"].registers > occupancy.registers_allowed(
+        planted["too_many_registers"].target, threads=256, blocks=3
+    )
+    assert planted["too_much_shared_memory"].shared == 48 * 1024
+    assert machine_code.residency(planted["too_much_shared_memory"]).limited_by == "shared"
+
+
+def test_residency_wants_launch_bounds():
+    kernel = Kernel("sm_90", "unbounded", registers=32)
+    assert machine_code_limits.residency(kernel, Limits(blocks=1))
+
+
+# ---- reading the tools' output
+
+
+def test_machine_code_is_read():
+    text = """
+\t.section\t.text._Z1kv,"ax",@progbits
+        /*0050*/                   @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0060*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0070*/                   LDG.E.ENL2.256.CONSTANT R8, R4, desc[UR4][R2.64] ;
+        /*0080*/                   LD.E R4, desc[UR4][R2.64] ;
+        /*0090*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
+        /*00a0*/                   LDS.128 R4, [R2] ;
+        /*00b0*/                   STG.E.U8 desc[UR4][R2.64], R4 ;
+        /*00c0*/                   ST.E.64 desc[UR4][R2.64], R4 ;
+        /*00d0*/                   STL.64 [R1], R4 ;
+        /*00e0*/                   LDL.LU R4, [R1+0x8] ;
+        /*00f0*/                   LDC.64 R4, c[0x0][0x210] ;
+\t.section\t.text.other,"ax",@progbits
+        /*0050*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
+"""
+    found = {"_Z1kv": Kernel("sm_90", "_Z1kv")}
+    disassembly.count_machine_code(text, found)
+    kernel = found["_Z1kv"]
+    assert kernel.loads == {128: 2, 16: 1, 256: 1, 32: 1}
+    assert kernel.stores == {8: 1, 64: 1}
+    assert kernel.local == 2
+
+
+@needs_nvcc
+def test_without_nvdisasm_accesses_are_counted_in_the_ptx(monkeypatch):
+    find = toolkit.tool
+    monkeypatch.setattr(toolkit, "tool", lambda name: None if name == "nvdisasm" else find(name))
+    found = {kernel.name: kernel for kernel in machine_code._compiled(FAULTS, "sm_90")}
+    assert {kernel.counted_in for kernel in found.values()} == {"PTX"}
+    assert found["clean"].loads == {128: 1}
+    assert found["clean"].stores == {128: 1}
+    assert found["narrow"].stores == {32: 1}
+    assert found["split_store"].stores == {32: 4}
+    assert found["array_in_local_memory"].local > 0
+    assert "PTX" not in machine_code.table(found.values())

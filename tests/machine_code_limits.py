@@ -1,0 +1,143 @@
+"""What is expected of the machine code of each CUDA kernel, and the checks that hold it to that.
+
+A kernel that is not in the table fails the tests: give it a line. Each check takes one kernel and
+returns what is wrong with it, in words; nothing means it is as expected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import machine_code, occupancy
+from .disassembly import Kernel
+
+
+@dataclass(frozen=True)
+class Limits:
+    blocks: int  # of the largest size, resident on a multiprocessor of every target at the least
+    reads: int = 0  # loads of `unit` bits in the code, at the least
+    writes: int = 0  # stores of `unit` bits
+    unit: int = 128
+    only: frozenset[int] | None = None  # widths that may occur at all, None: any
+    dynamic_shared: int = 0  # bytes, as launched
+    threads: int = 256  # by launch bounds, and as launched
+
+
+# A batch norm kernel moves units of W elements of a row: 16 bytes where row length and alignment
+# allow it ("wide"), else 4 elements or 1 ("narrow"): planes of 7 x 7 in channels_first are read
+# and written one element at a time. It loads kInFlight units of each tensor before it uses the
+# first, so a code with fewer loads of that width than tensors · kInFlight has lost its overlap.
+#
+# Besides, apply kernels touch a mask by bytes and a channel's coefficients by 128 or 32 bits, and
+# nothing else. The others read weights of any dtype one by one, a few for each block.
+IN_FLIGHT = 4
+APPLY = frozenset({128, 32, 8})
+BATCH_NORM = {
+    # kernel, layout, units: blocks at least, tensors read, tensors written
+    ("batch_norm_partials", "channels_first", "wide"): (4, 1, 0),
+    ("batch_norm_partials", "channels_first", "narrow"): (4, 1, 0),
+    ("batch_norm_partials", "channels_last", "wide"): (2, 1, 0),
+    ("batch_norm_partials", "channels_last", "narrow"): (3, 1, 0),
+    # 2 blocks of 256 threads: up to 128 registers. 16-bit elements in channels_last take the most,
+    # 94 to 125, for a thread keeps the coefficients of 8 channels (4 floats each) in registers.
+    ("batch_norm_apply", "channels_first", "wide"): (2, 2, 1),
+    ("batch_norm_apply", "channels_first", "narrow"): (2, 2, 1),
+    ("batch_norm_apply", "channels_last", "wide"): (2, 2, 1),
+    ("batch_norm_apply", "channels_last", "narrow"): (3, 2, 1),
+    ("batch_norm_backward_partials", "channels_first", "wide"): (2, 2, 0),
+    ("batch_norm_backward_partials", "channels_first", "narrow"): (3, 2, 0),
+    ("batch_norm_backward_partials", "channels_last", "wide"): (2, 2, 0),
+    ("batch_norm_backward_partials", "channels_last", "narrow"): (2, 2, 0),
+    ("batch_norm_backward_apply", "channels_first", "wide"): (2, 2, 2),
+    ("batch_norm_backward_apply", "channels_first", "narrow"): (2, 2, 2),
+    ("batch_norm_backward_apply", "channels_last", "wide"): (2, 2, 2),
+    ("batch_norm_backward_apply", "channels_last", "narrow"): (2, 2, 2),
+}
+
+# One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3 float g.
+# A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; of 16-bit p and g
+# 8 bytes, which narrows those accesses but keeps all four tensors in step.
+OTHERS = {
+    "batch_norm_finish": Limits(blocks=3),
+    "batch_norm_backward_finish": Limits(blocks=2),
+    "lamb_grad_squares": Limits(blocks=4, reads=2),
+    "lamb_grad_total": Limits(blocks=4),
+    "lamb_moments": Limits(blocks=3, reads=2 * (9 * 2 + 3 + 3), writes=2 * 9 * 2),
+    "lamb_ratios": Limits(blocks=4),
+    "lamb_update": Limits(blocks=4, reads=2 * (3 * 2 + 1), writes=2),
+}
+
+# The table's entries, to find those that no kernel has any more.
+ENTRIES = {*OTHERS, *BATCH_NORM}
+
+BITS = {"float": 32, "__half": 16, "__nv_bfloat16": 16}
+
+
+def entry(kernel: Kernel) -> str | tuple[str, str, str]:
+    """The kernel's place in the table."""
+    if len(kernel.arguments) < 3:
+        return kernel.base
+    dtype, layout, width = kernel.arguments[:3]
+    return kernel.base, layout, "wide" if int(width) * BITS[dtype] == 128 else "narrow"
+
+
+def limits(kernel: Kernel) -> Limits:
+    """KeyError for a kernel without an entry."""
+    place = entry(kernel)
+    if isinstance(place, str):
+        return OTHERS[place]
+    blocks, reads, writes = BATCH_NORM[place]
+    dtype, _, width = kernel.arguments[:3]
+    unit = int(width) * BITS[dtype]
+    only = APPLY | {unit} if kernel.base.endswith("apply") else None
+    return Limits(blocks, reads * IN_FLIGHT, writes * IN_FLIGHT, unit, only)
+
+
+def local_memory(kernel: Kernel) -> list[str]:
+    """No spills, no stack, no instruction that accesses local memory."""
+    found = {
+        "bytes of spill stores": kernel.spill_stores,
+        "bytes of spill loads": kernel.spill_loads,
+        "bytes of stack": kernel.stack,
+        "local memory instructions": kernel.local,
+    }
+    return [f"{_of(kernel)}: expected 0 {k}, got {v}" for k, v in found.items() if v]
+
+
+def residency(kernel: Kernel, limit: Limits) -> list[str]:
+    """As many resident blocks as expected."""
+    if kernel.threads != limit.threads:
+        return [
+            f"{_of(kernel)}: expected launch bounds of {limit.threads}, got {kernel.threads or '-'}"
+        ]
+    fits = machine_code.residency(kernel, limit.dynamic_shared)
+    if fits.blocks >= limit.blocks:
+        return []
+    most = occupancy.registers_allowed(kernel.target, threads=limit.threads, blocks=limit.blocks)
+    return [
+        f"{_of(kernel)}: expected {limit.blocks} resident blocks (up to {most} registers), got "
+        f"{fits.blocks}, limited by {fits.limited_by}: {kernel.registers} registers, "
+        f"{kernel.shared + limit.dynamic_shared} bytes of shared memory"
+    ]
+
+
+def accesses(kernel: Kernel, limit: Limits) -> list[str]:
+    """As many wide loads and stores as expected, and no width that does not belong."""
+    wrong = []
+    for kind, found, least in (
+        ("loads", kernel.loads, limit.reads),
+        ("stores", kernel.stores, limit.writes),
+    ):
+        at_width = sum(count for bits, count in found.items() if bits >= limit.unit)
+        if at_width < least:
+            wrong.append(
+                f"{_of(kernel)}: expected {least} {kind} of {limit.unit} bits or more, got "
+                f"{dict(found)}"
+            )
+        if limit.only is not None and not set(found) <= limit.only:
+            wrong.append(f"{_of(kernel)}: expected {kind} of {set(limit.only)}, got {dict(found)}")
+    return wrong
+
+
+def _of(kernel: Kernel) -> str:
+    return f"{kernel.target} {kernel.name}"
