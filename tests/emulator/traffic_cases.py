@@ -1,0 +1,233 @@
+"""Every operation with its shapes and variants, and the traffic that each should have.
+
+What a pass over each tensor costs today is the limit; `least` is what kernels.md's floors allow for
+a tensor that fits on the chip, where a kernel does not reach it yet.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from . import batch_norm, lamb
+from .numbers import Numbers
+from .recording import Recording, record
+from .traffic import Passes, assert_traffic
+
+
+@dataclass
+class Case:
+    operation: str
+    shape: str
+    variant: str
+    record: Callable[[], Recording]
+    passes: dict[str, Passes]
+    written: tuple[str, ...]  # outputs, each byte written once
+    other: int  # bytes of small data, see assert_traffic
+    efficiency: float  # of sectors, at least; of all tensors of `passes` but masks
+    unit: int  # bytes that one pass is
+    least: float  # passes in units
+
+    def assert_holds(self, recording: Recording) -> None:
+        efficiency = {name: self.efficiency for name in self.passes if name != "mask"}
+        recording.assert_in_bounds()
+        assert_traffic(recording, self.passes, other=self.other, efficiency=efficiency)
+        for name in self.written:
+            recording.assert_written(name)
+
+    def __str__(self) -> str:
+        return "-".join((self.operation, self.shape, self.variant)).replace(" ", "_")
+
+
+@cache
+def _batch_norm_library():
+    return batch_norm.library(instrument=True)
+
+
+@cache
+def _lamb_library():
+    return lamb.library(instrument=True)
+
+
+# ---- batch norm
+
+SHAPES = {  # N, C, HxW: why, chunks a channel in each layout
+    (2, 8, 64): ("rows of whole 16-byte units in both layouts", (1, 1)),
+    (5, 6, 49): ("7 x 7: element accesses, rows that end inside sectors", (1, 2)),
+    (2, 12, 196): ("14 x 14 and 12 channels: units of 4", (1, 4)),
+    (5, 3, 4096): ("several chunks a channel", (3, 20)),
+}
+
+
+def _sector_efficiency(problem: batch_norm.Problem) -> float:
+    """What alignment alone allows: 1 where rows are whole sectors.
+
+    Else a warp's units of 4 two-byte elements, 256 bytes, lie in 9 sectors at worst and in one more
+    where its row ends; its single elements, 64 bytes, in 3 and one more.
+    """
+    _, row = problem.rows
+    if row * Numbers(problem.dtype).itemsize % 32 == 0:
+        return 1.0
+    return 256 / (10 * 32) if row % 4 == 0 else 64 / (4 * 32)
+
+
+def _batch_norm_cases() -> Iterator[Case]:
+    variants = itertools.product(
+        SHAPES.items(), batch_norm.LAYOUTS, ("f32", "f16", "bf16"), (True, False)
+    )
+    for (shape, (_, chunks)), layout, dtype, training in variants:
+        for activation, residual in (("none", False), ("relu", False), ("relu", True)):
+            problem = batch_norm.Problem(
+                *shape,
+                layout=layout,
+                dtype=dtype,
+                activation=activation,
+                residual=residual,
+                training=training,
+            )
+            in_layout = chunks[batch_norm.LAYOUTS[layout]]
+            yield _forward(problem, in_layout)
+            yield _backward(problem, in_layout)
+
+
+def _variant(problem: batch_norm.Problem) -> str:
+    layout = {"channels_first": "first", "channels_last": "last"}[problem.layout]
+    words = [problem.dtype, layout, "train" if problem.training else "eval"]
+    words += ["add"] if problem.residual else []
+    words += [problem.activation] if problem.activation != "none" else []
+    return " ".join(words)
+
+
+def _forward(problem: batch_norm.Problem, chunks: int) -> Case:
+    p = problem
+    passes = {"x": Passes(read=2 if p.training else 1), "y": Passes(written=1)}
+    if p.residual:
+        passes["residual"] = Passes(read=1)
+    if p.masked:
+        passes["mask"] = Passes(written=1)
+    written = ["y", "stats"]
+    written += ["mask"] if p.masked else []
+    written += ["running_mean", "running_var"] if p.training else []
+
+    def run() -> Recording:
+        with record(_batch_norm_library()) as recording:
+            batch_norm.forward(_batch_norm_library(), p)
+        return recording
+
+    # weight, bias; running statistics; mean, rstd; what the apply reads: written and read.
+    small = 2 * 4 + (4 if p.training else 2) * 4 + 3 * 4 + 2 * 16
+    moments = 2 * 16 * chunks if p.training and chunks > 1 else 0
+    numel = p.N * p.C * p.HxW
+    itemsize = Numbers(p.dtype).itemsize
+    return Case(
+        "batch_norm forward",
+        f"{p.N}x{p.C}x{p.HxW}",
+        _variant(p),
+        run,
+        passes,
+        tuple(written),
+        p.C * (small + moments),
+        _sector_efficiency(p),
+        numel * itemsize,
+        2 + p.residual + p.masked / 8 / itemsize,
+    )
+
+
+def _backward(problem: batch_norm.Problem, chunks: int) -> Case:
+    p = problem
+    needs_z = p.activation != "none"
+    recompute = needs_z and not p.masked
+    reads_x = p.training or recompute  # in the apply
+    passes = {
+        "dy": Passes(read=2),
+        "x": Passes(read=2 if reads_x else 1),
+        "dx": Passes(written=1),
+    }
+    if needs_z:
+        passes["dresidual"] = Passes(written=1)
+    if p.masked:
+        passes["mask"] = Passes(read=2, bits=True)
+    saved = {}
+
+    def run() -> Recording:
+        saved.update(saved or batch_norm.forward(_batch_norm_library(), p))
+        with record(_batch_norm_library()) as recording:
+            batch_norm.backward(_batch_norm_library(), p, saved)
+        return recording
+
+    # weight, bias, stats; dweight, dbias; what the apply reads: written and read.
+    small = 2 * 4 + 3 * 4 + 2 * 4 + 2 * (16 + 4)
+    sums = 2 * 8 * chunks if chunks > 1 else 0
+    numel = p.N * p.C * p.HxW
+    itemsize = Numbers(p.dtype).itemsize
+    return Case(
+        "batch_norm backward",
+        f"{p.N}x{p.C}x{p.HxW}",
+        _variant(p),
+        run,
+        passes,
+        (*(name for name in passes if name.startswith("d") and name != "dy"), "dweight", "dbias"),
+        p.C * (small + sums),
+        _sector_efficiency(p),
+        numel * itemsize,
+        3 + needs_z + p.masked / 8 / itemsize,
+    )
+
+
+# ---- LAMB
+
+LAMB_SIZES = (  # elements, past a 64-byte boundary: why
+    (4096, 0, "whole units"),
+    (37, 0, "units of four and a tail"),
+    (2 * lamb.CHUNK + 5, 0, "three chunks"),
+    (1030, 1, "no unit fits"),
+)
+
+
+def _lamb_cases() -> Iterator[Case]:
+    dtypes = (("f32", "f32"), ("bf16", "bf16"), ("f16", "f32"))
+    for (numel, offset, _), (p, g), clip in itertools.product(LAMB_SIZES, dtypes, (0.05, None)):
+        yield _lamb_case(numel, offset, p, g, clip)
+
+
+def _lamb_case(numel: int, offset: int, p: str, g: str, clip: float | None) -> Case:
+    passes = {
+        "p0": Passes(read=2, written=1),
+        "g0": Passes(read=2 if clip else 1),
+        "m0": Passes(read=2, written=1),
+        "v0": Passes(read=2, written=1),
+    }
+    chunks = -(-numel // lamb.CHUNK)
+
+    def run() -> Recording:
+        torch.manual_seed(0)
+        problem = lamb.Problem([lamb.Parameter(numel, p, g, offset=offset)], max_grad_norm=clip)
+        with record(_lamb_library()) as recording:
+            lamb.run(_lamb_library(), problem)
+        return recording
+
+    p_size, g_size = Numbers(p).itemsize, Numbers(g).itemsize
+    return Case(
+        "lamb",
+        f"{numel}" + (f"+{offset}" if offset else ""),
+        f"p {p} g {g}" + (" clip" if clip else ""),
+        run,
+        passes,
+        ("p0", "m0", "v0"),
+        # The table's entry and the chunks' tensor; the step's factors and the sum of squares,
+        # written and read; squares of each chunk, norms of each chunk, written and read.
+        64 + 4 * chunks + 2 * (64 + 16) + 2 * (8 + 16) * chunks,
+        # Single elements of 2 bytes: a warp's 64 lie in 3 sectors. A tail is one more access.
+        0.5 if offset or numel < 64 else 0.99,
+        numel,
+        p_size * 2 + g_size * (2 if clip else 1) + 4 * 4,
+    )
+
+
+def cases() -> Iterator[Case]:
+    yield from _batch_norm_cases()
+    yield from _lamb_cases()

@@ -1,0 +1,165 @@
+"""How often the CUDA kernels go through memory, counted exactly, and that the counters find faults.
+
+The cases and their limits are in emulator/traffic_cases.py, the planted faults in
+emulator/traffic_faults.cu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .emulator import build, emulator, traffic_cases
+from .emulator.recording import Recording, record
+from .emulator.traffic import Passes, assert_traffic
+
+SOURCE = Path(__file__).parent / "emulator" / "traffic_faults.cu"
+KERNELS = [SOURCE.relative_to(build.ROOT).as_posix()]
+BLOCKS, COUNT = 2, 2 * 64 * 16  # each thread 16 elements
+ONCE = {"x": Passes(read=1), "y": Passes(written=1)}
+FULL = {"x": 1.0, "y": 1.0}
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(list(group), id=f"{operation}-{shape}".replace(" ", "_"))
+        for (operation, shape), group in groupby(
+            sorted(traffic_cases.cases(), key=lambda case: (case.operation, case.shape)),
+            key=lambda case: (case.operation, case.shape),
+        )
+    ],
+)
+def test_passes_over_memory(cases):
+    """Every dtype, layout and variant: passes, coalescing, small data, every output written once.
+
+    The limits are what the kernels do today: statistics and apply read x (and dy) one time each,
+    where the floor of a tensor that fits on the chip is one time in all.
+    """
+    for case in cases:
+        try:
+            case.assert_holds(case.record())
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
+
+
+# ---- that the counters count
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return build.library("traffic_faults", KERNELS, [], instrument=True)
+
+
+def run(library: ctypes.CDLL, name: str, order: str = "forward") -> Recording:
+    with record(library) as recording, emulator.schedule(library, order, 3):
+        x, y = emulator.Memory(4 * COUNT, name="x"), emulator.Memory(4 * COUNT, name="y")
+        x.bytes.view(np.float32)[:] = np.arange(COUNT)
+        emulator.call(
+            library.emulated_traffic_fault,
+            name.encode(),
+            ctypes.c_void_p(x.pointer),
+            ctypes.c_void_p(y.pointer),
+            ctypes.c_int(COUNT),
+            ctypes.c_int(BLOCKS),
+        )
+    return recording
+
+
+def line_of(marker: str) -> int:
+    lines = SOURCE.read_text().splitlines()
+    (line,) = (i for i, text in enumerate(lines, 1) if text.endswith(f"// fault: {marker}"))
+    return line
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("name", ["sound", "wide", "through_memcpy"])
+def test_exact_for_sound_kernels(library, name, order):
+    recording = run(library, name, order)
+    recording.assert_in_bounds()
+    recording.assert_written("y")
+    assert_traffic(recording, ONCE, other=0, efficiency=FULL)
+    assert_traffic(recording, ONCE, kernel=name, other=0, efficiency=FULL)
+    # 32 lanes of 4 or 16 bytes: 4 or 16 sectors, whatever the compiler made of the access.
+    for flow in (recording.flow("x", False), recording.flow("y", True)):
+        assert (flow.bytes, flow.distinct, flow.sectors) == (4 * COUNT, 4 * COUNT, COUNT // 8)
+
+
+def test_finds_an_extra_pass(library):
+    recording = run(library, "extra_pass")
+    with pytest.raises(AssertionError, match="x read 2 times, expected 1"):
+        assert_traffic(recording, ONCE, other=0, efficiency=FULL)
+    assert_traffic(recording, ONCE | {"x": Passes(read=2)}, other=0, efficiency=FULL)
+
+
+def test_finds_an_uncoalesced_layout(library):
+    recording = run(library, "uncoalesced")
+    assert_traffic(recording, ONCE, other=0, efficiency={})
+    # Each lane of a warp has a sector of its own and uses 4 of its 32 bytes.
+    assert recording.flow("x", False).efficiency == 1 / 8
+    with pytest.raises(AssertionError, match=r"x read with sector efficiency 0\.125"):
+        assert_traffic(recording, ONCE, other=0, efficiency=FULL)
+
+
+def test_finds_an_unwritten_tail(library):
+    recording = run(library, "unwritten_tail")
+    with pytest.raises(
+        AssertionError, match=f"y: 4 of {4 * COUNT} bytes not written 1 times: byte {4 * COUNT - 4}"
+    ):
+        recording.assert_written("y")
+
+
+def test_written_is_not_told_by_values(library):
+    run(library, "writes_the_poison").assert_written("y")
+
+
+def test_finds_what_is_written_twice(library):
+    recording = run(library, "written_twice")
+    with pytest.raises(AssertionError, match=rf"4 of .* byte {2 * COUNT} 2 times"):
+        recording.assert_written("y")
+
+
+def test_finds_an_undeclared_buffer(library):
+    recording = run(library, "sound")
+    with pytest.raises(AssertionError, match=f"other buffers: {4 * COUNT} > 64 bytes"):
+        assert_traffic(recording, {"x": Passes(read=1)}, other=64, efficiency={})
+
+
+@pytest.mark.parametrize(
+    ("name", "marker", "where"),
+    [
+        ("read_one_past", "read past", f"{4 * COUNT} of x"),
+        ("read_one_before", "read before", "-4 of x"),
+        ("write_one_past", "write past", f"{4 * COUNT} of y"),
+    ],
+)
+def test_finds_accesses_out_of_bounds(library, name, marker, where):
+    recording = run(library, name)
+    with pytest.raises(AssertionError, match=f"{name}: 4 bytes at byte {where}") as caught:
+        recording.assert_in_bounds()
+    assert f"traffic_faults.cu:{line_of(marker)}" in str(caught.value)
+
+
+def test_counts_memsets(library):
+    with record(library) as recording:
+        y = emulator.Memory(4 * COUNT, name="y")
+        emulator.call(
+            library.emulated_memset, ctypes.c_void_p(y.pointer), ctypes.c_size_t(4 * COUNT)
+        )
+    assert [launch.kernel for launch in recording.launches] == ["cudaMemsetAsync"]
+    recording.assert_written("y")
+    assert recording.flow("y", True).sectors == COUNT // 8
+
+
+def test_counts_nothing_that_is_over(library):
+    """A recording's buffers are its own; what ran before or after it is not in it."""
+    first = run(library, "sound")
+    with record(library) as empty:
+        pass
+    assert not empty.launches
+    assert not empty.buffers
+    assert len(first.launches) == 1
