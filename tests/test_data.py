@@ -1016,6 +1016,9 @@ def test_iterating_after_the_pool_has_stopped() -> None:
 
 def test_keyboard_interrupt() -> None:
     assert_succeeds("""
+        # A shell starts background jobs with the signal ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         def interrupt():
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)
