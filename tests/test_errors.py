@@ -81,7 +81,7 @@ CASES = {
     ),
     "list input": ({"input": [1.0]}, TypeError, "input to be a Tensor, got list"),
     "no momentum": ({"momentum": None}, TypeError, "momentum to be a float"),
-    "activation": ({"activation": "selu"}, ValueError, "'none', 'relu', got 'selu'"),
+    "activation": ({"activation": "selu"}, ValueError, "'relu', .*'hardswish', got 'selu'"),
     "no statistics in eval": (
         {"running_mean": None, "running_var": None, "training": False},
         RuntimeError,

@@ -23,7 +23,12 @@ enum class Layout : int32_t { channels_first = 0, channels_last = 1 };
 // name parsing and error messages are generated from here.
 #define BATCHOPS_FOR_EACH_ACTIVATION(X) \
   X(none, Identity)                     \
-  X(relu, Relu)
+  X(relu, Relu)                         \
+  X(leaky_relu, LeakyRelu)              \
+  X(silu, Silu)                         \
+  X(gelu, Gelu)                         \
+  X(gelu_tanh, GeluTanh)                \
+  X(hardswish, Hardswish)
 
 enum class Activation : int32_t {
 #define BATCHOPS_ACTIVATION_ENUM(name, functor) name,

@@ -14,7 +14,7 @@
 //   load<T>(p), store(p, v)    p: float, double, BFloat16 or Half at any alignment
 //   load<T>(p, n), store(p, v, n)   the first n lanes, 0 <= n <= kLanes; the others load as 0
 //   stream(p, v)               past the cache; p aligned to kLanes * sizeof(*p); end with a fence()
-//   fma, sqrt, abs, max, min, select_le, exp, sum (to double)
+//   fma, sqrt, abs, max, min, select_le, select_bits, exp, normal, sum (to double)
 //
 // Rules: the body includes nothing (what it needs, its .cpp includes first, so that no library code
 // is compiled for a set the machine may lack), and all that touches a Vec is BATCHOPS_INLINE or in
@@ -51,6 +51,7 @@
 #include "kernels/cpu/capability.h"
 
 #define BATCHOPS_INLINE inline __attribute__((always_inline))
+#define BATCHOPS_NOINLINE __attribute__((noinline))
 #define BATCHOPS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace batchops {

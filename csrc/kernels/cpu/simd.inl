@@ -441,6 +441,24 @@ BATCHOPS_INLINE Vec<T> keep(uint64_t bits, Vec<T> a) {
 #endif
 }
 
+// Lane i of `yes` where bit i is set, of `no` elsewhere. Higher bits do not matter.
+template <class T>
+BATCHOPS_INLINE Vec<T> select_bits(uint64_t bits, Vec<T> yes, Vec<T> no) {
+#if defined(BATCHOPS_ISA_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_mov_ps(no.v, static_cast<__mmask16>(bits), yes.v);
+  } else {
+    return _mm512_mask_mov_pd(no.v, static_cast<__mmask8>(bits), yes.v);
+  }
+#else
+  using U = typename Native<T>::U;
+  U lane_bit;
+  for (int i = 0; i < Vec<T>::kLanes; ++i) lane_bit[i] = 1u << i;
+  const U all = U{} + static_cast<decltype(U{}[0] + 0)>(bits);
+  return ((all & lane_bit) == lane_bit) ? yes.v : no.v;
+#endif
+}
+
 // Lane i of `a` where i < n, of `b` elsewhere.
 template <class T>
 BATCHOPS_INLINE Vec<T> first_of(int64_t n, Vec<T> a, Vec<T> b) {
@@ -503,3 +521,61 @@ BATCHOPS_INLINE Vec<double> exp(Vec<double> a) {
   };
   return p * power(half) * power(n - half);
 }
+
+// The standard normal distribution: Φ(z) = ∫ φ up to z, φ(z) = e^(-z²/2) / √(2π).
+template <class V>
+struct Normal {
+  V cdf, pdf;
+};
+
+// Within 4 ulp on either side, since neither is found as a difference of larger numbers:
+//   with x = |z|,  Φ(-x) = e^(-x²/2) P(t) / (x + 4),  t = (x - 4) / (x + 4)
+// P approximates (x + 4) e^(x²/2) Φ(-x) over 0 <= x <= 15 within 1e-8; beyond, Φ(-x) is 0 in float.
+BATCHOPS_INLINE Normal<Vec<float>> normal(Vec<float> z) {
+  using V = Vec<float>;
+  const V x = min(abs(z), V(15.0f));
+  // What the square loses to rounding would cost as many ulp as x² / 2.
+  const V square = x * x;
+#if defined(BATCHOPS_ISA_AVX512) || defined(BATCHOPS_ISA_AVX2) || defined(__aarch64__)
+  const V lost = fma(x, x, -square);
+#else
+  const V high = (Native<float>::V)((Native<float>::U)x.v & 0xfffff000u), low = x - high;
+  const V lost = ((high * high - square) + V(2.0f) * high * low) + low * low;
+#endif
+  const V e = exp(V(-0.5f) * square);
+  const V density = fma(e, V(-0.5f) * lost, e);
+  const V inverse = V(1.0f) / (x + V(4.0f));
+  const V t = (x - V(4.0f)) * inverse;
+  V p(-1.34197427541948855e-4f);
+  for (float c : {1.74657267052680254e-4f, 1.56840821728110313e-3f, -3.51020949892699718e-3f,
+                  -7.52400420606136322e-3f, 6.04034885764122009e-2f, -1.86523661017417908e-1f,
+                  3.87136906385421753e-1f, -6.07896566390991211e-1f, 7.55285143852233887e-1f}) {
+    p = fma(p, t, V(c));
+  }
+  const V tail = density * (p * inverse);
+  return {select_le(z, V(0.0f), tail, V(1.0f) - tail), density * V(0.398942280f)};
+}
+
+// Lane by lane: the C library's erfc is exact to an ulp, and gelu in double is rare.
+//   Φ(z) = erfc(w) / 2, w = -z / √2,  with erfc'(w) = -2/√π · e^(-w²) for what w loses to rounding
+inline __attribute__((noinline)) Normal<Vec<double>> normal(Vec<double> z) {
+  constexpr double kInverseRoot2 = 0.70710678118654752440, kRest = -4.8336466567264567e-17;
+  Normal<Vec<double>> result;
+  for (int i = 0; i < Vec<double>::kLanes; ++i) {
+    const double a = z.v[i], w = -a * kInverseRoot2;
+    const double square = a * a, lost = std::fma(a, a, -square);
+    double e = std::exp(-0.5 * square);
+    if (e != 0) e -= 0.5 * e * lost;
+    double tail = 0.5 * std::erfc(w);
+    if (tail != 0 && tail < 0.5) {
+      const double rounding = -(std::fma(a, kInverseRoot2, w) + a * kRest);
+      tail -= 0.56418958354775628695 * e * rounding;
+    }
+    result.cdf.v[i] = tail;
+    result.pdf.v[i] = 0.39894228040143267794 * e;
+  }
+  return result;
+}
+
+// What an activation keeps its slope in, for any Vec.
+using Scalar = double;
