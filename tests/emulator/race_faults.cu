@@ -1,0 +1,224 @@
+// Kernels with a data race each, beside the sound patterns that they fall short of. The tests look
+// the lines of "race:" comments up and want them in the report: the earlier and the later access
+// may come in either order.
+#include <cstring>
+
+#include "control.h"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/vector.cuh"
+
+using namespace batchops::cuda;
+
+namespace {
+
+constexpr int kBlock = 64;
+
+// What a kernel works on: `count` floats in, `count` out, a row of partial results and flags, which
+// start at 0.
+struct Data {
+  const float* in;
+  float* out;
+  float* partial;
+  unsigned* flags;
+};
+
+BATCHOPS_DEVICE int position() { return static_cast<int>(blockIdx.x * kBlock + threadIdx.x); }
+
+// ---- shared memory
+
+template <bool kSound>
+__global__ void reverse(Data d) {
+  BATCHOPS_SHARED(tile, float[kBlock]);
+  tile[threadIdx.x] = d.in[position()];  // race: tile written
+  if (kSound) __syncthreads();
+  d.out[position()] = tile[kBlock - 1 - threadIdx.x];  // race: tile read
+}
+
+template <bool kSound>
+__global__ void reverse_dynamic(Data d) {
+  BATCHOPS_DYNAMIC_SHARED(tile, float);
+  tile[threadIdx.x] = d.in[position()];  // race: dynamic written
+  if (kSound) __syncthreads();
+  d.out[position()] = tile[kBlock - 1 - threadIdx.x];  // race: dynamic read
+}
+
+// The second round's writes overtake the first round's reads.
+template <bool kSound>
+__global__ void reuse(Data d) {
+  BATCHOPS_SHARED(sums, float[kBlock / kWarp]);
+  float total = 0.0f;
+  for (int round = 0; round < 3; ++round) {
+    const float sum = warp_sum(d.in[position()]);
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;  // race: sums written
+    __syncthreads();
+    total += sums[0] + sums[1];  // race: sums read
+    if (kSound) __syncthreads();
+  }
+  d.out[position()] = total;
+}
+
+// Lanes hand values on through shared memory. A shuffle makes them meet and orders nothing.
+template <bool kSound>
+__global__ void between_lanes(Data d) {
+  BATCHOPS_SHARED(lanes, float[kBlock]);
+  lanes[threadIdx.x] = d.in[position()];  // race: lanes written
+  float other = __shfl_xor_sync(kAllLanes, 1.0f, 1);
+  if (kSound) __syncwarp();
+  other *= lanes[threadIdx.x ^ 1];  // race: lanes read
+  d.out[position()] = other;
+}
+
+template <bool kSound>
+__global__ void tree(Data d) {
+  BATCHOPS_SHARED(level, float[kBlock]);
+  level[threadIdx.x] = d.in[position()];
+  __syncthreads();
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) {
+      level[threadIdx.x] += level[threadIdx.x + half];  // race: level
+    }
+    if (kSound || half < 8) __syncthreads();
+  }
+  if (threadIdx.x == 0) d.out[blockIdx.x] = level[0];
+}
+
+// Two buffers take turns, so that one barrier a round is enough; one buffer is not.
+template <bool kSound>
+__global__ void double_buffer(Data d) {
+  BATCHOPS_SHARED(stage, float[2][kBlock]);
+  float sum = 0.0f;
+  for (int round = 0; round < 4; ++round) {
+    const int slot = kSound ? round % 2 : 0;
+    stage[slot][threadIdx.x] = d.in[position()];  // race: stage written
+    __syncthreads();
+    sum += stage[slot][(threadIdx.x + 32) % kBlock];  // race: stage read
+  }
+  d.out[position()] = sum;
+}
+
+// Two neighbours write the halves of one word.
+__global__ void neighbours(Data d) {
+  BATCHOPS_SHARED(halves, __half[kBlock]);
+  halves[threadIdx.x] = __float2half_rn(d.in[position()]);
+  d.out[position()] = __half2float(halves[threadIdx.x]);
+}
+
+// ---- global memory
+
+template <bool kSound>
+__global__ void overlapping_blocks(Data d) {
+  const int i = kSound ? position() : static_cast<int>(threadIdx.x);
+  d.out[i] = d.in[i];  // race: out
+}
+
+// The last block to come adds up what all have left. `kThread0Fences`: one fence stands for the
+// block's writes, before the counter and after it; else every thread has its own, on the far sides
+// of the barriers.
+template <bool kFenceBefore, bool kFenceAfter, bool kThread0Fences>
+__global__ void last_block_adds_up(Data d) {
+  BATCHOPS_SHARED(last, bool);
+  d.partial[position()] = d.in[position()];  // race: partial written
+  if (kFenceBefore && !kThread0Fences) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (kFenceBefore && kThread0Fences) __threadfence();
+    last = atomicAdd(d.flags, 1u) == gridDim.x - 1;
+    if (kFenceAfter && kThread0Fences) __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  if (kFenceAfter && !kThread0Fences) __threadfence();
+  float sum = 0.0f;
+  for (unsigned b = 0; b < gridDim.x; ++b) {
+    sum += d.partial[b * kBlock + threadIdx.x];  // race: partial read
+  }
+  d.out[threadIdx.x] = sum;
+  if (threadIdx.x == 0) d.flags[0] = 0;  // for the next launch
+}
+
+// A fence that reaches the own block only.
+__global__ void block_fence(Data d) {
+  if (threadIdx.x != 0) return;
+  d.partial[blockIdx.x] = 1.0f;  // race: block fence written
+  __threadfence_block();
+  if (atomicAdd(d.flags, 1u) != gridDim.x - 1) return;
+  __threadfence();
+  for (unsigned b = 0; b < gridDim.x; ++b) {
+    d.out[b] = d.partial[b];  // race: block fence read
+  }
+}
+
+__global__ void plain_read_of_an_atomic(Data d) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    atomicAdd(d.flags, 1u);  // race: counter added
+  } else {
+    d.out[blockIdx.x] = static_cast<float>(d.flags[0]);  // race: counter read
+  }
+}
+
+__global__ void counting(Data d) { atomicAdd(d.flags, 1u); }
+
+// A flag behind a fence, as volatile accesses; blocks run in order here, so it is up when block 1
+// looks.
+template <bool kSound>
+__global__ void volatile_flag(Data d) {
+  volatile unsigned* flag = d.flags;
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    d.partial[0] = 1.0f;  // race: published
+    if (kSound) __threadfence();
+    *flag = 1;
+  } else if (*flag != 0) {
+    __threadfence();
+    d.out[blockIdx.x] = d.partial[0];  // race: consumed
+  }
+}
+
+struct Entry {
+  const char* name;
+  void (*kernel)(Data);
+  size_t shared = 0;
+};
+
+constexpr Entry kEntries[] = {
+    {"reverse", reverse<true>},
+    {"reverse_without_barrier", reverse<false>},
+    {"reverse_dynamic", reverse_dynamic<true>, kBlock * sizeof(float)},
+    {"reverse_dynamic_without_barrier", reverse_dynamic<false>, kBlock * sizeof(float)},
+    {"reuse", reuse<true>},
+    {"reuse_without_barrier", reuse<false>},
+    {"between_lanes", between_lanes<true>},
+    {"between_lanes_without_syncwarp", between_lanes<false>},
+    {"tree", tree<true>},
+    {"tree_without_barriers", tree<false>},
+    {"double_buffer", double_buffer<true>},
+    {"single_buffer", double_buffer<false>},
+    {"neighbours", neighbours},
+    {"own_elements", overlapping_blocks<true>},
+    {"overlapping_blocks", overlapping_blocks<false>},
+    {"last_block_thread_0_fences", last_block_adds_up<true, true, true>},
+    {"last_block_all_fence", last_block_adds_up<true, true, false>},
+    {"last_block_without_fence_before", last_block_adds_up<false, true, true>},
+    {"last_block_without_fence_after", last_block_adds_up<true, false, true>},
+    {"block_fence", block_fence},
+    {"plain_read_of_an_atomic", plain_read_of_an_atomic},
+    {"counting", counting},
+    {"volatile_flag", volatile_flag<true>},
+    {"volatile_flag_without_fence", volatile_flag<false>},
+};
+
+}  // namespace
+
+EMULATOR_EXPORT int emulated_race(const char* name, const float* in, float* out, float* partial,
+                                  unsigned* flags, int blocks, char* text, size_t size) {
+  return cuda_emulator::guarded(text, size, [&]() -> const char* {
+    for (const Entry& entry : kEntries) {
+      if (std::strcmp(entry.name, name) == 0) {
+        return launch(name, entry.kernel, blocks, kBlock, entry.shared, nullptr,
+                      Data{in, out, partial, flags});
+      }
+    }
+    return "no such kernel";
+  });
+}
