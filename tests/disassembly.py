@@ -11,6 +11,8 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
 
+BITS = {"float": 32, "__half": 16, "__nv_bfloat16": 16}
+
 
 @dataclass
 class Kernel:
@@ -37,6 +39,18 @@ class Kernel:
     def arguments(self) -> list[str]:
         match = re.search(r"<(.*)>", self.name)
         return match[1].split(", ") if match else []
+
+    @property
+    def layout(self) -> str | None:
+        """channels_first, channels_last or None, from the template arguments."""
+        return next((a for a in self.arguments if a.startswith("channels_")), None)
+
+    @property
+    def unit(self) -> int | None:
+        """Bits a thread moves at once: element type times width, from the template arguments."""
+        bits = next((BITS[a] for a in self.arguments if a in BITS), None)
+        width = next((int(a) for a in self.arguments if a.isdigit()), None)
+        return bits * width if bits and width else None
 
 
 Kernels = dict[str, Kernel]

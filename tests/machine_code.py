@@ -1,10 +1,11 @@
 """What nvcc makes of the CUDA kernels: registers, spills, stack, shared memory, occupancy, and the
 width of global memory accesses.
 
-    python -m tests.machine_code [sm_90 ...] [--markdown] [--library]
+    python -m tests.machine_code [sm_90 ...] [--summary] [--markdown] [--library]
 
-prints a table for each target (sm_75, sm_80, sm_90 and sm_100 by default); --library reads the
-installed build, for the targets that it has, rather than compiling. Accesses are counted in the
+prints a table for each target (sm_75, sm_80, sm_90 and sm_100 by default), with a line for each
+instance or, with --summary, for each kernel, layout and unit. --library reads the installed build,
+for the targets that it has, rather than compiling. Accesses are counted in the
 machine code where nvdisasm is found (it is in the pip package nvidia-cuda-nvdisasm), in the PTX
 otherwise; the table says which. What is compiled is kept in build/machine_code/ by content.
 """
@@ -183,16 +184,63 @@ def _row(kernel: Kernel) -> list[str]:
 
 def table(rows: Iterable[Kernel], markdown: bool = False) -> str:
     """Spills, stack and shared in bytes; accesses as 128-bit ones / all, by count in the code."""
-    cells = [list(COLUMNS), *(_row(kernel) for kernel in sorted(rows, key=lambda k: k.name))]
+    cells = [_row(kernel) for kernel in sorted(rows, key=lambda k: k.name)]
+    return _laid_out(list(COLUMNS), cells, markdown)
+
+
+def _family(kernel: Kernel) -> str:
+    unit = f"{kernel.unit // 8} bytes" if kernel.unit else None
+    return ", ".join(part for part in (kernel.base, kernel.layout, unit) if part)
+
+
+def _range(values: Iterable[float], unit: str = "") -> str:
+    found = sorted(values)
+    if not found:
+        return "-"
+    low, high = f"{found[0]:.0f}", f"{found[-1]:.0f}"
+    return (low if low == high else f"{low}-{high}") + unit
+
+
+def summary(rows: Iterable[Kernel], markdown: bool = False) -> str:
+    """A line for each kernel, layout and unit: least and most over dtypes and activations."""
+    groups: dict[str, list[Kernel]] = {}
+    for kernel in sorted(rows, key=lambda k: (k.base, k.layout or "", -(k.unit or 0))):
+        groups.setdefault(_family(kernel), []).append(kernel)
+
+    def share(counters: list[Counter[int]]) -> str:
+        return _range((100 * wide(c) / sum(c.values()) for c in counters if c), " %")
+
+    cells = []
+    for name, group in groups.items():
+        fits = [residency(kernel) for kernel in group if kernel.threads]
+        cells.append(
+            [
+                name,
+                str(len(group)),
+                _range(k.registers for k in group),
+                str(sum(k.spill_stores + k.spill_loads + k.stack + k.local for k in group)),
+                _range(k.shared for k in group),
+                share([k.loads for k in group]),
+                share([k.stores for k in group]),
+                _range(fit.blocks for fit in fits),
+                _range((100 * fit.share for fit in fits), " %"),
+            ]
+        )
+    columns = ["kernel, layout, unit", "instances", "registers", "spills, stack, local", "shared"]
+    columns += ["128-bit loads", "128-bit stores", "blocks", "occupancy"]
+    return _laid_out(columns, cells, markdown)
+
+
+def _laid_out(columns: list[str], cells: list[list[str]], markdown: bool) -> str:
     if markdown:
-        lines = ["| " + " | ".join(cells[0]) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-        lines += [f"| `{row[0]}` | " + " | ".join(row[1:]) + " |" for row in cells[1:]]
-        return "\n".join(lines)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+        lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+        return "\n".join([*lines, *(f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in cells)])
+    rows = [columns, *cells]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return "\n".join(
         f"{row[0]:{widths[0]}}  "
-        + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-        for row in cells
+        + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
     )
 
 
@@ -201,8 +249,9 @@ def main() -> None:
         prog="python -m tests.machine_code", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("targets", nargs="*", default=TARGETS)
+    parser.add_argument("--summary", action="store_true", help="one line for all dtypes")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--library", action="store_true")
+    parser.add_argument("--library", action="store_true", help="of the installed build")
     options = parser.parse_args()
     if unknown := set(options.targets) - set(occupancy.TARGETS):
         parser.error(f"expected targets among {', '.join(occupancy.TARGETS)}, got {unknown}")
@@ -219,7 +268,8 @@ def main() -> None:
             counted = " and ".join({row.counted_in for row in rows})
             heading = f"{target}, accesses counted in {counted}"
             print(f"{'### ' if options.markdown else ''}{heading}\n")
-            print(table(rows, options.markdown) + "\n")
+            lay_out = summary if options.summary else table
+            print(lay_out(rows, options.markdown) + "\n")
 
 
 if __name__ == "__main__":

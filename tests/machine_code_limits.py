@@ -70,15 +70,12 @@ OTHERS = {
 # The table's entries, to find those that no kernel has any more.
 ENTRIES = {*OTHERS, *BATCH_NORM}
 
-BITS = {"float": 32, "__half": 16, "__nv_bfloat16": 16}
-
 
 def entry(kernel: Kernel) -> str | tuple[str, str, str]:
     """The kernel's place in the table."""
-    if len(kernel.arguments) < 3:
+    if kernel.layout is None or kernel.unit is None:
         return kernel.base
-    dtype, layout, width = kernel.arguments[:3]
-    return kernel.base, layout, "wide" if int(width) * BITS[dtype] == 128 else "narrow"
+    return kernel.base, kernel.layout, "wide" if kernel.unit == 128 else "narrow"
 
 
 def limits(kernel: Kernel) -> Limits:
@@ -87,10 +84,8 @@ def limits(kernel: Kernel) -> Limits:
     if isinstance(place, str):
         return OTHERS[place]
     blocks, reads, writes = BATCH_NORM[place]
-    dtype, _, width = kernel.arguments[:3]
-    unit = int(width) * BITS[dtype]
-    only = APPLY | {unit} if kernel.base.endswith("apply") else None
-    return Limits(blocks, reads * IN_FLIGHT, writes * IN_FLIGHT, unit, only)
+    only = APPLY | {kernel.unit} if kernel.base.endswith("apply") else None
+    return Limits(blocks, reads * IN_FLIGHT, writes * IN_FLIGHT, kernel.unit, only)
 
 
 def local_memory(kernel: Kernel) -> list[str]:

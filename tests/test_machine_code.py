@@ -65,20 +65,19 @@ def test_global_memory_is_accessed_in_the_width_meant(compiled, target):
 def test_launches_are_those_that_residency_is_computed_for(source):
     """launch("name", kernel, blocks, threads, shared, stream, ...) against the table."""
     text = source.read_text()
-    # The one constant that launches name.
-    values = {"kThreads": 256}
-    headers = text + (source.parent / "batch_norm.cuh").read_text()
-    assert re.search(r"constexpr int kThreads = 256;", headers)
+    with_headers = text + "".join(file.read_text() for file in source.parent.glob("*.cuh"))
+    (threads_of_block,) = set(re.findall(r"constexpr int kThreads = (\d+);", with_headers))
     launches = re.findall(
-        r'\blaunch\(\s*"(\w+)",\s*(?:\w+::)*\w+(?:<[^>]*>)?,\s*[^,]+,\s*([\w:]+),\s*(\w+),\s*stream',
+        r'\blaunch\(\s*"(\w+)",\s*[\w:]+(?:<[^>]*>)?,\s*[^,]+,\s*([\w:]+),\s*(\w+),\s*stream',
         text,
     )
     assert len(launches) == len(re.findall(r'\blaunch\(\s*"', text))
     names = {place if isinstance(place, str) else place[0] for place in machine_code_limits.ENTRIES}
     for name, threads, shared in launches:
-        limit = machine_code_limits.OTHERS.get(name, Limits(blocks=0))
         assert name in names
-        assert values[threads.removeprefix("cuda::")] == limit.threads, name
+        limit = machine_code_limits.OTHERS.get(name, Limits(blocks=0))
+        assert threads.split("::")[-1] == "kThreads", name
+        assert int(threads_of_block) == limit.threads, name
         assert int(shared) == limit.dynamic_shared, name
 
 
