@@ -12,7 +12,7 @@ from torch import nn
 
 import batchops
 from batchops import nn as bnn
-from batchops.convert import FusedReLU
+from batchops._convert.tables import FusedActivation
 
 
 class Block(nn.Module):
@@ -146,7 +146,7 @@ def test_subclasses_are_left_alone():
 
 
 def unfused(model):
-    return not any(isinstance(m, FusedReLU) for m in model.modules())
+    return not any(isinstance(m, FusedActivation) for m in model.modules())
 
 
 def test_nothing_fuses_across_hooks():
@@ -304,7 +304,7 @@ def test_hooks_of_containers_see_what_they_saw_and_no_proxies():
     inner.register_forward_hook(lambda m, i, o: seen.append(type(o)))
     batchops.convert(model)
     assert not seen
-    assert isinstance(inner[2], FusedReLU)
+    assert isinstance(inner[2], FusedActivation)
     model(torch.randn(2, 4, 5, 5))
     assert seen == [torch.Tensor]
 
@@ -313,7 +313,7 @@ def test_an_activation_shared_with_another_model_stays_there():
     relu = nn.ReLU()
     one = batchops.convert(nn.Sequential(nn.BatchNorm2d(4), relu))
     other = nn.Sequential(nn.Conv2d(4, 4, 1), relu)
-    assert isinstance(one[1], FusedReLU)
+    assert isinstance(one[1], FusedActivation)
     assert other(torch.randn(2, 4, 5, 5)).min() >= 0
     assert batchops.revert(one)[1] is relu
 
@@ -323,7 +323,7 @@ def test_eval_mode_survives_a_scripted_part():
     model = nn.Sequential(torch.jit.script(nn.Linear(5, 5)), nn.BatchNorm2d(4), nn.ReLU()).eval()
     batchops.convert(model)
     assert not any(m.training for m in model.modules())
-    assert isinstance(model[2], FusedReLU)
+    assert isinstance(model[2], FusedActivation)
 
 
 def test_other_threads_run_their_models_meanwhile():
@@ -407,7 +407,7 @@ def test_analysis_has_no_side_effects():
     model.bn.eval()
     state = torch.get_rng_state()
     batchops.convert(model)
-    assert isinstance(model.relu, FusedReLU)
+    assert isinstance(model.relu, FusedActivation)
     assert (model.calls, float(model.seen)) == (0, 0.0)
     assert not hasattr(model, "last")
     assert model.kept == []

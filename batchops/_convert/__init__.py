@@ -1,0 +1,1 @@
+"""How convert() finds what may be fused, and what it puts there."""
