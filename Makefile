@@ -3,12 +3,13 @@
 #   make test        build and run the whole test-suite
 #   make lint        formatting and static checks
 #   make bench       benchmarks in both allocator modes, report under bench/results/
+#   make kernels     what nvcc makes of the CUDA kernels, and their passes over memory
 #   make wheel       a wheel in dist/; CUDA_ARCHS="90-real;100-real" narrows the targets
 #   make gpu-check   on a machine with an NVIDIA GPU: the CUDA tests and the benches
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env build test lint demo bench wheel gpu-check clean
+.PHONY: help env build test lint demo bench kernels wheel gpu-check clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -67,6 +68,14 @@ bench: build
 	MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 \
 	  $(BIN)/python -m pytest bench -q --benchmark-json=$(BENCH_OUT)/recycled.json $(BENCH_ARGS)
 	$(BIN)/python bench/report.py $(BENCH_OUT)/default.json $(BENCH_OUT)/recycled.json --readme README.md
+
+# No GPU needed; docs/checking_cuda.md tells what the figures mean.
+KERNEL_ARGS ?= --summary
+kernels: env
+	$(say) "machine code of the CUDA kernels"
+	$(BIN)/python -m tests.machine_code $(KERNEL_ARGS)
+	$(say) "passes over memory"
+	$(BIN)/python -m tests.emulator.traffic
 
 wheel: env
 	$(say) "wheel (targets: $(or $(CUDA_ARCHS),all))"
