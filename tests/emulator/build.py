@@ -27,7 +27,20 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "emulator"
 
-CORE = ("fiber.cpp", "scheduler.cpp", "runtime_api.cpp", "control.cpp")
+CORE = (
+    "async_copy.cpp",
+    "atomics.cpp",
+    "control.cpp",
+    "fiber.cpp",
+    "kernel.cpp",
+    "launch.cpp",
+    "runtime_api.cpp",
+    "scheduler.cpp",
+    "settings.cpp",
+    "shared_memory.cpp",
+    "streams.cpp",
+    "trap.cpp",
+)
 FLAGS = (
     "-std=c++20",
     "-fPIC",
@@ -38,7 +51,7 @@ FLAGS = (
     "-ffp-contract=off",  # an fma only where the source asks for one, as the intrinsics do
     "-DBATCHOPS_CUDA_EMULATOR",
 )
-FAST = ("-O1",)
+FAST = ("-O1", "-g1")  # lines for errors that only a signal tells of
 # Sources that tell of every load and store (instrument.cpp), beside those that listen.
 WATCHERS = (
     "instrument.cpp",

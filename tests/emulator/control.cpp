@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "kernel.h"
+
 extern "C" {
 
 // "forward", "reverse" or "random"; the seed counts for the last.
@@ -18,11 +20,22 @@ int emulator_set_order(const char* order, uint64_t seed) {
   } else {
     return -1;
   }
+  cuda_emulator::restart_schedule();
   return 0;
 }
 
 void emulator_set_resident_blocks(int count) { cuda_emulator::settings().resident_blocks = count; }
 
 void emulator_set_multiprocessors(int count) { cuda_emulator::settings().multiprocessors = count; }
+
+// What the occupancy calls answer; 0: what the kernel's threads, registers and shared memory allow.
+void emulator_set_blocks_per_multiprocessor(int count) {
+  cuda_emulator::settings().blocks_per_multiprocessor = count;
+}
+
+// Of a thread of the kernel that is launched by this name; 0: what its launch bounds leave.
+void emulator_set_registers(const char* kernel, int registers) {
+  cuda_emulator::set_registers(kernel, registers);
+}
 
 }  // extern "C"

@@ -10,7 +10,8 @@
 #include <cstdio>
 #include <exception>
 
-#include "scheduler.h"
+#include "settings.h"
+#include "streams.h"
 
 #define EMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,15 +19,18 @@ namespace cuda_emulator {
 
 enum Outcome : int { succeeded = 0, refused = 1, failed = 2 };
 
-// `f` returns null or a message (refused); an emulator Error or other exception is `failed`.
+// `f` returns null or a message (refused); an emulator Error or other exception is `failed`. All
+// that `f` has put in streams has run at the end.
 template <class F>
 int guarded(char* text, size_t size, F&& f) {
   try {
     const char* message = f();
+    synchronize();
     if (message == nullptr) return succeeded;
     std::snprintf(text, size, "%s", message);
     return refused;
   } catch (const std::exception& error) {
+    forget_work();
     std::snprintf(text, size, "%s", error.what());
     return failed;
   }

@@ -1,5 +1,6 @@
 #include "fiber.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -23,26 +24,30 @@ struct Fiber::Machine {
   static constexpr size_t kGuardBytes = 4096;
   char* mapping = nullptr;
   char* stack = nullptr;
+  size_t stack_bytes = 0;
+  // Stacks begin at different places in their pages, or their first lines would all fall into the
+  // same few sets of the cache.
+  size_t offset = 0;
 #if defined(__x86_64__)
-  void* fiber_stack_pointer = nullptr;
-  void* main_stack_pointer = nullptr;
+  void* stack_pointer = nullptr;
 #else
-  ucontext_t fiber_context;
-  ucontext_t main_context;
-#endif
-#ifdef EMULATOR_ASAN
-  const void* main_stack_bottom = nullptr;
-  size_t main_stack_bytes = 0;
+  ucontext_t context;
 #endif
 
-  Machine() {
+  explicit Machine(bool own_stack) {
+    if (!own_stack) return;
     mapping = static_cast<char*>(mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (mapping == MAP_FAILED) throw std::bad_alloc();
     mprotect(mapping, kGuardBytes, PROT_NONE);
     stack = mapping + kGuardBytes;
+    stack_bytes = kStackBytes;
+    static size_t machines = 0;
+    offset = machines++ % 31 * 128;
   }
-  ~Machine() { munmap(mapping, kGuardBytes + kStackBytes); }
+  ~Machine() {
+    if (mapping != nullptr) munmap(mapping, kGuardBytes + kStackBytes);
+  }
 };
 
 #if defined(__x86_64__)
@@ -68,27 +73,44 @@ __attribute__((naked, noinline)) static void begin_fiber() {
 
 Fiber::~Fiber() { delete machine_; }
 
-void Fiber::enter(Fiber* fiber) {
+Fiber& Fiber::main() {
+  static Fiber instance;
+  if (instance.machine_ == nullptr) {
+    instance.machine_ = new Machine(false);
 #ifdef EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &fiber->machine_->main_stack_bottom,
-                                  &fiber->machine_->main_stack_bytes);
+    pthread_attr_t attributes;
+    void* bottom = nullptr;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &bottom, &instance.machine_->stack_bytes);
+    pthread_attr_destroy(&attributes);
+    instance.machine_->stack = static_cast<char*>(bottom);
 #endif
-  fiber->body_(fiber->context_);
-  fiber->done_ = true;
-  fiber->switch_out(true);
-  std::abort();  // a finished fiber is never resumed
+  }
+  return instance;
+}
+
+void Fiber::arrived([[maybe_unused]] void* fake_stack) {
+#ifdef EMULATOR_ASAN
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+void Fiber::enter(Fiber* fiber) {
+  fiber->arrived(nullptr);
+  Fiber& next = fiber->body_(fiber->context_);
+  fiber->switch_to(next, true);
+  std::abort();  // nobody switches to a finished fiber
 }
 
 void Fiber::start(Body body, void* context) {
-  if (machine_ == nullptr) machine_ = new Machine;
+  if (machine_ == nullptr) machine_ = new Machine(true);
   body_ = body;
   context_ = context;
-  done_ = false;
 #ifdef EMULATOR_ASAN
   __asan_unpoison_memory_region(machine_->stack, kStackBytes);  // frames of an abandoned run
 #endif
 #if defined(__x86_64__)
-  auto** top = reinterpret_cast<void**>(machine_->stack + kStackBytes);
+  auto** top = reinterpret_cast<void**>(machine_->stack + kStackBytes - machine_->offset);
   *--top = nullptr;  // begin_fiber finds the stack on a 16-byte boundary, as a call needs it,
   *--top = nullptr;  // with no return address
   *--top = reinterpret_cast<void*>(&begin_fiber);
@@ -98,56 +120,39 @@ void Fiber::start(Body body, void* context) {
   *--top = reinterpret_cast<void*>(&Fiber::enter);  // r13
   *--top = nullptr;                                 // r14
   *--top = nullptr;                                 // r15
-  machine_->fiber_stack_pointer = top;
+  machine_->stack_pointer = top;
 #else
-  getcontext(&machine_->fiber_context);
-  machine_->fiber_context.uc_stack.ss_sp = machine_->stack;
-  machine_->fiber_context.uc_stack.ss_size = kStackBytes;
-  machine_->fiber_context.uc_link = nullptr;
+  getcontext(&machine_->context);
+  machine_->context.uc_stack.ss_sp = machine_->stack;
+  machine_->context.uc_stack.ss_size = kStackBytes;
+  machine_->context.uc_link = nullptr;
   const auto address = reinterpret_cast<uintptr_t>(this);
-  makecontext(&machine_->fiber_context,
-              reinterpret_cast<void (*)()>(+[](unsigned high, unsigned low) {
-                enter(reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low));
-              }),
+  makecontext(&machine_->context, reinterpret_cast<void (*)()>(+[](unsigned high, unsigned low) {
+    enter(reinterpret_cast<Fiber*>(uintptr_t{high} << 32 | low));
+  }),
               2, static_cast<unsigned>(address >> 32), static_cast<unsigned>(address));
 #endif
 }
 
-bool Fiber::resume() {
-#ifdef EMULATOR_ASAN
-  void* main_fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&main_fake_stack, machine_->stack, kStackBytes);
-#endif
-#if defined(__x86_64__)
-  swap_stacks(&machine_->main_stack_pointer, machine_->fiber_stack_pointer);
-#else
-  swapcontext(&machine_->main_context, &machine_->fiber_context);
-#endif
-#ifdef EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(main_fake_stack, nullptr, nullptr);
-#endif
-  return done_;
-}
-
-void Fiber::suspend() { switch_out(false); }
-
-void Fiber::switch_out(bool last) {
+void Fiber::switch_to(Fiber& next, [[maybe_unused]] bool last) {
+  void* fake_stack = nullptr;
 #ifdef EMULATOR_ASAN
   // A null argument tells ASan that this stack is done with.
-  void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, machine_->main_stack_bottom,
-                                 machine_->main_stack_bytes);
+  __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, next.machine_->stack,
+                                 next.machine_->stack_bytes);
 #endif
-  static_cast<void>(last);
 #if defined(__x86_64__)
-  swap_stacks(&machine_->fiber_stack_pointer, machine_->main_stack_pointer);
+  swap_stacks(&machine_->stack_pointer, next.machine_->stack_pointer);
 #else
-  swapcontext(&machine_->fiber_context, &machine_->main_context);
+  swapcontext(&machine_->context, &next.machine_->context);
 #endif
-#ifdef EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(fake_stack, &machine_->main_stack_bottom,
-                                  &machine_->main_stack_bytes);
-#endif
+  arrived(fake_stack);
+}
+
+bool Fiber::overflowed_at(const void* address) const {
+  const auto* byte = static_cast<const char*>(address);
+  return machine_ != nullptr && machine_->mapping != nullptr && byte >= machine_->mapping &&
+         byte < machine_->stack;
 }
 
 }  // namespace cuda_emulator

@@ -1,0 +1,84 @@
+#include "kernel.h"
+
+#include <algorithm>
+#include <map>
+
+#include "settings.h"
+
+// Section of the addresses that patchable_function_entry left, see launch_bounds.h.
+extern "C" {
+extern const unsigned char* const __start___patchable_function_entries[]
+    __attribute__((weak, visibility("hidden")));
+extern const unsigned char* const __stop___patchable_function_entries[]
+    __attribute__((weak, visibility("hidden")));
+}
+
+namespace cuda_emulator {
+namespace {
+
+constexpr unsigned char kNop = 0x90;
+
+std::map<std::string, int>& registers_by_name() {
+  static std::map<std::string, int> instance;
+  return instance;
+}
+
+// The compiler put as many no-operations before the function as its launch bounds allow threads.
+int launch_bound(const void* function) {
+  const auto* code = static_cast<const unsigned char*>(function);
+  for (const auto* entry = __start___patchable_function_entries;
+       entry != __stop___patchable_function_entries; ++entry) {
+    if (*entry >= code || code - *entry > 1024) continue;
+    if (std::all_of(*entry, code, [](unsigned char byte) { return byte == kNop; })) {
+      return static_cast<int>(code - *entry);
+    }
+  }
+  return 0;
+}
+
+int registers_of(const Kernel& kernel) {
+  const auto found = registers_by_name().find(kernel.name);
+  if (found != registers_by_name().end()) return found->second;
+  if (kernel.max_threads == 0) return 0;
+  const int threads = (kernel.max_threads + 31) / 32 * 32;
+  return std::min(kMaxRegistersPerThread, kRegistersPerMultiprocessor / threads / 8 * 8);
+}
+
+}  // namespace
+
+Kernel& kernel_of(const void* function) {
+  static std::map<const void*, Kernel> kernels;
+  const auto [place, fresh] = kernels.try_emplace(function);
+  Kernel& kernel = place->second;
+  if (fresh) kernel.max_threads = launch_bound(function);
+  kernel.registers = registers_of(kernel);
+  return kernel;
+}
+
+void name_kernel(const void* function, const char* name) {
+  if (kernel_of(function).name != name) kernel_of(function).name = name;
+}
+
+void set_registers(const std::string& name, int registers) {
+  if (registers == 0) {
+    registers_by_name().erase(name);
+  } else {
+    registers_by_name()[name] = registers;
+  }
+}
+
+int blocks_per_multiprocessor(const Kernel& kernel, int threads, size_t dynamic_shared) {
+  if (settings().blocks_per_multiprocessor > 0) return settings().blocks_per_multiprocessor;
+  const int rounded = (threads + 31) / 32 * 32;
+  int blocks = std::min(kBlocksPerMultiprocessor, kThreadsPerMultiprocessor / rounded);
+  if (kernel.registers > 0) {
+    // A warp's registers come in pieces of 256.
+    const int per_warp = (kernel.registers * 32 + 255) / 256 * 256;
+    blocks = std::min(blocks, kRegistersPerMultiprocessor / per_warp / (rounded / 32));
+  }
+  const size_t shared = kernel.static_shared + dynamic_shared + kSharedReservedPerBlock;
+  const size_t all_shared = settings().shared_limit + kSharedReservedPerBlock;
+  return static_cast<int>(std::min<size_t>(static_cast<size_t>(blocks), all_shared / shared));
+}
+
+}  // namespace cuda_emulator

@@ -1,0 +1,33 @@
+// Signals while kernels run: a fault in device code becomes an Error, and a thread that waits by
+// reading a volatile variable, with nothing in its loop that gives way, is made to.
+#pragma once
+#include <string>
+
+namespace cuda_emulator {
+
+// Handlers are in place while it lives. Under AddressSanitizer faults are left to its own report.
+class Traps {
+ public:
+  Traps();
+  ~Traps();
+  Traps(const Traps&) = delete;
+  Traps& operator=(const Traps&) = delete;
+};
+
+// While it lives a thread is not made to give way: it is in the emulator's own code.
+class InRuntime {
+ public:
+  InRuntime() : before_(inside) { inside = true; }
+  ~InRuntime() { inside = before_; }
+  InRuntime(const InRuntime&) = delete;
+  InRuntime& operator=(const InRuntime&) = delete;
+  static volatile bool inside;
+
+ private:
+  bool before_;
+};
+
+// "file:line" of an instruction by addr2line, else "library+offset".
+std::string source_of(const void* code);
+
+}  // namespace cuda_emulator
