@@ -21,15 +21,22 @@ class EmulatorError(RuntimeError):
 
 @contextmanager
 def schedule(
-    library: ctypes.CDLL, order: str, seed: int = 0, multiprocessors: int = 2
+    library: ctypes.CDLL,
+    order: str,
+    seed: int = 0,
+    multiprocessors: int = 2,
+    resident_blocks: int | None = None,
 ) -> Iterator[None]:
     """Sets the order of threads and blocks: forward, reverse or random (by seed).
 
-    A random schedule also keeps three blocks in flight at once, a few threads of each at a time.
+    A random schedule also keeps three blocks in flight at once, a few threads of each at a time,
+    unless told another number.
     """
+    if resident_blocks is None:
+        resident_blocks = 3 if order == "random" else 1
     if library.emulator_set_order(order.encode(), ctypes.c_uint64(seed)) != 0:
         raise ValueError(f"unknown order {order!r}, expected forward, reverse or random")
-    library.emulator_set_resident_blocks(3 if order == "random" else 1)
+    library.emulator_set_resident_blocks(resident_blocks)
     library.emulator_set_multiprocessors(multiprocessors)
     try:
         yield

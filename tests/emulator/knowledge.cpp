@@ -44,6 +44,9 @@ bool Knowledge::covers(uint32_t block, uint32_t thread, Stamp stamp) const {
 Known Knowledge::both(const Known& a, const Known& b) {
   if (a == b || b == nullptr) return a;
   if (a == nullptr) return b;
+  // All threads of a block mostly know the same and learn the same: then they share the result.
+  static Known last_a, last_b, last;
+  if (a == last_a && b == last_b) return last;
   auto made = std::make_shared<Knowledge>();
   made->floors_ = merged(
       a->floors_, b->floors_, [](const Floor& f) { return f.block; },
@@ -53,10 +56,17 @@ Known Knowledge::both(const Known& a, const Known& b) {
       [](const Done& e, const Done& f) { return e.stamp < f.stamp ? f : e; });
   std::erase_if(made->exact_,
                 [&](const Done& e) { return e.stamp < stamp_at_barrier(made->floor(e.block)); });
-  return made;
+  last_a = a;
+  last_b = b;
+  return last = made;
 }
 
 Known Knowledge::with(const Known& known, std::vector<Done> done) {
+  std::sort(done.begin(), done.end(), [](const Done& a, const Done& b) {
+    return a.thread != b.thread ? a.thread < b.thread : a.stamp > b.stamp;
+  });
+  const auto again = [](const Done& a, const Done& b) { return a.thread == b.thread; };
+  done.erase(std::unique(done.begin(), done.end(), again), done.end());
   auto more = std::make_shared<Knowledge>();
   more->exact_ = std::move(done);
   return both(known, more);

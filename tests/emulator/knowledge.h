@@ -32,7 +32,7 @@ class Knowledge {
 
   // What both know. Either may be null.
   static Known both(const Known& a, const Known& b);
-  // And `done`, sorted by thread.
+  // And `done`, in any order.
   static Known with(const Known& known, std::vector<Done> done);
   // And all that `block` did before its barrier number `barriers`.
   static Known with_floor(const Known& known, uint32_t block, uint32_t barriers);

@@ -126,16 +126,19 @@ void RaceDetector::blocks_sync(std::span<const uint64_t> blocks) {
 
 void RaceDetector::arrives(Place place, const void* object) {
   Actor& actor = actors_[actor_of(place)];
-  Sight sight = actor.sight;
-  sight.known = Knowledge::with(sight.known, {done_by(place)});
-  objects_[object].add(sight);
+  objects_[object].sight.add(actor.sight);
+  objects_[object].arrived.push_back(done_by(place));
   ++actor.stamp;
 }
 
 void RaceDetector::waited(Place place, const void* object) {
   asked_ = {};
   const auto found = objects_.find(object);
-  if (found != objects_.end()) actors_[actor_of(place)].sight.add(found->second);
+  if (found == objects_.end()) return;
+  auto& [sight, arrived] = found->second;
+  if (!arrived.empty()) sight.known = Knowledge::with(sight.known, std::move(arrived));
+  arrived.clear();
+  actors_[actor_of(place)].sight.add(sight);
 }
 
 void RaceDetector::fence(Place place, Scope scope) {
@@ -266,7 +269,8 @@ void RaceDetector::copy_completed(Place place, uint64_t id, const void* object) 
   if (found == copies_.end()) return;
   asked_ = {};
   const Copy copy = found->second;
-  Known& to = object != nullptr ? objects_[object].known : actors_[actor_of(place)].sight.known;
+  Known& to =
+      object != nullptr ? objects_[object].sight.known : actors_[actor_of(place)].sight.known;
   to = Knowledge::with(to, {{kNobody, copy.agent, copy.stamp}});
   copies_.erase(found);
 }

@@ -135,7 +135,11 @@ class RaceDetector {
   std::vector<uint32_t> barriers_;  // of each block
   std::unordered_map<unsigned, std::vector<Cell>> shadows_;
   std::unordered_map<const void*, std::vector<Released>> released_;
-  std::unordered_map<const void*, Sight> objects_;
+  struct Object {
+    Sight sight;
+    std::vector<Done> arrived;  // and not yet in `sight`
+  };
+  std::unordered_map<const void*, Object> objects_;
   struct Copy {
     uint32_t agent;
     Stamp stamp;

@@ -1,28 +1,13 @@
 // Kernels with a data race each, beside the sound patterns that they fall short of. The tests look
 // the lines of "race:" comments up and want them in the report: the earlier and the later access
 // may come in either order.
-#include <cstring>
+#include "race_faults.h"
 
-#include "control.h"
 #include "kernels/cuda/reduce.cuh"
-#include "kernels/cuda/vector.cuh"
 
-using namespace batchops::cuda;
+using namespace race_faults;
 
 namespace {
-
-constexpr int kBlock = 64;
-
-// What a kernel works on: `count` floats in, `count` out, a row of partial results and flags, which
-// start at 0.
-struct Data {
-  const float* in;
-  float* out;
-  float* partial;
-  unsigned* flags;
-};
-
-BATCHOPS_DEVICE int position() { return static_cast<int>(blockIdx.x * kBlock + threadIdx.x); }
 
 // ---- shared memory
 
@@ -175,12 +160,6 @@ __global__ void volatile_flag(Data d) {
   }
 }
 
-struct Entry {
-  const char* name;
-  void (*kernel)(Data);
-  size_t shared = 0;
-};
-
 constexpr Entry kEntries[] = {
     {"reverse", reverse<true>},
     {"reverse_without_barrier", reverse<false>},
@@ -210,15 +189,7 @@ constexpr Entry kEntries[] = {
 
 }  // namespace
 
-EMULATOR_EXPORT int emulated_race(const char* name, const float* in, float* out, float* partial,
-                                  unsigned* flags, int blocks, char* text, size_t size) {
-  return cuda_emulator::guarded(text, size, [&]() -> const char* {
-    for (const Entry& entry : kEntries) {
-      if (std::strcmp(entry.name, name) == 0) {
-        return launch(name, entry.kernel, blocks, kBlock, entry.shared, nullptr,
-                      Data{in, out, partial, flags});
-      }
-    }
-    return "no such kernel";
-  });
+EMULATOR_EXPORT int emulated_race(const char* name, const Data* data, int blocks, char* text,
+                                  size_t size) {
+  return run(kEntries, name, *data, blocks, text, size);
 }
