@@ -80,7 +80,9 @@ def library_kernels(library: Path) -> list[Kernel]:
         for cubin in sorted(Path(folder).glob("*.cubin")):
             target = cubin.name.split(".")[-2]
             usage = _output([cuobjdump, "-res-usage", str(cubin)])
-            reserved = occupancy.TARGETS[target].shared_reserved
+            # From Hopper on it counts what the driver reserves in a block with shared memory.
+            hopper = int(target.removeprefix("sm_")) >= 90
+            reserved = occupancy.TARGETS[target].shared_reserved if hopper else 0
             found = disassembly.read_library(usage, target, reserved)
             disassembly.count_machine_code(_output([nvdisasm, "-c", str(cubin)]), found)
             disassembly.demangle(found)
@@ -255,6 +257,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.targets) - set(occupancy.TARGETS):
         parser.error(f"expected targets among {', '.join(occupancy.TARGETS)}, got {unknown}")
+    if not options.library and toolkit.tool("nvcc") is None:
+        parser.error("needs nvcc, on PATH or under CUDA_HOME")
     if options.library:
         import batchops
 
