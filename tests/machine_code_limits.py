@@ -6,7 +6,7 @@ returns what is wrong with it, in words; nothing means it is as expected.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import machine_code, occupancy
 from .disassembly import Kernel
@@ -17,8 +17,8 @@ class Limits:
     blocks: int  # of the largest size, resident on a multiprocessor of every target at the least
     reads: int = 0  # loads of `unit` bits in the code, at the least
     writes: int = 0  # stores of `unit` bits
-    unit: int = 128
-    only: frozenset[int] | None = None  # widths that may occur at all, None: any
+    unit: int = 128  # 0: what the kernel's template arguments say
+    only: frozenset[int] | None = None  # widths that may occur beside it, None: any
     dynamic_shared: int = 0  # bytes, as launched
     threads: int = 256  # by launch bounds, and as launched
 
@@ -27,65 +27,63 @@ class Limits:
 # allow it ("wide"), else 4 elements or 1 ("narrow"): planes of 7 x 7 in channels_first are read
 # and written one element at a time. It loads kInFlight units of each tensor before it uses the
 # first, so a code with fewer loads of that width than tensors · kInFlight has lost its overlap.
-#
-# Besides, apply kernels touch a mask by bytes and a channel's coefficients by 128 or 32 bits, and
-# nothing else. The others read weights of any dtype one by one, a few for each block.
+# Kernels of step 3 ("apply") touch besides a mask by bytes and a channel's coefficients by 128 or
+# 32 bits, and nothing else; the others read weights of any dtype one by one, a few for each block.
 IN_FLIGHT = 4
-APPLY = frozenset({128, 32, 8})
-BATCH_NORM = {
-    # kernel, layout, units: blocks at least, tensors read, tensors written
-    ("batch_norm_partials", "channels_first", "wide"): (4, 1, 0),
-    ("batch_norm_partials", "channels_first", "narrow"): (4, 1, 0),
-    ("batch_norm_partials", "channels_last", "wide"): (2, 1, 0),
-    ("batch_norm_partials", "channels_last", "narrow"): (3, 1, 0),
+
+
+def _partials(blocks: int, reads: int) -> Limits:
+    return Limits(blocks, reads * IN_FLIGHT, unit=0)
+
+
+def _apply(blocks: int, reads: int, writes: int) -> Limits:
+    return Limits(blocks, reads * IN_FLIGHT, writes * IN_FLIGHT, 0, frozenset({128, 32, 8}))
+
+
+# The key is the kernel's name, its layout and whether its units are of 16 bytes, as far as its
+# template arguments say so.
+LIMITS = {
+    "batch_norm_partials channels_first wide": _partials(4, reads=1),
+    "batch_norm_partials channels_first narrow": _partials(4, reads=1),
+    "batch_norm_partials channels_last wide": _partials(2, reads=1),
+    "batch_norm_partials channels_last narrow": _partials(3, reads=1),
+    "batch_norm_finish": Limits(3),
     # 2 blocks of 256 threads: up to 128 registers. 16-bit elements in channels_last take the most,
     # 94 to 125, for a thread keeps the coefficients of 8 channels (4 floats each) in registers.
-    ("batch_norm_apply", "channels_first", "wide"): (2, 2, 1),
-    ("batch_norm_apply", "channels_first", "narrow"): (2, 2, 1),
-    ("batch_norm_apply", "channels_last", "wide"): (2, 2, 1),
-    ("batch_norm_apply", "channels_last", "narrow"): (3, 2, 1),
-    ("batch_norm_backward_partials", "channels_first", "wide"): (2, 2, 0),
-    ("batch_norm_backward_partials", "channels_first", "narrow"): (3, 2, 0),
-    ("batch_norm_backward_partials", "channels_last", "wide"): (2, 2, 0),
-    ("batch_norm_backward_partials", "channels_last", "narrow"): (2, 2, 0),
-    ("batch_norm_backward_apply", "channels_first", "wide"): (2, 2, 2),
-    ("batch_norm_backward_apply", "channels_first", "narrow"): (2, 2, 2),
-    ("batch_norm_backward_apply", "channels_last", "wide"): (2, 2, 2),
-    ("batch_norm_backward_apply", "channels_last", "narrow"): (2, 2, 2),
+    "batch_norm_apply channels_first wide": _apply(2, reads=2, writes=1),
+    "batch_norm_apply channels_first narrow": _apply(2, reads=2, writes=1),
+    "batch_norm_apply channels_last wide": _apply(2, reads=2, writes=1),
+    "batch_norm_apply channels_last narrow": _apply(3, reads=2, writes=1),
+    "batch_norm_backward_partials channels_first wide": _partials(2, reads=2),
+    "batch_norm_backward_partials channels_first narrow": _partials(3, reads=2),
+    "batch_norm_backward_partials channels_last wide": _partials(2, reads=2),
+    "batch_norm_backward_partials channels_last narrow": _partials(2, reads=2),
+    "batch_norm_backward_finish": Limits(2),
+    "batch_norm_backward_apply channels_first wide": _apply(2, reads=2, writes=2),
+    "batch_norm_backward_apply channels_first narrow": _apply(2, reads=2, writes=2),
+    "batch_norm_backward_apply channels_last wide": _apply(2, reads=2, writes=2),
+    "batch_norm_backward_apply channels_last narrow": _apply(2, reads=2, writes=2),
+    # One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3
+    # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
+    # 16-bit p and g, which narrows those accesses but keeps all four tensors in step.
+    "lamb_grad_squares": Limits(4, reads=2),
+    "lamb_grad_total": Limits(4),
+    "lamb_moments": Limits(3, reads=2 * (9 * 2 + 3 + 3), writes=2 * 9 * 2),
+    "lamb_ratios": Limits(4),
+    "lamb_update": Limits(4, reads=2 * (3 * 2 + 1), writes=2),
 }
 
-# One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3 float g.
-# A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; of 16-bit p and g
-# 8 bytes, which narrows those accesses but keeps all four tensors in step.
-OTHERS = {
-    "batch_norm_finish": Limits(blocks=3),
-    "batch_norm_backward_finish": Limits(blocks=2),
-    "lamb_grad_squares": Limits(blocks=4, reads=2),
-    "lamb_grad_total": Limits(blocks=4),
-    "lamb_moments": Limits(blocks=3, reads=2 * (9 * 2 + 3 + 3), writes=2 * 9 * 2),
-    "lamb_ratios": Limits(blocks=4),
-    "lamb_update": Limits(blocks=4, reads=2 * (3 * 2 + 1), writes=2),
-}
 
-# The table's entries, to find those that no kernel has any more.
-ENTRIES = {*OTHERS, *BATCH_NORM}
-
-
-def entry(kernel: Kernel) -> str | tuple[str, str, str]:
-    """The kernel's place in the table."""
-    if kernel.layout is None or kernel.unit is None:
-        return kernel.base
-    return kernel.base, kernel.layout, "wide" if kernel.unit == 128 else "narrow"
+def entry(kernel: Kernel) -> str:
+    """The kernel's key in the table."""
+    size = None if kernel.unit is None else "wide" if kernel.unit >= 128 else "narrow"
+    return " ".join(part for part in (kernel.base, kernel.layout, size) if part)
 
 
 def limits(kernel: Kernel) -> Limits:
     """KeyError for a kernel without an entry."""
-    place = entry(kernel)
-    if isinstance(place, str):
-        return OTHERS[place]
-    blocks, reads, writes = BATCH_NORM[place]
-    only = APPLY | {kernel.unit} if kernel.base.endswith("apply") else None
-    return Limits(blocks, reads * IN_FLIGHT, writes * IN_FLIGHT, kernel.unit, only)
+    limit = LIMITS[entry(kernel)]
+    return limit if limit.unit else replace(limit, unit=kernel.unit)
 
 
 def local_memory(kernel: Kernel) -> list[str]:
@@ -129,8 +127,11 @@ def accesses(kernel: Kernel, limit: Limits) -> list[str]:
                 f"{_of(kernel)}: expected {least} {kind} of {limit.unit} bits or more, got "
                 f"{dict(found)}"
             )
-        if limit.only is not None and not set(found) <= limit.only:
-            wrong.append(f"{_of(kernel)}: expected {kind} of {set(limit.only)}, got {dict(found)}")
+        if limit.only is not None and not set(found) <= limit.only | {limit.unit}:
+            wrong.append(
+                f"{_of(kernel)}: expected {kind} of {limit.unit} bits or of {set(limit.only)}, got "
+                f"{dict(found)}"
+            )
     return wrong
 
 

@@ -35,7 +35,7 @@ def compiled() -> dict[str, list[Kernel]]:
 @every_target
 def test_every_kernel_has_an_entry_and_every_entry_a_kernel(compiled, target):
     found = {machine_code_limits.entry(kernel) for kernel in compiled[target]}
-    assert found == machine_code_limits.ENTRIES
+    assert found == set(machine_code_limits.LIMITS)
 
 
 @every_target
@@ -66,19 +66,21 @@ def test_launches_are_those_that_residency_is_computed_for(source):
     """launch("name", kernel, blocks, threads, shared, stream, ...) against the table."""
     text = source.read_text()
     with_headers = text + "".join(file.read_text() for file in source.parent.glob("*.cuh"))
-    (threads_of_block,) = set(re.findall(r"constexpr int kThreads = (\d+);", with_headers))
     launches = re.findall(
         r'\blaunch\(\s*"(\w+)",\s*[\w:]+(?:<[^>]*>)?,\s*[^,]+,\s*([\w:]+),\s*(\w+),\s*stream',
         text,
     )
-    assert len(launches) == len(re.findall(r'\blaunch\(\s*"', text))
-    names = {place if isinstance(place, str) else place[0] for place in machine_code_limits.ENTRIES}
+    by_shape = re.findall(r'\blaunch\(\s*"\w+",\s*[\w:]+(?:<[^>]*>)?,\s*\w+,\s*stream', text)
+    assert len(launches) + len(by_shape) == len(re.findall(r'\blaunch\(\s*"', text))
     for name, threads, shared in launches:
-        assert name in names
-        limit = machine_code_limits.OTHERS.get(name, Limits(blocks=0))
-        assert threads.split("::")[-1] == "kThreads", name
-        assert int(threads_of_block) == limit.threads, name
-        assert int(shared) == limit.dynamic_shared, name
+        expected = {
+            (limit.threads, limit.dynamic_shared)
+            for key, limit in machine_code_limits.LIMITS.items()
+            if key.split()[0] == name
+        }
+        constant = threads.split("::")[-1]
+        values = set(re.findall(rf"constexpr int {constant} = (\d+);", with_headers))
+        assert {(int(value), int(shared)) for value in values} == expected, name
 
 
 @needs_nvcc
