@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -11,10 +13,59 @@ def to_float64(t: torch.Tensor) -> np.ndarray:
     return t.detach().cpu().contiguous().to(torch.float64).numpy().copy()
 
 
+SLOPE = 0.1  # of leaky_relu, in every test that reaches it through a reference
+
+erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def _logistic(z):
+    e = np.exp(-np.abs(z))
+    return np.where(z > 0, 1, e) / (1 + e)
+
+
+def _cdf(z):
+    return 0.5 * erfc(-z / math.sqrt(2))
+
+
+def _inner(z):
+    """gelu_tanh is z · logistic(_inner(z))."""
+    return math.sqrt(8 / math.pi) * (z + 0.044715 * z**3)
+
+
+def _gelu_tanh_derivative(z):
+    s = _logistic(_inner(z))
+    return s + z * s * (1 - s) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * z * z)
+
+
+# name: (value, derivative)
 ACTIVATIONS = {
     "none": (lambda z: z, lambda z: np.ones_like(z)),
     "relu": (lambda z: np.where(z <= 0, 0.0, z), lambda z: np.where(z <= 0, 0.0, 1.0)),
+    "leaky_relu": (
+        lambda z: np.where(z > 0, z, SLOPE * z),
+        lambda z: np.where(z > 0, 1.0, SLOPE),
+    ),
+    "silu": (
+        lambda z: z * _logistic(z),
+        lambda z: _logistic(z) * (1 + z * _logistic(-z)),
+    ),
+    "gelu": (
+        lambda z: z * _cdf(z),
+        lambda z: _cdf(z) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi),
+    ),
+    "gelu_tanh": (lambda z: z * _logistic(_inner(z)), _gelu_tanh_derivative),
+    "hardswish": (
+        lambda z: z * np.clip(z + 3, 0, 6) / 6,
+        lambda z: np.where(z <= -3, 0.0, np.where(z < 3, z / 3 + 0.5, 1.0)),
+    ),
 }
+# Where a derivative jumps.
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+
+
+def activation_argument(name):
+    """What functional forms and modules take for it."""
+    return {"none": None, "leaky_relu": ("leaky_relu", SLOPE)}.get(name, name)
 
 
 class BatchNormReference:

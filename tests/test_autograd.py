@@ -14,7 +14,7 @@ from batchops import functional as BF
 from batchops import nn as bnn
 
 ops = torch.ops.batchops
-VARIANTS = [(a, r) for a in (None, "relu") for r in (False, True)]
+VARIANTS = [(a, r) for a in (None, "relu", "silu", "leaky_relu") for r in (False, True)]
 
 
 def case(dtype=torch.float32, residual=False, layout=torch.contiguous_format, grad=True):
@@ -39,7 +39,9 @@ def stock(x, weight, bias, residual=None, *, activation=None, stats=None, traini
     mean, var = stats if stats is not None else (None, None)
     y = F.batch_norm(x, mean, var, weight, bias, training)
     y = y if residual is None else y + residual
-    return y.relu() if activation == "relu" else y
+    return {None: lambda t: t, "relu": F.relu, "silu": F.silu, "leaky_relu": F.leaky_relu}[
+        activation
+    ](y)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -56,10 +58,11 @@ def test_opcheck(activation, residual, layout):
     )
     torch.library.opcheck(ops.batch_norm_eval.default, (x, *stats, weight, bias, z, 1e-5, name))
     with torch.no_grad():
-        y, saved, mask = ops.batch_norm(x, weight, bias, z, 1e-5, name, True)
+        y, saved, mask = ops.batch_norm(x, weight, bias, z, 1e-5, name, save_mask=True)
         mask = mask if mask.numel() else None
         for outputs in ([True] * 4, [True, False, True, False]):
-            args = (y, x, weight, bias, saved, mask, True, 1e-5, name, outputs)
+            residual = None if mask is not None else z
+            args = (y, x, residual, weight, bias, saved, mask, True, 1e-5, name, 0.01, outputs)
             torch.library.opcheck(
                 ops.batch_norm_backward.default,
                 [a.detach() if torch.is_tensor(a) else a for a in args],

@@ -148,11 +148,11 @@ def test_backward_operator_checks_what_it_is_given():
     stats = torch.zeros(3, 3)
     wanted = [True] * 4
     with pytest.raises(RuntimeError, match="expected dy of size"):
-        backward(x[:2], x, None, None, stats, None, True, 1e-5, "none", wanted)
+        backward(x[:2], x, None, None, None, stats, None, True, 1e-5, "none", 0.01, wanted)
     with pytest.raises(RuntimeError, match="expected stats"):
-        backward(x, x, None, None, stats[:2], None, True, 1e-5, "none", wanted)
+        backward(x, x, None, None, None, stats[:2], None, True, 1e-5, "none", 0.01, wanted)
     mask = torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="expected a mask of"):
-        backward(x, x, None, None, stats, mask, True, 1e-5, "relu", wanted)
+        backward(x, x, None, None, None, stats, mask, True, 1e-5, "relu", 0.01, wanted)
     with pytest.raises(RuntimeError, match="contiguous Byte"):
-        backward(x, x, None, None, stats, mask.float(), True, 1e-5, "relu", wanted)
+        backward(x, x, None, None, None, stats, mask.float(), True, 1e-5, "relu", 0.01, wanted)

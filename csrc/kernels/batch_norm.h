@@ -21,9 +21,9 @@ namespace batchops {
 // in float for f32/f16/bf16 inputs and in double for f64. The low part matters: at |mean|/std = 1e4
 // a mean rounded to float puts x̂ off by 4.8e-4.
 //
-// `mask` holds one bit an element: 1 where activation'(z) != 0. It is written when residual is
-// given and the activation's derivative is 0 or a constant by sign (relu), because z cannot be
-// recomputed from x alone there. Rows are padded to whole bytes so that no two rows share one:
+// `mask` holds one bit an element: 1 where activation'(z) = 1. It is written when residual is given
+// and the derivative takes one other value only (relu, leaky_relu), because z cannot be recomputed
+// from x alone there. Rows are padded to whole bytes so that no two rows share one:
 //   channels_first: [N * C, ceil(HxW / 8)]     channels_last: [N * HxW, ceil(C / 8)]
 // bit i % 8 of byte i / 8 (lowest bit first) belongs to element i of the row.
 struct BatchNormShape {
@@ -35,6 +35,7 @@ struct BatchNormShape {
   DType param_dtype = DType::f32;  // weight, bias, dweight, dbias
   DType running_dtype = DType::f32;
   Activation activation = Activation::none;
+  double slope = 0.01;  // leaky_relu's
 
   int64_t numel() const { return N * C * HxW; }
   int64_t mask_bytes() const {
@@ -64,9 +65,10 @@ struct BatchNormBackward {
   BatchNormShape shape;
   const void* dy = nullptr;
   const void* x = nullptr;
-  const void* weight = nullptr;  // may be null
-  const void* bias = nullptr;    // may be null; read only to recompute z for the activation
-  const void* stats = nullptr;   // [3, C] from the forward
+  const void* residual = nullptr;  // read to recompute z where no mask can stand for it
+  const void* weight = nullptr;    // may be null
+  const void* bias = nullptr;      // may be null; read only to recompute z for the activation
+  const void* stats = nullptr;     // [3, C] from the forward
   const uint8_t* mask =
       nullptr;                // given exactly when the forward wrote one; then z is not recomputed
   void* dx = nullptr;         // each output may be null: not wanted

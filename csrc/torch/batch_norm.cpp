@@ -1,11 +1,6 @@
 // torch.ops.batchops.batch_norm*: schemas, checks, allocation and launch; autograd in
 // batch_norm_autograd.cpp.
-#include "torch/batch_norm.h"
-
-#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -14,63 +9,18 @@
 
 #include "kernels/batch_norm.h"
 #include "torch/activation.h"
-#include "torch/common.h"
-#include "torch/pages.h"
+#include "torch/norm.h"
 
 namespace batchops::binding {
 namespace {
 
 constexpr const char* kOp = "batch_norm";
 
-at::ScalarType accumulate_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check_per_channel(const char* name, const std::optional<Tensor>& t, const Tensor& input,
-                       at::ScalarType& type) {
-  if (!t) return;
-  TORCH_CHECK(t->device() == input.device(), kOp, ": expected ", name, " on ", input.device(),
-              ", where input is, but got it on ", t->device());
-  TORCH_CHECK(t->sym_numel() == input.sym_size(1), kOp, ": ", name, " should contain ",
-              input.sym_size(1), " elements, one for each channel of the input of size ",
-              input.sym_sizes(), ", not ", t->sym_numel());
-  TORCH_CHECK(t->dim() == 1, kOp, ": expected ", name, " to be 1-D, of size [", input.sym_size(1),
-              "], but got size ", t->sym_sizes());
-  const at::ScalarType got = t->scalar_type();
-  TORCH_CHECK(got == input.scalar_type() || got == at::kFloat, kOp, ": expected ", name, " to be ",
-              input.scalar_type(), " (like input) or Float, but got ", got);
-  TORCH_CHECK(type == at::ScalarType::Undefined || type == got, kOp, ": expected ", name, " to be ",
-              type, ", like its companion, but got ", got);
-  type = got;
-}
-
-void check_input(const Tensor& input, const std::optional<Tensor>& weight,
-                 const std::optional<Tensor>& bias, const std::optional<Tensor>& residual) {
-  TORCH_CHECK(input.dim() >= 2, kOp, ": expected input of 2 or more dimensions (N, C, *), got ",
-              input.dim(), "-D of size ", input.sym_sizes());
-  TORCH_CHECK(input.layout() == at::kStrided, kOp, ": expected a dense input, got layout ",
-              input.layout());
-  TORCH_CHECK(dtype_of(input.scalar_type()), kOp,
-              ": expected input to be Float, Half, BFloat16 or Double, got ", input.scalar_type());
+void check_running(const Tensor& input, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var) {
   auto type = at::ScalarType::Undefined;
-  check_per_channel("weight", weight, input, type);
-  check_per_channel("bias", bias, input, type);
-  if (residual) {
-    TORCH_CHECK(residual->device() == input.device(), kOp, ": expected residual on ",
-                input.device(), ", where input is, but got it on ", residual->device());
-    TORCH_CHECK(residual->scalar_type() == input.scalar_type(), kOp, ": expected residual to be ",
-                input.scalar_type(), " like input, but got ", residual->scalar_type());
-    TORCH_CHECK(residual->sym_sizes().equals(input.sym_sizes()), kOp,
-                ": expected residual of input's size ", input.sym_sizes(), ", but got ",
-                residual->sym_sizes());
-  }
-}
-
-void check_running(const Tensor& input, const std::optional<Tensor>& running_mean,
-                   const std::optional<Tensor>& running_var) {
-  auto type = at::ScalarType::Undefined;
-  check_per_channel("running_mean", running_mean, input, type);
-  check_per_channel("running_var", running_var, input, type);
+  check_per_channel(kOp, "running_mean", running_mean, input, type);
+  check_per_channel(kOp, "running_var", running_var, input, type);
 }
 
 void check_training(const Tensor& input, double eps) {
@@ -88,81 +38,31 @@ void check_training(const Tensor& input, double eps) {
   }
 }
 
-// The data of an optional parameter; keeps a contiguous copy alive where one had to be made.
-struct Parameter {
-  Tensor held;
-  const void* data = nullptr;
-
-  explicit Parameter(const std::optional<Tensor>& t) {
-    if (!t) return;
-    held = t->contiguous();
-    data = held.const_data_ptr();
-  }
-};
-
-BatchNormShape shape_of(const Dense& input, const std::optional<Tensor>& weight,
-                        const std::optional<Tensor>& bias, Activation activation) {
-  BatchNormShape shape;
-  shape.N = input.tensor.size(0);
-  shape.C = input.tensor.size(1);
-  shape.HxW = spatial_size(input.tensor);
-  shape.layout = input.layout;
-  shape.dtype = *dtype_of(input.tensor.scalar_type());
-  shape.param_dtype = weight ? *dtype_of(weight->scalar_type())
-                      : bias ? *dtype_of(bias->scalar_type())
-                             : shape.dtype;
-  shape.activation = activation;
-  return shape;
-}
-
-Tensor empty_like_dense(const Tensor& x) {
-  if (x.is_cpu()) {
-    Tensor t = at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options());
-    advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
-    return t;
-  }
-  return at::empty_strided(x.sizes(), x.strides(), x.options());
-}
-
-Tensor empty_on(const Tensor& x, at::IntArrayRef size, at::ScalarType type) {
-  const auto options = x.options().dtype(type).memory_format(std::nullopt);
-  return x.is_cpu() ? Tensor(at::detail::empty_cpu(size, options)) : at::empty(size, options);
-}
-
-// Of no element where no mask is wanted.
-Tensor empty_mask(const Tensor& x, const BatchNormShape* shape) {
-  if (shape == nullptr) return empty_on(x, {0}, at::kByte);
-  if (shape->layout == Layout::channels_first) {
-    return empty_on(x, {shape->N, shape->C, (shape->HxW + 7) / 8}, at::kByte);
-  }
-  return empty_on(x, {shape->N * shape->HxW, (shape->C + 7) / 8}, at::kByte);
-}
-
 void raise_on(const char* message) { TORCH_CHECK(message == nullptr, kOp, ": ", message); }
 
-ForwardOutputs forward(const Tensor& input, const std::optional<Tensor>& running_mean,
-                       const std::optional<Tensor>& running_var,
-                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual, bool training, double momentum,
-                       double eps, std::string_view activation_name, bool save_mask) {
+ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual, bool training,
+                       double momentum, double eps, std::string_view activation_name, double slope,
+                       bool save_mask) {
   const Activation activation = parse_activation(kOp, activation_name);
-  check_input(input, weight, bias, residual);
+  check_norm_input(kOp, input, weight, bias, residual);
   check_running(input, running_mean, running_var);
   if (training) check_training(input, eps);
 
   const Dense x = to_dense(input);
   Tensor y = empty_like_dense(x.tensor);
   const auto stats_type = accumulate_type(input);
+  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
+  Tensor mask = empty_mask(x, mask_wanted && input.numel() != 0);
   if (input.numel() == 0) {
-    return {y, at::zeros({3, input.size(1)}, input.options().dtype(stats_type)),
-            empty_mask(input, nullptr)};
+    const auto options = input.options().dtype(stats_type).memory_format(std::nullopt);
+    return {y, at::zeros({3, input.size(1)}, options), mask};
   }
 
   BatchNormForward args;
-  args.shape = shape_of(x, weight, bias, activation);
+  args.shape = norm_shape<BatchNormShape>(x, weight, bias, activation, slope);
   Tensor stats = empty_on(input, {3, args.shape.C}, stats_type);
-  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
-  Tensor mask = empty_mask(input, mask_wanted ? &args.shape : nullptr);
 
   const Parameter w(weight), b(bias);
   const Tensor z = residual ? in_layout_of(*residual, x) : Tensor();
@@ -171,7 +71,7 @@ ForwardOutputs forward(const Tensor& input, const std::optional<Tensor>& running
   if (mean.defined()) args.shape.running_dtype = *dtype_of(mean.scalar_type());
 
   args.x = x.tensor.const_data_ptr();
-  args.residual = z.defined() ? z.const_data_ptr() : nullptr;
+  args.residual = data_or_null(z);
   args.weight = w.data;
   args.bias = b.data;
   args.y = y.mutable_data_ptr();
@@ -203,95 +103,49 @@ ForwardOutputs forward(const Tensor& input, const std::optional<Tensor>& running
   return {y, stats, mask};
 }
 
-ForwardOutputs batch_norm(const Tensor& input, const std::optional<Tensor>& weight,
-                          const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                          double eps, std::string_view activation, bool save_mask) {
-  return forward(input, {}, {}, weight, bias, residual, true, 0, eps, activation, save_mask);
+ForwardOutputs batch_norm(const Tensor& input, const OptionalTensor& weight,
+                          const OptionalTensor& bias, const OptionalTensor& residual, double eps,
+                          std::string_view activation, double slope, bool save_mask) {
+  return forward(input, {}, {}, weight, bias, residual, true, 0, eps, activation, slope, save_mask);
 }
 
 ForwardOutputs batch_norm_update(const Tensor& input, Tensor& running_mean, Tensor& running_var,
-                                 const std::optional<Tensor>& weight,
-                                 const std::optional<Tensor>& bias,
-                                 const std::optional<Tensor>& residual, double momentum, double eps,
-                                 std::string_view activation, bool save_mask) {
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& residual, double momentum, double eps,
+                                 std::string_view activation, double slope, bool save_mask) {
   return forward(input, running_mean, running_var, weight, bias, residual, true, momentum, eps,
-                 activation, save_mask);
+                 activation, slope, save_mask);
 }
 
 ForwardOutputs batch_norm_eval(const Tensor& input, const Tensor& running_mean,
-                               const Tensor& running_var, const std::optional<Tensor>& weight,
-                               const std::optional<Tensor>& bias,
-                               const std::optional<Tensor>& residual, double eps,
-                               std::string_view activation, bool save_mask) {
+                               const Tensor& running_var, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& residual,
+                               double eps, std::string_view activation, double slope,
+                               bool save_mask) {
   return forward(input, running_mean, running_var, weight, bias, residual, false, 0, eps,
-                 activation, save_mask);
+                 activation, slope, save_mask);
 }
 
 BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
-                                    const std::optional<Tensor>& weight,
-                                    const std::optional<Tensor>& bias, const Tensor& stats,
-                                    const std::optional<Tensor>& mask, bool training, double eps,
-                                    std::string_view activation_name,
+                                    const OptionalTensor& residual, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const Tensor& stats,
+                                    const OptionalTensor& mask, bool training, double eps,
+                                    std::string_view activation, double slope,
                                     std::array<bool, 4> output_mask) {
   (void)eps;  // only the derivative of this operator needs it
-  const Activation activation = parse_activation("batch_norm_backward", activation_name);
-  check_input(input, weight, bias, std::nullopt);
-  TORCH_CHECK(dy.sizes() == input.sizes() && dy.scalar_type() == input.scalar_type() &&
-                  dy.device() == input.device(),
-              "batch_norm_backward: expected dy of size ", input.sizes(), ", ", input.scalar_type(),
-              ", on ", input.device(), ", like input, but got ", dy.sizes(), ", ", dy.scalar_type(),
-              ", on ", dy.device());
-  TORCH_CHECK(stats.sizes() == at::IntArrayRef({3, input.size(1)}) &&
-                  stats.scalar_type() == accumulate_type(input) && stats.is_contiguous() &&
-                  stats.device() == input.device(),
-              "batch_norm_backward: expected stats as batch_norm returned them, of size [3, ",
-              input.size(1), "], got ", stats.sizes(), " ", stats.scalar_type());
-
-  TORCH_CHECK(!mask || mask->scalar_type() == at::kByte && mask->is_contiguous() &&
-                           mask->device() == input.device(),
-              "batch_norm_backward: expected mask as batch_norm returned it, contiguous Byte on ",
-              input.device(), ", got ", mask->scalar_type(), " on ", mask->device());
-  const Dense x = mask ? in_layout(input, layout_of_mask(*mask)) : to_dense(input);
-  const auto [want_dx, want_dresidual, want_dweight, want_dbias] = output_mask;
-  BatchNormBackward args;
-  args.shape = shape_of(x, weight, bias, activation);
-  const auto param_type = weight ? weight->scalar_type()
-                          : bias ? bias->scalar_type()
-                                 : input.scalar_type();
-  const int64_t C = input.size(1);
-  const auto per_channel = [&](bool wanted) {
-    if (!wanted) return Tensor();
-    if (input.numel() != 0) return empty_on(input, {C}, param_type);
-    return at::zeros({C}, input.options().dtype(param_type));
-  };
-  Tensor dx = want_dx ? empty_like_dense(x.tensor) : Tensor();
-  Tensor dresidual = want_dresidual ? empty_like_dense(x.tensor) : Tensor();
-  Tensor dweight = per_channel(want_dweight);
-  Tensor dbias = per_channel(want_dbias);
-  if (input.numel() == 0) return {dx, dresidual, dweight, dbias};
-
-  TORCH_CHECK(!mask || mask->numel() == args.shape.mask_bytes(),
-              "batch_norm_backward: expected a mask of ", args.shape.mask_bytes(),
-              " bytes as batch_norm returned it, got ", mask ? mask->numel() : 0);
-  if (want_dresidual && activation == Activation::none) {
-    dresidual.copy_(dy);
-    if (!want_dx && !want_dweight && !want_dbias) return {dx, dresidual, dweight, dbias};
-  }
-  const Tensor dy_dense = in_layout_of(dy, x);
+  constexpr const char* op = "batch_norm_backward";
+  const NormBackwardCall call{op,       dy,         input,
+                              residual, weight,     bias,
+                              stats,    mask,       parse_activation(op, activation),
+                              slope,    output_mask};
+  call.check(input.sym_size(1).expect_int());
+  NormBackwardTensors tensors(call);
+  if (tensors.done) return tensors.outputs();
   const Parameter w(weight), b(bias);
-  const auto output = [](Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-  args.dy = dy_dense.const_data_ptr();
-  args.x = x.tensor.const_data_ptr();
-  args.weight = w.data;
-  args.bias = b.data;
-  args.stats = stats.const_data_ptr();
-  args.mask = mask ? mask->const_data_ptr<uint8_t>() : nullptr;
-  args.dx = output(dx);
-  args.dresidual = activation == Activation::none ? nullptr : output(dresidual);
-  args.dweight = output(dweight);
-  args.dbias = output(dbias);
+  BatchNormBackward args;
+  args.shape = norm_shape<BatchNormShape>(tensors.x, weight, bias, call.activation, slope);
   args.training = training;
-
+  tensors.fill(args, call, w, b);
   if (input.is_cpu()) {
     raise_on(batch_norm_backward_cpu(args, torch_threads()));
   } else {
@@ -302,38 +156,18 @@ BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
     raise_on(batch_norm_backward_cuda(args, workspace.mutable_data_ptr(), device,
                                       current_stream(input.device())));
   }
-  return {dx, dresidual, dweight, dbias};
+  return tensors.outputs();
 }
 
 // --- shapes without data: meta tensors, FakeTensor, torch.compile, export ------------------------
 
-Tensor empty_like_meta(const Tensor& x) {
-  if (x.is_contiguous() || is_channels_last_dense(x)) return at::empty_like(x);
-  return at::empty_symint(x.sym_sizes(), x.options(), x.suggest_memory_format());
-}
-
-// As empty_mask, for the layout that to_dense decides on.
-Tensor empty_mask_meta(const Tensor& x, bool wanted) {
-  const auto options = x.options().dtype(at::kByte).memory_format(std::nullopt);
-  if (!wanted) return at::empty_symint({0}, options);
-  const auto sizes = x.sym_sizes();
-  c10::SymInt spatial = 1;
-  for (size_t d = 2; d < sizes.size(); d++) spatial = spatial * sizes[d];
-  const bool rows_of_channels =
-      spatial == 1 ||
-      (!x.is_contiguous() &&
-       (is_channels_last_dense(x) || x.suggest_memory_format() != at::MemoryFormat::Contiguous));
-  if (rows_of_channels) return at::empty_symint({sizes[0] * spatial, (sizes[1] + 7) / 8}, options);
-  return at::empty_symint({sizes[0], sizes[1], (spatial + 7) / 8}, options);
-}
-
-ForwardOutputs forward_meta(const Tensor& input, const std::optional<Tensor>& running_mean,
-                            const std::optional<Tensor>& running_var,
-                            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                            const std::optional<Tensor>& residual, bool training, double eps,
-                            std::string_view activation_name, bool save_mask) {
+ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& residual,
+                            bool training, double eps, std::string_view activation_name, double,
+                            bool save_mask) {
   const Activation activation = parse_activation(kOp, activation_name);
-  check_input(input, weight, bias, residual);
+  check_norm_input(kOp, input, weight, bias, residual);
   check_running(input, running_mean, running_var);
   if (training) check_training(input, eps);
   const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
@@ -343,50 +177,42 @@ ForwardOutputs forward_meta(const Tensor& input, const std::optional<Tensor>& ru
           empty_mask_meta(input, mask_wanted && input.sym_numel() != 0)};
 }
 
-ForwardOutputs batch_norm_meta(const Tensor& input, const std::optional<Tensor>& weight,
-                               const std::optional<Tensor>& bias,
-                               const std::optional<Tensor>& residual, double eps,
-                               std::string_view activation, bool save_mask) {
-  return forward_meta(input, {}, {}, weight, bias, residual, true, eps, activation, save_mask);
+ForwardOutputs batch_norm_meta(const Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& residual,
+                               double eps, std::string_view activation, double slope,
+                               bool save_mask) {
+  return forward_meta(input, {}, {}, weight, bias, residual, true, eps, activation, slope,
+                      save_mask);
 }
 
 ForwardOutputs batch_norm_update_meta(const Tensor& input, Tensor& running_mean,
-                                      Tensor& running_var, const std::optional<Tensor>& weight,
-                                      const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& residual, double, double eps,
-                                      std::string_view activation, bool save_mask) {
+                                      Tensor& running_var, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                      double, double eps, std::string_view activation, double slope,
+                                      bool save_mask) {
   return forward_meta(input, running_mean, running_var, weight, bias, residual, true, eps,
-                      activation, save_mask);
+                      activation, slope, save_mask);
 }
 
 ForwardOutputs batch_norm_eval_meta(const Tensor& input, const Tensor& running_mean,
-                                    const Tensor& running_var, const std::optional<Tensor>& weight,
-                                    const std::optional<Tensor>& bias,
-                                    const std::optional<Tensor>& residual, double eps,
-                                    std::string_view activation, bool save_mask) {
+                                    const Tensor& running_var, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& residual,
+                                    double eps, std::string_view activation, double slope,
+                                    bool save_mask) {
   return forward_meta(input, running_mean, running_var, weight, bias, residual, false, eps,
-                      activation, save_mask);
+                      activation, slope, save_mask);
 }
 
-BackwardOutputs batch_norm_backward_meta(const Tensor&, const Tensor& input,
-                                         const std::optional<Tensor>& weight,
-                                         const std::optional<Tensor>& bias, const Tensor&,
-                                         const std::optional<Tensor>&, bool, double,
-                                         std::string_view, std::array<bool, 4> output_mask) {
-  const auto param_type = weight ? weight->scalar_type()
-                          : bias ? bias->scalar_type()
-                                 : input.scalar_type();
-  const auto options = input.options().dtype(param_type).memory_format(std::nullopt);
-  const auto per_channel = [&](bool wanted) {
-    return wanted ? at::empty_symint({input.sym_size(1)}, options) : Tensor();
-  };
-  const auto like_input = [&](bool wanted) { return wanted ? empty_like_meta(input) : Tensor(); };
-  return {like_input(output_mask[0]), like_input(output_mask[1]), per_channel(output_mask[2]),
-          per_channel(output_mask[3])};
+BackwardOutputs batch_norm_backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const Tensor&, const OptionalTensor&, bool, double,
+                                         std::string_view, double,
+                                         std::array<bool, 4> output_mask) {
+  return norm_backward_meta(input, weight, bias, output_mask);
 }
 
-Tensor activation_op(const Tensor& z, std::string_view name) {
-  return activation_forward(parse_activation("activation", name), z);
+Tensor activation_op(const Tensor& z, std::string_view name, double slope) {
+  return activation_forward(parse_activation("activation", name), z, slope);
 }
 
 }  // namespace
@@ -395,20 +221,25 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
   // y, and what the backward needs: statistics [3, C], and a bit mask or an empty tensor.
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-      "str activation, bool save_mask=False) -> (Tensor y, Tensor stats, Tensor mask)");
+      "str activation, float slope=0.01, bool save_mask=False) -> (Tensor y, Tensor stats, Tensor "
+      "mask)");
   m.def(
       "batch_norm_update(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, "
       "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, "
-      "str activation, bool save_mask=False) -> (Tensor y, Tensor stats, Tensor mask)");
+      "str activation, float slope=0.01, bool save_mask=False) -> (Tensor y, Tensor stats, Tensor "
+      "mask)");
   m.def(
       "batch_norm_eval(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight, "
-      "Tensor? bias, Tensor? residual, float eps, str activation, bool save_mask=False) "
+      "Tensor? bias, Tensor? residual, float eps, str activation, float slope=0.01, bool "
+      "save_mask=False) "
       "-> (Tensor y, Tensor stats, Tensor mask)");
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor stats, "
-      "Tensor? mask, bool training, float eps, str activation, bool[4] output_mask) "
+      "batch_norm_backward(Tensor dy, Tensor input, Tensor? residual, Tensor? weight, Tensor? "
+      "bias, "
+      "Tensor stats, Tensor? mask, bool training, float eps, str activation, float slope, "
+      "bool[4] output_mask) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
-  m.def("activation(Tensor z, str name) -> Tensor");
+  m.def("activation(Tensor z, str name, float slope=0.01) -> Tensor");
 }
 
 #define BATCHOPS_IMPLEMENT(m, suffix)                        \

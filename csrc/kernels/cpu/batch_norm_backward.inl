@@ -15,6 +15,7 @@ struct BackwardSums {
   static constexpr int L = V::kLanes;
   static constexpr bool kBits = kDerivative == Derivative::bits;
   static constexpr bool kRecomputed = kDerivative == Derivative::recomputed;
+  static constexpr bool kMayAdd = std::is_same_v<Act, AnyActivation>;
 
   const BatchNormBackward& args;
   const Geometry& geometry;
@@ -22,14 +23,20 @@ struct BackwardSums {
   const T* const stats = static_cast<const T*>(args.stats);
   const S* const x = static_cast<const S*>(args.x);
   const S* const dy = static_cast<const S*>(args.dy);
+  const S* const residual = static_cast<const S*>(args.residual);
+  const Act act = activation_of<Act>(args.shape);
 
   template <class Lanes, class Param>
   BATCHOPS_INLINE V derivative(const S* from, int64_t j, Lanes lanes, int u, uint64_t bits, V value,
                                Param mean, Param scale, Param shift) const {
     const V gradient = load<T>(from + j, lanes);
-    if constexpr (kBits) return keep(bits >> (u * L), gradient);
+    if constexpr (kBits) return act.backward_bits(gradient, bits >> (u * L));
     if constexpr (kRecomputed) {
-      return Act::backward(gradient, normalize(value, mean[j], scale[j], shift[j]));
+      V z = normalize(value, mean[j], scale[j], shift[j]);
+      if constexpr (kMayAdd) {
+        if (residual != nullptr) z = z + load<T>(residual + (from - dy) + j, lanes);
+      }
+      return act.backward(gradient, z);
     }
     return gradient;
   }
@@ -372,21 +379,23 @@ inline const char* backward_of(const BatchNormBackward& args, const Geometry& ge
 }
 
 const char* batch_norm_backward(const BatchNormBackward& args, const Parallel& par) {
+  const auto traits = traits_of(args.shape.activation);
+  if (args.mask != nullptr && !traits.maskable) {
+    return "batch_norm: expected no mask with an activation whose derivative needs more than a bit";
+  }
   const Geometry geometry(args.shape);
   const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
   const char* error = nullptr;
   with_element(args.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    switch (args.shape.activation) {
-      case Activation::none:
-        error = backward_of<S, Identity>(args, geometry, runner);
-        break;
-      case Activation::relu:
-        error = backward_of<S, Relu>(args, geometry, runner);
-        break;
-      default:
-        error = "batch_norm: expected activation none or relu on the CPU";
+    // Only that instance looks for a residual when it recomputes z.
+    if (traits.needs_z && args.mask == nullptr && args.residual != nullptr) {
+      error = backward_of<S, AnyActivation>(args, geometry, runner);
+      return;
     }
+    with_activation<Identity, Relu>(args.shape.activation, 0, [&](auto act) {
+      error = backward_of<S, decltype(act)>(args, geometry, runner);
+    });
   });
   return error;
 }

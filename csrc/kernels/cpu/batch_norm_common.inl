@@ -11,6 +11,16 @@ BATCHOPS_INLINE V normalize(V x, V mean, V scale, V shift) {
   return fma(x - mean, scale, shift);
 }
 
+template <class Act, class Shape>
+inline Act activation_of(const Shape& shape) {
+  const auto slope = static_cast<Scalar>(shape.slope);
+  if constexpr (std::is_same_v<Act, AnyActivation>) {
+    return {shape.activation, slope};
+  } else {
+    return make_functor<Act>(slope);
+  }
+}
+
 // ---------------------------------------------------------------------- scalars of any dtype
 
 inline float to_float(BFloat16 a) {

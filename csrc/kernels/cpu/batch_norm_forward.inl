@@ -9,6 +9,7 @@ struct ForwardPass : Statistics<S> {
 
   const S* const residual = static_cast<const S*>(args.residual);
   S* const y = static_cast<S*>(args.y);
+  const Act act = activation_of<Act>(args.shape);
   const bool past_cache = streams(args.shape);
 
   // R runs of n elements, `stride` apart, with the same channel values.
@@ -27,8 +28,8 @@ struct ForwardPass : Statistics<S> {
         const int64_t at = k * stride + j;
         V z = normalize(load<T>(from + at, lanes), mean_j, scale_j, shift_j);
         if constexpr (kResidual) z = z + load<T>(added + at, lanes);
-        if constexpr (kMask) bits[k] |= positive_bits(z) << (u * L);
-        put(to + at, Act::forward(z), lanes, past);
+        if constexpr (kMask) bits[k] |= positive_bits(act.mask_source(z)) << (u * L);
+        put(to + at, act.forward(z), lanes, past);
       }
     };
     if (past && !can_stream<T>(to)) {
@@ -108,7 +109,7 @@ struct ForwardPass : Statistics<S> {
     const auto write = [&](int64_t j, auto lanes, V m, V a, V b) BATCHOPS_INLINE_LAMBDA {
       V z = normalize(load<T>(x + j, lanes), m, a, b);
       if constexpr (kResidual) z = z + load<T>(residual + j, lanes);
-      put(y + j, Act::forward(z), lanes, past_cache);
+      put(y + j, act.forward(z), lanes, past_cache);
     };
     const auto write_border = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
       const int64_t left = plane_end - j;
@@ -218,32 +219,31 @@ inline const char* run_forward(const BatchNormForward& args, const Geometry& geo
 template <class S, class Act>
 inline const char* forward_of(const BatchNormForward& args, const Geometry& geometry,
                               const Parallel& par) {
+  if (args.residual == nullptr) {
+    return run_forward<ForwardPass<S, Act, false, false>>(args, geometry, par);
+  }
   if constexpr (Act::kMaskable) {
     if (args.mask != nullptr) {
-      return args.residual ? run_forward<ForwardPass<S, Act, true, true>>(args, geometry, par)
-                           : run_forward<ForwardPass<S, Act, false, true>>(args, geometry, par);
+      return run_forward<ForwardPass<S, Act, true, true>>(args, geometry, par);
     }
   }
-  return args.residual ? run_forward<ForwardPass<S, Act, true, false>>(args, geometry, par)
-                       : run_forward<ForwardPass<S, Act, false, false>>(args, geometry, par);
+  return run_forward<ForwardPass<S, Act, true, false>>(args, geometry, par);
 }
 
 const char* batch_norm_forward(const BatchNormForward& args, const Parallel& par) {
+  if (args.mask != nullptr &&
+      (args.residual == nullptr || !traits_of(args.shape.activation).maskable)) {
+    return "batch_norm: expected a mask only with a residual and an activation that one bit an "
+           "element can stand for";
+  }
   const Geometry geometry(args.shape);
   const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
   const char* error = nullptr;
   with_element(args.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    switch (args.shape.activation) {
-      case Activation::none:
-        error = forward_of<S, Identity>(args, geometry, runner);
-        break;
-      case Activation::relu:
-        error = forward_of<S, Relu>(args, geometry, runner);
-        break;
-      default:
-        error = "batch_norm: expected activation none or relu on the CPU";
-    }
+    with_activation<Identity, Relu>(args.shape.activation, 0, [&](auto act) {
+      error = forward_of<S, decltype(act)>(args, geometry, runner);
+    });
   });
   return error;
 }
