@@ -1,0 +1,674 @@
+// Backward: Σ dz and Σ dz · (x - mean) of every channel of a sample, then dx and dresidual.
+//
+// With q_c = Σ dz · (x - mean) over the channel's values in one sample, the formula of group_norm.h
+// regrouped, mean = hi + low:
+//
+//   dx = rstd · weight_c · dz + slope · (x - hi) + offset
+//   slope = -rstd³ · Σ_c weight_c · q_c / M,   offset = -rstd · Σ_c weight_c · Σ dz / M - slope ·
+//   low dweight_c = Σ_n rstd · q_c,   dbias_c = Σ_n Σ dz
+
+// What dz = dy · activation'(z) is made from.
+enum class Derivative { one, recomputed, bits };
+
+template <class S, class Act, Derivative kDerivative>
+struct GroupBackward {
+  using T = AccOf<S>;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes;
+  static constexpr bool kOne = kDerivative == Derivative::one;
+  static constexpr bool kBits = kDerivative == Derivative::bits;
+
+  const GroupNormBackward& args;
+  const GroupNormPlan& plan;
+  const AffineValues<T>& affine;
+  const Act act;
+  double* const partial;  // [block][dweight, dbias][C]
+  const GroupNormShape& shape = args.shape;
+  const RowGeometry rows{shape, plan};
+  const T* const stats = static_cast<const T*>(args.stats);
+  const S* const x = static_cast<const S*>(args.x);
+  const S* const dy = static_cast<const S*>(args.dy);
+  const S* const residual = static_cast<const S*>(args.residual);
+  S* const dx = static_cast<S*>(args.dx);
+  S* const dresidual = static_cast<S*>(args.dresidual);
+  S* const output = dx != nullptr ? dx : dresidual;
+  const bool past_cache = streams(args.shape);
+  // Both outputs may go past the cache where both are aligned at once.
+  const bool past_residual =
+      past_cache && (reinterpret_cast<uintptr_t>(output) - reinterpret_cast<uintptr_t>(dresidual)) %
+                            (L * sizeof(S)) ==
+                        0;
+
+  GroupStats<T> stats_of(int64_t index) const { return {stats, shape.N * shape.G, index}; }
+
+  template <class Lanes>
+  BATCHOPS_INLINE V derivative(int64_t at, Lanes lanes, uint64_t bits, V value, V mean, V scale,
+                               V shift) const {
+    const V gradient = load<T>(dy + at, lanes);
+    if constexpr (kOne) {
+      return gradient;
+    } else if constexpr (kBits) {
+      return act.backward_bits(gradient, bits);
+    } else {
+      V z = normalize(value, mean, scale, shift);
+      if (residual != nullptr) z = z + load<T>(residual + at, lanes);
+      return act.backward(gradient, z);
+    }
+  }
+  template <class Lanes>
+  BATCHOPS_INLINE void write(int64_t at, Lanes lanes, bool past, V dz, V value, V mean, V scale,
+                             V slope, V offset) const {
+    if (dx != nullptr) {
+      put(dx + at, fma(scale, dz, fma(slope, value - mean, offset)), lanes, past);
+    }
+    if (dresidual != nullptr) put(dresidual + at, dz, lanes, past && past_residual);
+  }
+
+  struct Coefficients {
+    T slope, offset;
+  };
+  // From the sums of the group's channels, which are added to the block's dweight and dbias.
+  Coefficients finish(int64_t index, const double* dz, const double* dz_x) const {
+    const int64_t n = index / shape.G, c0 = index % shape.G * plan.D;
+    const GroupStats<T> of = stats_of(index);
+    double* const dweight = partial + n / plan.block_samples * 2 * shape.C + c0;
+    double* const dbias = dweight + shape.C;
+    const double low = of.low, rstd = of.rstd, inverse = 1.0 / static_cast<double>(plan.M);
+    const int64_t columns = plan.kind == GroupNormPlan::rows ? shape.HxW : 1;
+    double a = 0, b = 0;
+    for (int64_t d = 0; d < plan.D; ++d) {
+      const double weight = affine.weight[(c0 + d) * columns], q = dz_x[d] - low * dz[d];
+      a += weight * dz[d];
+      b += weight * q;
+      dweight[d] += q * rstd;
+      dbias[d] += dz[d];
+    }
+    return coefficients(of, a, b, inverse);
+  }
+  // a = Σ weight · dz, b = Σ weight · dz · (x - mean)
+  static Coefficients coefficients(const GroupStats<T>& of, double a, double b, double inverse) {
+    const double low = of.low, rstd = of.rstd, slope = -rstd * rstd * rstd * b * inverse;
+    return {static_cast<T>(slope), static_cast<T>(-rstd * a * inverse - slope * low)};
+  }
+
+  // ------------------------------------------------------------------- planes
+
+  struct Values {
+    V first, second;
+  };
+
+  // Sums of chunk `chunk` of group `unit` for its D channels, added to dz and dz_x; the derivatives
+  // themselves go to `kept` (not where there is no activation).
+  void sum_planes(int64_t unit, int64_t chunk, T* kept, double* dz, double* dz_x) const {
+    const int64_t HxW = shape.HxW, base = unit * plan.M;
+    const int64_t begin = begin_of_chunk(plan, HxW, chunk);
+    const int64_t end = begin_of_chunk(plan, HxW, chunk + 1);
+    const int64_t first_channel = unit % shape.G * plan.D;
+    const GroupStats<T> of = stats_of(unit);
+    const V mean(of.hi), zero(T(0));
+    for (int64_t j0 = begin; j0 < end;) {
+      const int64_t d = j0 / HxW, i = j0 % HxW;
+      const int64_t n = end - j0 < HxW - i ? end - j0 : HxW - i;
+      const T scale_d = of.scale(affine.weight[first_channel + d]);
+      const V scale(scale_d), shift(of.shift(scale_d, affine.bias[first_channel + d]));
+      const uint8_t* mask =
+          kBits ? args.mask + (base + j0) / HxW * ((HxW + 7) / 8) + i / 8 : nullptr;
+      double total = 0, total_x = 0;
+      for (int64_t from = 0; from < n; from += kPieceElements) {
+        const int64_t count = n - from < kPieceElements ? n - from : kPieceElements;
+        const int64_t at = base + j0 + from;
+        T* const to = kOne ? nullptr : kept + (j0 - begin + from);
+        V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+        uint64_t bits = 0;
+        for_blocks<T>(
+            0, count,
+            [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+              if constexpr (kBits) bits = read_bits(mask + (from + j) / 8, bytes);
+            },
+            [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+              const V value = load<T>(x + at + j, lanes);
+              const V g = derivative(at + j, lanes, bits >> (u * L), value, mean, scale, shift);
+              if constexpr (!kOne) put(to + j, g, lanes, false);
+              s[u] = s[u] + g;
+              q[u] = fma(g, value - mean, q[u]);
+            },
+            [](int64_t, auto) {});
+        total += sum((s[0] + s[1]) + (s[2] + s[3]));
+        total_x += sum((q[0] + q[1]) + (q[2] + q[3]));
+      }
+      dz[d] += total;
+      dz_x[d] += total_x;
+      j0 += n;
+    }
+  }
+
+  void apply_planes(int64_t unit, int64_t chunk, const T* kept, Coefficients with) const {
+    const int64_t HxW = shape.HxW, base = unit * plan.M;
+    const int64_t begin = begin_of_chunk(plan, HxW, chunk);
+    const int64_t end = begin_of_chunk(plan, HxW, chunk + 1);
+    const GroupStats<T> of = stats_of(unit);
+    const T* const weight = affine.weight + unit % shape.G * plan.D;
+    const V mean(of.hi), slope(with.slope), offset(with.offset);
+    for_planes_in_order<T>(
+        begin, end, HxW, output + base,
+        [&](int64_t d) BATCHOPS_INLINE_LAMBDA {
+          const V scale(of.scale(weight[d]));
+          return Values{scale, scale};
+        },
+        [&](int64_t j, auto lanes, V scale, V) BATCHOPS_INLINE_LAMBDA {
+          const V value = load<T>(x + base + j, lanes);
+          V dz;
+          if constexpr (kOne) {
+            dz = load<T>(dy + base + j, lanes);
+          } else {
+            dz = load<T>(kept + (j - begin), lanes);
+          }
+          write(base + j, lanes, past_cache, dz, value, mean, scale, slope, offset);
+        });
+  }
+
+  // --------------------------------------------------------------------- rows
+
+  // dz of a whole row, into `to`.
+  template <class Affine>
+  void derive_row(int64_t n, const Affine& of, T* to, uint8_t* flat) const {
+    const uint8_t* mask = mask_of(n, 0, flat);
+    const int64_t at = rows.row_offset(n, 0);
+    uint64_t bits = 0;
+    for_blocks<T>(
+        0, plan.width,
+        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+          if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
+        },
+        [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+          const V value = load<T>(x + at + j, lanes);
+          put(to + j,
+              derivative(at + j, lanes, bits >> (u * L), value, of.mean(j), of.scale(j),
+                         of.shift(j)),
+              lanes, false);
+        },
+        [](int64_t, auto) {});
+  }
+  // The bits of a row in one string.
+  const uint8_t* mask_of(int64_t n, int64_t step, uint8_t* flat) const {
+    if constexpr (!kBits) return nullptr;
+    const uint8_t* mask = args.mask + rows.mask_offset(n, step);
+    const int64_t width = rows.row_width(step);
+    if (!rows.joined(width)) return mask;
+    join_runs(flat, mask, rows.runs(width), rows.run());
+    return flat;
+  }
+
+  // One group of a row, which begins at `at`: sums of its columns to dz and dz_xhat, then dx.
+  // `kept` holds dz where there is an activation.
+  void group_of_row(int64_t index, int64_t at, const T* kept, const T* weight, T* dz,
+                    T* dz_xhat) const {
+    const GroupStats<T> of = stats_of(index);
+    const V mean(of.hi), rstd(of.rstd), minus_low(-of.low * of.rstd), zero(T(0));
+    const auto gradient = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
+      if constexpr (kOne) {
+        return load<T>(dy + at + j, lanes);
+      } else {
+        return load<T>(kept + j, lanes);
+      }
+    };
+    double a = 0, b = 0;
+    for (int64_t from = 0; from < plan.M; from += kPieceElements) {
+      const int64_t count = plan.M - from < kPieceElements ? plan.M - from : kPieceElements;
+      V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+      for_blocks<T>(
+          0, count, [](int64_t, auto) {},
+          [&](int64_t i, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+            const int64_t j = from + i;
+            const V g = gradient(j, lanes);
+            const V xhat = fma(load<T>(x + at + j, lanes) - mean, rstd, minus_low);
+            const V weighted = g * load<T>(weight + j);
+            s[u] = s[u] + weighted;
+            q[u] = fma(weighted, xhat, q[u]);
+            put(dz + j, load<T>(dz + j, lanes) + g, lanes, false);
+            put(dz_xhat + j, fma(g, xhat, load<T>(dz_xhat + j, lanes)), lanes, false);
+          },
+          [](int64_t, auto) {});
+      a += sum((s[0] + s[1]) + (s[2] + s[3]));
+      b += sum((q[0] + q[1]) + (q[2] + q[3]));
+    }
+    if (output == nullptr) return;
+    const Coefficients with = coefficients(of, a, b / of.rstd, 1.0 / static_cast<double>(plan.M));
+    const V slope(with.slope), offset(with.offset);
+    const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+      write(at + j, lanes, past_cache, gradient(j, lanes), load<T>(x + at + j, lanes), mean,
+            rstd * load<T>(weight + j), slope, offset);
+    };
+    int64_t start = 0;
+    if (past_cache) {
+      const int64_t head = to_boundary<T>(output + at);
+      start = head < plan.M ? head : plan.M;
+      if (start > 0) vector(0, First{start}, 0);
+    }
+    for_blocks<T>(start, plan.M, [](int64_t, auto) {}, vector, [](int64_t, auto) {});
+  }
+
+  // ------------------------------------------------------------------- pixels
+
+  // Rows of scratch: mean, scale, shift, slope, offset, and two for the sums.
+  static constexpr int kColumnRows = 7;
+
+  void sum_pixels(int64_t n, int64_t chunk, const ScratchRows<T>& columns, uint8_t* flat,
+                  double* dz, double* dz_x) const {
+    const int64_t C = shape.C, end = rows.end_step(chunk);
+    const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
+    const bool together = !kBits && !streams(shape);
+    T* const s = columns[5];
+    T* const q = columns[6];
+    for (int64_t c = 0; c < C; ++c) dz[c] = dz_x[c] = 0;
+    for (int64_t step = rows.first_step(chunk); step < end;) {
+      const int64_t stop = step >= full_end                  ? end
+                           : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
+                                                             : full_end;
+      for (int64_t j = 0; j < plan.width; j += L) {
+        store(s + j, V(T(0)));
+        store(q + j, V(T(0)));
+      }
+      const int64_t width = rows.row_width(step);
+      for (; together && step + 2 <= stop; step += 2) add_rows<2>(n, step, columns, flat, s, q);
+      for (; step < stop; ++step) add_rows<1>(n, step, columns, flat, s, q);
+      rows.fold_channels(s, width, dz);
+      rows.fold_channels(q, width, dz_x);
+    }
+  }
+  template <int R>
+  BATCHOPS_INLINE void add_rows(int64_t n, int64_t step, const ScratchRows<T>& columns,
+                                uint8_t* flat, T* s, T* q) const {
+    const uint8_t* mask = mask_of(n, step, flat);
+    const int64_t at = rows.row_offset(n, step);
+    const T* const means = columns[0];
+    const T* const scales = columns[1];
+    const T* const shifts = columns[2];
+    uint64_t bits = 0;
+    for_blocks<T>(
+        0, rows.row_width(step),
+        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+          if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
+        },
+        [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+          const V mean = load<T>(means + j);
+          V scale = mean, shift = mean;
+          if constexpr (kDerivative == Derivative::recomputed) {
+            scale = load<T>(scales + j);
+            shift = load<T>(shifts + j);
+          }
+          V sum_j = load<T>(s + j), product_j = load<T>(q + j);
+          for (int k = 0; k < R; ++k) {
+            const int64_t from = at + k * plan.width + j;
+            const V value = load<T>(x + from, lanes);
+            const V g = derivative(from, lanes, bits >> (u * L), value, mean, scale, shift);
+            sum_j = sum_j + g;
+            product_j = fma(g, value - mean, product_j);
+          }
+          store(s + j, sum_j);
+          store(q + j, product_j);
+        },
+        [](int64_t, auto) {});
+  }
+
+  // slope and offset of sample n's groups, to the columns.
+  void finish_pixels(int64_t n, const double* dz, const double* dz_x, T* of_groups) const {
+    const int64_t G = shape.G;
+    for (int64_t g = 0; g < G; ++g) {
+      const Coefficients with = finish(n * G + g, dz + g * plan.D, dz_x + g * plan.D);
+      of_groups[g] = with.slope;
+      of_groups[G + g] = with.offset;
+    }
+  }
+  void set_columns(int64_t n, const ScratchRows<T>& columns) const {
+    column_affine(rows, stats, n, affine, columns[0], columns[1], columns[2]);
+  }
+
+  void apply_pixels(int64_t n, int64_t chunk, const ScratchRows<T>& columns, uint8_t* flat) const {
+    const int64_t end = rows.end_step(chunk);
+    const T* const means = columns[0];
+    const T* const scales = columns[1];
+    const T* const shifts = columns[2];
+    const T* const slopes = columns[3];
+    const T* const offsets = columns[4];
+    for (int64_t step = rows.first_step(chunk); step < end; ++step) {
+      const int64_t at = rows.row_offset(n, step), width = rows.row_width(step);
+      const uint8_t* mask = mask_of(n, step, flat);
+      bool past = past_cache;
+      uint64_t bits = 0;
+      const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        const V value = load<T>(x + at + j, lanes), mean = load<T>(means + j);
+        const V scale = load<T>(scales + j);
+        const V shift = kDerivative == Derivative::recomputed ? load<T>(shifts + j) : mean;
+        const V g = derivative(at + j, lanes, bits >> (u * L), value, mean, scale, shift);
+        write(at + j, lanes, past, g, value, mean, scale, load<T>(slopes + j),
+              load<T>(offsets + j));
+      };
+      int64_t start = 0;
+      if (past && !can_stream<T>(output + at)) {
+        if (kBits) {
+          past = false;  // mask bytes begin at the row's first element
+        } else {
+          const int64_t head = to_boundary<T>(output + at);
+          start = head < width ? head : width;
+          vector(0, First{start}, 0);
+        }
+      }
+      for_blocks<T>(
+          start, width,
+          [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+            if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
+          },
+          vector, [](int64_t, auto) {});
+    }
+  }
+};
+
+// Calls f(n, first g, end g) over tasks [begin, end) of blocks × groups, the samples of a block in
+// order.
+template <class F>
+inline void for_block_groups(const GroupNormPlan& plan, const GroupNormShape& shape, int64_t begin,
+                             int64_t end, F&& f) {
+  while (begin < end) {
+    const int64_t block = begin / shape.G, g = begin % shape.G;
+    const int64_t g_end = end - begin < shape.G - g ? g + (end - begin) : shape.G;
+    const int64_t first = block * plan.block_samples, stop = first + plan.block_samples;
+    for (int64_t n = first; n < stop && n < shape.N; ++n) f(n, g, g_end);
+    begin += g_end - g;
+  }
+}
+
+template <class Pass>
+inline const char* backward_planes(const Pass& pass, const Parallel& par) {
+  using T = typename Pass::T;
+  const GroupNormPlan& plan = pass.plan;
+  const GroupNormShape& shape = pass.shape;
+  // What fits a core's second-level cache keeps its derivatives there for the second pass.
+  constexpr int64_t kKeptChunks = 2;
+  const bool keep = plan.chunks <= kKeptChunks;
+  const int64_t room = Pass::kOne ? 0 : keep ? plan.M : plan.chunk_elements + 64;
+  std::atomic<bool> failed{false};
+  const auto with_scratch = [&](int64_t sums, auto&& f) {
+    Scratch<T> kept;
+    Scratch<double> doubles;
+    if (!kept.allocate(room) || !doubles.allocate(sums)) {
+      failed.store(true, std::memory_order_relaxed);
+      return;
+    }
+    f(kept.get(), doubles.get());
+  };
+  const auto apply = [&](int64_t unit, int64_t chunk, T* kept, typename Pass::Coefficients with,
+                         double* unused) {
+    if (Pass::kOne || keep) {
+      const int64_t at = begin_of_chunk(plan, shape.HxW, chunk);
+      pass.apply_planes(unit, chunk, Pass::kOne ? nullptr : kept + at, with);
+      return;
+    }
+    pass.sum_planes(unit, chunk, kept, unused, unused + plan.D);
+    pass.apply_planes(unit, chunk, kept, with);
+  };
+  if (takes_whole_units(plan, par)) {
+    par(plan.blocks * shape.G, [&](int64_t begin, int64_t end) {
+      with_scratch(4 * plan.D, [&](T* kept, double* sums) {
+        double* const unused = sums + 2 * plan.D;
+        for (int64_t i = 0; i < 4 * plan.D; ++i) sums[i] = 0;
+        for_block_groups(plan, shape, begin, end, [&](int64_t n, int64_t g, int64_t g_end) {
+          for (; g < g_end; ++g) {
+            const int64_t unit = n * shape.G + g;
+            for (int64_t i = 0; i < 2 * plan.D; ++i) sums[i] = 0;
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+              const int64_t at = keep ? begin_of_chunk(plan, shape.HxW, chunk) : 0;
+              pass.sum_planes(unit, chunk, Pass::kOne ? nullptr : kept + at, sums, sums + plan.D);
+            }
+            const auto with = pass.finish(unit, sums, sums + plan.D);
+            if (pass.output == nullptr) continue;
+            for (int64_t chunk = plan.chunks; chunk-- > 0;) {
+              apply(unit, chunk, kept, with, unused);
+            }
+          }
+        });
+        fence();
+      });
+    });
+    return failed ? kOutOfMemory : nullptr;
+  }
+  // [unit][chunk][2][D], then slope and offset of each unit.
+  Scratch<double> partial;
+  Scratch<typename Pass::Coefficients> of_unit;
+  const int64_t tasks = plan.units * plan.chunks, stride = 2 * plan.D;
+  of_unit.memory.reset(new (std::nothrow) typename Pass::Coefficients[plan.units]);
+  if (!partial.allocate(tasks * stride) || of_unit.get() == nullptr) return kOutOfMemory;
+  double* const at = partial.get();
+  par(tasks, [&](int64_t begin, int64_t end) {
+    with_scratch(0, [&](T* kept, double*) {
+      for (int64_t i = begin; i < end; ++i) {
+        double* to = at + i * stride;
+        for (int64_t d = 0; d < stride; ++d) to[d] = 0;
+        pass.sum_planes(i / plan.chunks, i % plan.chunks, kept, to, to + plan.D);
+      }
+    });
+  });
+  if (failed) return kOutOfMemory;
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    double* total = at + unit * plan.chunks * stride;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      for (int64_t d = 0; d < stride; ++d) total[d] += total[chunk * stride + d];
+    }
+    of_unit.get()[unit] = pass.finish(unit, total, total + plan.D);
+  }
+  if (pass.output == nullptr) return nullptr;
+  par(tasks, [&](int64_t begin, int64_t end) {
+    with_scratch(2 * plan.D, [&](T* kept, double* unused) {
+      for (int64_t i = 0; i < 2 * plan.D; ++i) unused[i] = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t unit = i / plan.chunks, chunk = i % plan.chunks;
+        if constexpr (!Pass::kOne) pass.sum_planes(unit, chunk, kept, unused, unused + plan.D);
+        pass.apply_planes(unit, chunk, kept, of_unit.get()[unit]);
+      }
+      fence();
+    });
+  });
+  return failed ? kOutOfMemory : nullptr;
+}
+
+template <class Pass>
+inline const char* backward_rows(const Pass& pass, const Parallel& par) {
+  using T = typename Pass::T;
+  const GroupNormPlan& plan = pass.plan;
+  const GroupNormShape& shape = pass.shape;
+  std::atomic<bool> failed{false};
+  par(plan.blocks, [&](int64_t begin, int64_t end) {
+    // dz, dz · x̂ of the columns; the row's dz; mean, scale and shift of the columns
+    ScratchRows<T> columns, spread;
+    Scratch<uint8_t> flat;
+    const bool spreads = !Pass::kOne && shape.G > 1;
+    if (!columns.allocate(Pass::kOne ? 2 : 3, plan.width) ||
+        (spreads && !spread.allocate(3, plan.width)) ||
+        (Pass::kBits && !flat.allocate(plan.width / 8 + 16))) {
+      failed.store(true, std::memory_order_relaxed);
+      return;
+    }
+    T* const kept = Pass::kOne ? nullptr : columns[2];
+    for (int64_t block = begin; block < end; ++block) {
+      double* const dweight = pass.partial + block * 2 * shape.C;
+      const int64_t first = block * plan.block_samples;
+      const int64_t stop =
+          first + plan.block_samples < shape.N ? first + plan.block_samples : shape.N;
+      for (int64_t n = first; n < stop;) {
+        for (int row = 0; row < 2; ++row) {
+          for (int64_t j = 0; j < plan.width; ++j) columns[row][j] = T(0);
+        }
+        const int64_t flush = stop - n < kRowsPerFlush ? stop : n + kRowsPerFlush;
+        for (; n < flush; ++n) {
+          const T* const weight = pass.affine.weight;
+          if constexpr (!Pass::kOne) {
+            if (spreads) {
+              column_affine(pass.rows, pass.stats, n, pass.affine, spread[0], spread[1], spread[2]);
+              pass.derive_row(n, ColumnAffine<T>{spread[0], spread[1], spread[2]}, kept,
+                              flat.get());
+            } else {
+              const RowAffine<T> of(pass.stats_of(n), weight, pass.affine.bias);
+              pass.derive_row(n, of, kept, flat.get());
+            }
+          }
+          for (int64_t g = 0; g < shape.G; ++g) {
+            const int64_t j = g * plan.M;
+            pass.group_of_row(n * shape.G + g, pass.rows.row_offset(n, 0) + j, kept + j, weight + j,
+                              columns[0] + j, columns[1] + j);
+          }
+        }
+        pass.rows.fold_channels(columns[1], plan.width, dweight);
+        pass.rows.fold_channels(columns[0], plan.width, dweight + shape.C);
+      }
+    }
+    fence();
+  });
+  return failed ? kOutOfMemory : nullptr;
+}
+
+template <class Pass>
+inline const char* backward_pixels(const Pass& pass, const Parallel& par) {
+  using T = typename Pass::T;
+  const GroupNormPlan& plan = pass.plan;
+  const GroupNormShape& shape = pass.shape;
+  const int64_t C = shape.C, G = shape.G;
+  std::atomic<bool> failed{false};
+  const auto with_scratch = [&](auto&& f) {
+    ScratchRows<T> columns;
+    Scratch<uint8_t> flat;
+    Scratch<double> sums;
+    Scratch<T> groups;
+    if (!columns.allocate(Pass::kColumnRows, plan.width) || !sums.allocate(4 * C) ||
+        !groups.allocate(2 * G) || (Pass::kBits && !flat.allocate(plan.width / 8 + 16))) {
+      failed.store(true, std::memory_order_relaxed);
+      return;
+    }
+    f(columns, flat.get(), sums.get(), groups.get());
+  };
+  const auto spread = [&](const T* groups, const ScratchRows<T>& columns) {
+    pass.rows.spread_groups(groups, columns[3]);
+    pass.rows.spread_groups(groups + G, columns[4]);
+  };
+  if (takes_whole_units(plan, par)) {
+    par(plan.blocks, [&](int64_t begin, int64_t end) {
+      with_scratch([&](const ScratchRows<T>& columns, uint8_t* flat, double* sums, T* groups) {
+        double* const part = sums + 2 * C;
+        const int64_t stop =
+            end * plan.block_samples < shape.N ? end * plan.block_samples : shape.N;
+        for (int64_t n = begin * plan.block_samples; n < stop; ++n) {
+          pass.set_columns(n, columns);
+          pass.sum_pixels(n, 0, columns, flat, sums, sums + C);
+          for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+            pass.sum_pixels(n, chunk, columns, flat, part, part + C);
+            for (int64_t i = 0; i < 2 * C; ++i) sums[i] += part[i];
+          }
+          pass.finish_pixels(n, sums, sums + C, groups);
+          if (pass.output == nullptr) continue;
+          spread(groups, columns);
+          // The chunks from the last on: it is the one still in the cache.
+          for (int64_t chunk = plan.chunks; chunk-- > 0;) {
+            pass.apply_pixels(n, chunk, columns, flat);
+          }
+        }
+        fence();
+      });
+    });
+    return failed ? kOutOfMemory : nullptr;
+  }
+  // [n][chunk][2][C], then slope and offset [n][2][G].
+  Scratch<double> partial;
+  Scratch<T> of_groups;
+  const int64_t tasks = shape.N * plan.chunks;
+  if (!partial.allocate(tasks * 2 * C) || !of_groups.allocate(shape.N * 2 * G)) return kOutOfMemory;
+  double* const at = partial.get();
+  par(tasks, [&](int64_t begin, int64_t end) {
+    with_scratch([&](const ScratchRows<T>& columns, uint8_t* flat, double*, T*) {
+      for (int64_t i = begin, of = -1; i < end; ++i) {
+        const int64_t n = i / plan.chunks;
+        if (n != of) pass.set_columns(n, columns);
+        of = n;
+        pass.sum_pixels(n, i % plan.chunks, columns, flat, at + i * 2 * C, at + i * 2 * C + C);
+      }
+    });
+  });
+  if (failed) return kOutOfMemory;
+  for (int64_t n = 0; n < shape.N; ++n) {
+    double* total = at + n * plan.chunks * 2 * C;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      for (int64_t i = 0; i < 2 * C; ++i) total[i] += total[chunk * 2 * C + i];
+    }
+    pass.finish_pixels(n, total, total + C, of_groups.get() + n * 2 * G);
+  }
+  if (pass.output == nullptr) return nullptr;
+  par(tasks, [&](int64_t begin, int64_t end) {
+    with_scratch([&](const ScratchRows<T>& columns, uint8_t* flat, double*, T*) {
+      for (int64_t i = begin, of = -1; i < end; ++i) {
+        const int64_t n = i / plan.chunks;
+        if (n != of) {
+          pass.set_columns(n, columns);
+          spread(of_groups.get() + n * 2 * G, columns);
+        }
+        of = n;
+        pass.apply_pixels(n, i % plan.chunks, columns, flat);
+      }
+      fence();
+    });
+  });
+  return failed ? kOutOfMemory : nullptr;
+}
+
+// dweight and dbias from the sums of the blocks, in order.
+inline void merge_blocks(const GroupNormBackward& args, const GroupNormPlan& plan, double* partial,
+                         const Parallel& par) {
+  const int64_t C = args.shape.C;
+  constexpr int64_t kPart = 128;
+  par((C + kPart - 1) / kPart, [&](int64_t begin, int64_t end) {
+    const int64_t c0 = begin * kPart, c1 = end * kPart < C ? end * kPart : C;
+    for (int64_t block = 1; block < plan.blocks; ++block) {
+      const double* from = partial + block * 2 * C;
+      for (int64_t c = c0; c < c1; ++c) partial[c] += from[c];
+      for (int64_t c = c0; c < c1; ++c) partial[C + c] += from[C + c];
+    }
+    write_channels(args.dweight, args.shape.param_dtype, c0, c1 - c0, partial + c0);
+    write_channels(args.dbias, args.shape.param_dtype, c0, c1 - c0, partial + C + c0);
+  });
+}
+
+const char* group_norm_backward(const GroupNormBackward& args, const Parallel& par) {
+  const GroupNormShape& shape = args.shape;
+  const GroupNormPlan plan = plan_group_norm(shape);
+  const Parallel serial;
+  const Parallel& runner = shape.numel() < kForkElements ? serial : par;
+  const char* error = nullptr;
+  Scratch<double> partial;
+  if (!partial.allocate(plan.blocks * 2 * shape.C)) return kOutOfMemory;
+  for (int64_t i = 0; i < plan.blocks * 2 * shape.C; ++i) partial.get()[i] = 0;
+  with_element(shape.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    AffineValues<AccOf<S>> affine;
+    if (!affine.read(args, plan)) {
+      error = kOutOfMemory;
+      return;
+    }
+    const auto run = [&](const auto& pass) {
+      return plan.kind == GroupNormPlan::planes ? backward_planes(pass, runner)
+             : plan.kind == GroupNormPlan::rows ? backward_rows(pass, runner)
+                                                : backward_pixels(pass, runner);
+    };
+    if (args.mask != nullptr) {
+      const AnyActivation any{shape.activation, shape.slope};
+      error = run(GroupBackward<S, AnyActivation, Derivative::bits>{args, plan, affine, any,
+                                                                    partial.get()});
+      return;
+    }
+    error = with_activation<Identity, Silu>(shape.activation, shape.slope, [&](const auto& act) {
+      using Act = std::remove_cvref_t<decltype(act)>;
+      constexpr auto kDerivative = Act::kNeedsZ ? Derivative::recomputed : Derivative::one;
+      return run(GroupBackward<S, Act, kDerivative>{args, plan, affine, act, partial.get()});
+    });
+  });
+  if (error != nullptr) return error;
+  if (args.dweight == nullptr && args.dbias == nullptr) return nullptr;
+  merge_blocks(args, plan, partial.get(), plan.blocks * shape.C < kForkElements ? serial : par);
+  return nullptr;
+}

@@ -1,0 +1,281 @@
+// What the forward and the backward of group norm share: channel values, statistics of one group,
+// the way columns belong to channels and groups, scratch memory and the order of work.
+
+template <class T>
+struct Scratch {
+  std::unique_ptr<T[]> memory;
+
+  // Room for a whole vector past the end, zeros there, so that a load may run over.
+  bool allocate(int64_t count) {
+    const int64_t padded = count + 64;
+    memory.reset(new (std::nothrow) T[padded]);
+    if (memory == nullptr) return false;
+    for (int64_t i = count; i < padded; ++i) memory[i] = T(0);
+    return true;
+  }
+  T* get() const { return memory.get(); }
+};
+
+constexpr const char* kOutOfMemory = "group_norm: out of memory for the channel values and sums";
+
+// [row][column] with `width` columns a row: one allocation for the arrays of one thread.
+template <class T>
+struct ScratchRows {
+  Scratch<T> scratch;
+  int64_t stride = 0;
+  bool allocate(int64_t rows, int64_t width) {
+    stride = width + 64;
+    if (!scratch.allocate(rows * stride)) return false;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = width; j < stride; ++j) (*this)[row][j] = T(0);
+    }
+    return true;
+  }
+  T* operator[](int64_t row) const { return scratch.get() + row * stride; }
+};
+
+// Columns of a row, and what belongs to them.
+struct RowGeometry {
+  const GroupNormShape& shape;
+  const GroupNormPlan& plan;
+
+  // out[j] = channels[channel of column j]
+  template <class T>
+  void spread_channels(const T* channels, T* out) const {
+    if (plan.kind == GroupNormPlan::rows) {
+      for (int64_t c = 0; c < shape.C; ++c) {
+        for (int64_t i = 0; i < shape.HxW; ++i) *out++ = channels[c];
+      }
+    } else {
+      for (int64_t r = 0; r < plan.repeat; ++r) {
+        for (int64_t c = 0; c < shape.C; ++c) *out++ = channels[c];
+      }
+    }
+  }
+  // out[j] = groups[group of column j]
+  template <class T>
+  void spread_groups(const T* groups, T* out) const {
+    const int64_t run = plan.kind == GroupNormPlan::rows ? plan.M : plan.D;
+    for (int64_t r = 0; r < plan.repeat; ++r) {
+      for (int64_t g = 0; g < shape.G; ++g) {
+        const T value = groups[g];
+        for (int64_t i = 0; i < run; ++i) *out++ = value;
+      }
+    }
+  }
+  // channels[c] += the columns of channel c, of the first `width` columns; width is a multiple of C
+  template <class T>
+  void fold_channels(const T* columns, int64_t width, double* channels) const {
+    if (plan.kind == GroupNormPlan::rows) {
+      for (int64_t c = 0; c < shape.C; ++c) {
+        double total = 0;
+        for (int64_t i = 0; i < shape.HxW; ++i) total += *columns++;
+        channels[c] += total;
+      }
+    } else {
+      for (int64_t j = 0; j < width; j += shape.C) {
+        for (int64_t c = 0; c < shape.C; ++c) channels[c] += columns[j + c];
+      }
+    }
+  }
+  // groups[g] += the columns of group g (pixels)
+  template <class T>
+  void fold_groups(const T* columns, int64_t width, double* groups) const {
+    constexpr int L = Vec<T>::kLanes;
+    for (int64_t j = 0; j < width; j += shape.C) {
+      for (int64_t g = 0; g < shape.G; ++g) {
+        const T* p = columns + j + g * plan.D;
+        Vec<T> total(T(0));
+        int64_t i = 0;
+        for (; i + L <= plan.D; i += L) total = total + load<T>(p + i);
+        if (i < plan.D) total = total + load<T>(p + i, plan.D - i);
+        groups[g] += sum(total);
+      }
+    }
+  }
+  int64_t row_width(int64_t step) const {
+    return plan.tail > 0 && step == plan.steps - 1 ? plan.tail : plan.width;
+  }
+  int64_t row_offset(int64_t n, int64_t step) const {
+    return n * shape.C * shape.HxW + step * plan.width;
+  }
+  int64_t first_step(int64_t chunk) const { return chunk * plan.chunk_rows; }
+  int64_t end_step(int64_t chunk) const {
+    const int64_t end = (chunk + 1) * plan.chunk_rows;
+    return end < plan.steps ? end : plan.steps;
+  }
+
+  // The mask of a row: `runs` runs of `run` bits, each padded to whole bytes.
+  int64_t run() const { return shape.layout == Layout::channels_first ? shape.HxW : shape.C; }
+  int64_t runs(int64_t width) const { return width / run(); }
+  int64_t mask_offset(int64_t n, int64_t step) const {
+    const int64_t first = row_offset(n, step) / run();
+    return first * ((run() + 7) / 8);
+  }
+  bool joined(int64_t width) const { return runs(width) > 1 && run() % 8 != 0; }
+};
+
+// rstd, and the mean in two parts, of one group.
+template <class T>
+struct GroupStats {
+  T hi, low, rstd;
+
+  GroupStats(const T* stats, int64_t groups, int64_t index)
+      : hi(stats[index]), low(stats[groups + index]), rstd(stats[2 * groups + index]) {}
+  T scale(T weight) const { return rstd * weight; }
+  T shift(T scale, T bias) const {
+    return static_cast<T>(static_cast<double>(bias) - static_cast<double>(low) * scale);
+  }
+};
+
+BATCHOPS_INLINE void merge_moments(double n, double m, double& mean, double& m2, double mean2,
+                                   double m22) {
+  const double d = mean2 - mean, w = m / (n + m);
+  mean += d * w;
+  m2 += m22 + d * d * (n * w);
+}
+
+// Whether every thread has whole units to work on. Else the chunks of all units are shared out.
+inline bool takes_whole_units(const GroupNormPlan& plan, const Parallel& par) {
+  const int64_t share = (plan.units + par.threads - 1) / par.threads;
+  return plan.chunks == 1 || 4 * plan.units >= 3 * share * par.threads;
+}
+
+inline bool streams(const GroupNormShape& shape) {
+  return shape.numel() * size_of(shape.dtype) >= kStreamBytes;
+}
+
+// weight and bias, one for each channel (planes) or each column.
+template <class T>
+struct AffineValues {
+  Scratch<T> memory;
+  T* weight = nullptr;
+  T* bias = nullptr;
+
+  template <class Args>
+  bool read(const Args& args, const GroupNormPlan& plan) {
+    const GroupNormShape& shape = args.shape;
+    const bool direct = plan.width == shape.C;
+    const int64_t width = direct ? shape.C : plan.width;
+    Scratch<T> channels;
+    if (!memory.allocate(2 * (width + 64))) return false;
+    if (!direct && !channels.allocate(shape.C)) return false;
+    weight = memory.get();
+    bias = weight + width + 64;
+    for (int64_t i = 0; i < 64; ++i) weight[width + i] = bias[width + i] = T(0);
+    const auto fill = [&](T* to, const void* from, T otherwise) {
+      read_channels(direct ? to : channels.get(), from, shape.param_dtype, 0, shape.C, otherwise);
+      if (!direct) RowGeometry{shape, plan}.spread_channels(channels.get(), to);
+    };
+    fill(weight, args.weight, T(1));
+    fill(bias, args.bias, T(0));
+    return true;
+  }
+};
+
+// Where a row takes (mean, scale, shift) of its columns from: arrays, or the one group that fills
+// the row and the weight and bias of each column.
+template <class T>
+struct ColumnAffine {
+  const T* at_mean;
+  const T* at_scale;
+  const T* at_shift;
+  BATCHOPS_INLINE Vec<T> mean(int64_t j) const { return load<T>(at_mean + j); }
+  BATCHOPS_INLINE Vec<T> scale(int64_t j) const { return load<T>(at_scale + j); }
+  BATCHOPS_INLINE Vec<T> shift(int64_t j) const { return load<T>(at_shift + j); }
+};
+template <class T>
+struct RowAffine {
+  Vec<T> hi, rstd, minus_low;
+  const T* weight;
+  const T* bias;
+  RowAffine(const GroupStats<T>& s, const T* w, const T* b)
+      : hi(s.hi), rstd(s.rstd), minus_low(-s.low * s.rstd), weight(w), bias(b) {}
+  BATCHOPS_INLINE Vec<T> mean(int64_t) const { return hi; }
+  BATCHOPS_INLINE Vec<T> scale(int64_t j) const { return rstd * load<T>(weight + j); }
+  BATCHOPS_INLINE Vec<T> shift(int64_t j) const {
+    return fma(minus_low, load<T>(weight + j), load<T>(bias + j));
+  }
+};
+
+// The columns' mean, scale and shift of sample n.
+template <class T>
+inline void column_affine(const RowGeometry& rows, const T* stats, int64_t n,
+                          const AffineValues<T>& affine, T* mean, T* scale, T* shift) {
+  const GroupNormShape& shape = rows.shape;
+  const int64_t run = rows.plan.kind == GroupNormPlan::rows ? rows.plan.M : rows.plan.D;
+  int64_t j = 0;
+  for (int64_t r = 0; r < rows.plan.repeat; ++r) {
+    for (int64_t g = 0; g < shape.G; ++g) {
+      const GroupStats<T> s(stats, shape.N * shape.G, n * shape.G + g);
+      for (int64_t i = 0; i < run; ++i, ++j) {
+        mean[j] = s.hi;
+        scale[j] = s.scale(affine.weight[j]);
+        shift[j] = s.shift(scale[j], affine.bias[j]);
+      }
+    }
+  }
+}
+
+// How many elements lie before the next boundary of a vector's size at `p`.
+template <class T, class S>
+BATCHOPS_INLINE int64_t to_boundary(const S* p) {
+  constexpr int64_t kBytes = Vec<T>::kLanes * sizeof(S);
+  return (kBytes - reinterpret_cast<uintptr_t>(p) % kBytes) % kBytes / sizeof(S);
+}
+
+// Calls vector(j, lanes, scale, shift) over elements [begin, end) of a group of planes in the order
+// of memory, by vectors that end where one of `out` ends: those on the border of two planes take
+// the channel values of both. enter(d) gives the {first, second} values of the group's channel d.
+template <class T, class S, class Enter, class Vector>
+BATCHOPS_INLINE void for_planes_in_order(int64_t begin, int64_t end, int64_t HxW, const S* out,
+                                         Enter&& enter, Vector&& vector) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  int64_t d = begin / HxW, plane_end = (d + 1) * HxW;
+  auto now = enter(d);
+  const auto border = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
+    const int64_t left = plane_end - j;
+    const auto before = now;
+    plane_end += HxW;
+    now = enter(++d);
+    vector(j, lanes, first_of(left, before.first, now.first),
+           first_of(left, before.second, now.second));
+  };
+  const auto part = [&](int64_t j, int64_t n) BATCHOPS_INLINE_LAMBDA {
+    if (j + n <= plane_end) {
+      vector(j, First{n}, now.first, now.second);
+    } else {
+      border(j, First{n});
+    }
+  };
+  int64_t j = begin;
+  if (const int64_t head = to_boundary<T>(out + begin); head > 0) {
+    const int64_t n = head < end - begin ? head : end - begin;
+    part(j, n);
+    j += n;
+  }
+  while (true) {
+    const int64_t stop = plane_end < end ? plane_end : end;
+    for (; j + 4 * L <= stop; j += 4 * L) {
+      vector(j, All{}, now.first, now.second);
+      vector(j + L, All{}, now.first, now.second);
+      vector(j + 2 * L, All{}, now.first, now.second);
+      vector(j + 3 * L, All{}, now.first, now.second);
+    }
+    for (; j + L <= stop; j += L) vector(j, All{}, now.first, now.second);
+    if (j + L > end) break;
+    if (j == plane_end) {
+      plane_end += HxW;
+      now = enter(++d);
+    } else {
+      border(j, All{});
+      j += L;
+    }
+  }
+  if (j == end) return;
+  if (j == plane_end) {
+    plane_end += HxW;
+    now = enter(++d);
+  }
+  part(j, end - j);
+}

@@ -1,0 +1,20 @@
+#include <atomic>
+#include <new>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm_plan.h"
+#include "kernels/cpu/group_norm_plan.h"
+#include "kernels/cpu/simd.h"
+#include "kernels/group_norm.h"
+
+#define BATCHOPS_ISA_BODY "kernels/cpu/group_norm_forward_body.inl"
+#include "kernels/cpu/for_each_isa.inl"
+
+namespace batchops {
+
+const char* group_norm_forward_cpu(const GroupNormForward& args, const Parallel& par) {
+  if (args.shape.numel() == 0) return nullptr;
+  return BATCHOPS_ISA_CALL(group_norm_forward, args, par);
+}
+
+}  // namespace batchops

@@ -1,0 +1,309 @@
+// Forward: y = activation(z), after the statistics.
+
+template <class S, class Act, bool kMask>
+struct GroupForward : GroupStatistics<S> {
+  using Base = GroupStatistics<S>;
+  using T = typename Base::T;
+  using V = typename Base::V;
+  using Base::args, Base::plan, Base::shape, Base::rows, Base::x, Base::stats, Base::L;
+
+  const AffineValues<T>& affine;
+  const Act act;
+  const S* const residual = static_cast<const S*>(args.residual);
+  S* const y = static_cast<S*>(args.y);
+  const bool past_cache = streams(args.shape);
+
+  template <class Lanes>
+  BATCHOPS_INLINE V activate(int64_t at, Lanes lanes, bool past, V mean, V scale, V shift) const {
+    V z = normalize(load<T>(x + at, lanes), mean, scale, shift);
+    if (residual != nullptr) z = z + load<T>(residual + at, lanes);
+    put(y + at, act.forward(z), lanes, past);
+    return z;
+  }
+
+  // One stretch of n elements from `offset`, with its mask bits from `mask`.
+  template <class Affine>
+  BATCHOPS_INLINE void apply_run(int64_t offset, int64_t n, uint8_t* mask, const Affine& of) const {
+    bool past = past_cache;
+    int64_t start = 0;
+    uint64_t bits = 0;
+    const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+      const V z = activate(offset + j, lanes, past, of.mean(j), of.scale(j), of.shift(j));
+      if constexpr (kMask) bits |= mask_bits(z) << (u * L);
+    };
+    if (past && !can_stream<T>(y + offset)) {
+      if (kMask) {
+        past = false;  // mask bytes begin at the run's first element
+      } else {
+        const int64_t head = to_boundary<T>(y + offset);
+        start = head < n ? head : n;
+        vector(0, First{start}, 0);
+      }
+    }
+    for_blocks<T>(
+        start, n, [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA { bits = 0; }, vector,
+        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
+          if constexpr (kMask) {
+            // Lanes past the end of a run must leave no bits.
+            if (n - j < 64) bits &= (uint64_t{1} << (n - j)) - 1;
+            write_bits(mask + j / 8, bits, bytes);
+          }
+        });
+  }
+  BATCHOPS_INLINE uint64_t mask_bits(V z) const {
+    if constexpr (kMask) {
+      constexpr uint64_t kAll = L == 64 ? ~uint64_t{0} : (uint64_t{1} << L) - 1;
+      return positive_bits(act.mask_source(z)) & kAll;
+    }
+    return 0;
+  }
+
+  void apply_planes(int64_t unit, int64_t chunk) const {
+    const int64_t HxW = shape.HxW, base = unit * plan.M;
+    const int64_t begin = begin_of_chunk(plan, HxW, chunk);
+    const int64_t end = begin_of_chunk(plan, HxW, chunk + 1);
+    const int64_t first_channel = unit % shape.G * plan.D;
+    const GroupStats<T> of(stats, shape.N * shape.G, unit);
+    struct Values {
+      V first, second;
+    };
+    const auto enter = [&](int64_t d) BATCHOPS_INLINE_LAMBDA {
+      const T scale = of.scale(affine.weight[first_channel + d]);
+      return Values{V(scale), V(of.shift(scale, affine.bias[first_channel + d]))};
+    };
+    const V mean(of.hi);
+    if constexpr (kMask) {
+      struct OneAffine {
+        V of_mean;
+        Values values;
+        BATCHOPS_INLINE V mean(int64_t) const { return of_mean; }
+        BATCHOPS_INLINE V scale(int64_t) const { return values.first; }
+        BATCHOPS_INLINE V shift(int64_t) const { return values.second; }
+      };
+      for (int64_t j = begin; j < end;) {
+        const int64_t d = j / HxW, i = j % HxW;
+        const int64_t n = end - j < HxW - i ? end - j : HxW - i;
+        uint8_t* mask = args.mask + ((base + j) / HxW) * ((HxW + 7) / 8) + i / 8;
+        apply_run(base + j, n, mask, OneAffine{mean, enter(d)});
+        j += n;
+      }
+    } else {
+      for_planes_in_order<T>(begin, end, HxW, y + base, enter,
+                             [&](int64_t j, auto lanes, V scale, V shift) BATCHOPS_INLINE_LAMBDA {
+                               activate(base + j, lanes, past_cache, mean, scale, shift);
+                             });
+    }
+  }
+
+  // `flat` is scratch for the bits of a row, where its runs are padded.
+  template <class Affine>
+  void apply_row(int64_t n, int64_t step, const Affine& of, uint8_t* flat) const {
+    const int64_t width = rows.row_width(step);
+    uint8_t* const mask = kMask ? args.mask + rows.mask_offset(n, step) : nullptr;
+    const bool joined = kMask && rows.joined(width);
+    apply_run(rows.row_offset(n, step), width, joined ? flat : mask, of);
+    if (joined) pad_runs(mask, flat, rows.runs(width), rows.run());
+  }
+
+  void apply_pixels(int64_t n, int64_t chunk_begin, int64_t chunk_end,
+                    const ScratchRows<T>& columns, uint8_t* flat) const {
+    column_affine(rows, stats, n, affine, columns[0], columns[1], columns[2]);
+    const ColumnAffine<T> of{columns[0], columns[1], columns[2]};
+    // The chunks from the last on: it is the one still in the cache.
+    for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
+      const int64_t end = rows.end_step(chunk);
+      for (int64_t step = rows.first_step(chunk); step < end; ++step) apply_row(n, step, of, flat);
+    }
+  }
+};
+
+template <class Pass>
+inline const char* forward_planes(const Pass& pass, const Parallel& par) {
+  const GroupNormPlan& plan = pass.plan;
+  if (takes_whole_units(plan, par)) {
+    par(plan.units, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        double mean, m2;
+        pass.of_planes(unit, 0, mean, m2);
+        for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+          double chunk_mean, chunk_m2;
+          pass.of_planes(unit, chunk, chunk_mean, chunk_m2);
+          pass.merge(chunk, mean, m2, chunk_mean, chunk_m2);
+        }
+        pass.finish(unit, mean, m2);
+        for (int64_t chunk = plan.chunks; chunk-- > 0;) pass.apply_planes(unit, chunk);
+      }
+      fence();
+    });
+    return nullptr;
+  }
+  Scratch<double> partial;
+  if (!partial.allocate(2 * plan.units * plan.chunks)) return kOutOfMemory;
+  double* const at = partial.get();
+  par(plan.units * plan.chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pass.of_planes(i / plan.chunks, i % plan.chunks, at[2 * i], at[2 * i + 1]);
+    }
+  });
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    double* first = at + 2 * unit * plan.chunks;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      pass.merge(chunk, first[0], first[1], first[2 * chunk], first[2 * chunk + 1]);
+    }
+    pass.finish(unit, first[0], first[1]);
+  }
+  par(plan.units * plan.chunks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pass.apply_planes(i / plan.chunks, i % plan.chunks);
+    fence();
+  });
+  return nullptr;
+}
+
+// What one thread needs for rows and pixels.
+template <class T>
+struct ForwardScratch {
+  ScratchRows<T> columns;
+  Scratch<uint8_t> flat;
+  Scratch<double> sums;
+
+  bool allocate(const GroupNormPlan& plan, int64_t G, bool mask) {
+    return columns.allocate(3, plan.width) && (!mask || flat.allocate(plan.width / 8 + 16)) &&
+           sums.allocate(6 * G);
+  }
+};
+
+template <class Pass>
+inline const char* forward_rows(const Pass& pass, const Parallel& par) {
+  using T = typename Pass::T;
+  const GroupNormShape& shape = pass.shape;
+  std::atomic<bool> failed{false};
+  par(shape.N, [&](int64_t begin, int64_t end) {
+    ForwardScratch<T> scratch;
+    const bool spread = shape.G > 1, mask = pass.args.mask != nullptr;
+    if ((spread || mask) && !scratch.allocate(pass.plan, shape.G, mask)) {
+      failed.store(true, std::memory_order_relaxed);
+      return;
+    }
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t g = 0; g < shape.G; ++g) {
+        double mean, m2;
+        pass.of_stretch(pass.x + pass.rows.row_offset(n, 0) + g * pass.plan.M, pass.plan.M, mean,
+                        m2);
+        pass.finish(n * shape.G + g, mean, m2);
+      }
+      if (spread) {
+        pass.apply_pixels(n, 0, 1, scratch.columns, scratch.flat.get());
+      } else {
+        const GroupStats<T> of(pass.stats, shape.N, n);
+        const RowAffine<T> affine(of, pass.affine.weight, pass.affine.bias);
+        pass.apply_row(n, 0, affine, scratch.flat.get());
+      }
+    }
+    fence();
+  });
+  return failed ? kOutOfMemory : nullptr;
+}
+
+template <class Pass>
+inline const char* forward_pixels(const Pass& pass, const Parallel& par) {
+  using T = typename Pass::T;
+  const GroupNormShape& shape = pass.shape;
+  const GroupNormPlan& plan = pass.plan;
+  const int64_t G = shape.G;
+  const bool mask = pass.args.mask != nullptr;
+  std::atomic<bool> failed{false};
+  const auto with_scratch = [&](auto&& f) {
+    ForwardScratch<T> scratch;
+    if (!scratch.allocate(plan, G, mask)) {
+      failed.store(true, std::memory_order_relaxed);
+      return;
+    }
+    f(scratch);
+  };
+  const auto merge = [&](int64_t chunk, double* total, const double* part) {
+    for (int64_t g = 0; g < G; ++g) pass.merge(chunk, total[g], total[G + g], part[g], part[G + g]);
+  };
+  const auto finish = [&](int64_t n, const double* total) {
+    for (int64_t g = 0; g < G; ++g) pass.finish(n * G + g, total[g], total[G + g]);
+  };
+  if (takes_whole_units(plan, par)) {
+    par(shape.N, [&](int64_t begin, int64_t end) {
+      with_scratch([&](ForwardScratch<T>& scratch) {
+        double* const sums = scratch.sums.get();
+        double* const total = sums + 2 * G;
+        double* const part = sums + 4 * G;
+        for (int64_t n = begin; n < end; ++n) {
+          pass.of_pixels(n, 0, scratch.columns, sums, total, total + G);
+          for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+            pass.of_pixels(n, chunk, scratch.columns, sums, part, part + G);
+            merge(chunk, total, part);
+          }
+          finish(n, total);
+          pass.apply_pixels(n, 0, plan.chunks, scratch.columns, scratch.flat.get());
+        }
+        fence();
+      });
+    });
+    return failed ? kOutOfMemory : nullptr;
+  }
+  Scratch<double> partial;  // [n][chunk][2][G]
+  if (!partial.allocate(shape.N * plan.chunks * 2 * G)) return kOutOfMemory;
+  double* const at = partial.get();
+  par(shape.N * plan.chunks, [&](int64_t begin, int64_t end) {
+    with_scratch([&](ForwardScratch<T>& scratch) {
+      for (int64_t i = begin; i < end; ++i) {
+        double* to = at + i * 2 * G;
+        pass.of_pixels(i / plan.chunks, i % plan.chunks, scratch.columns, scratch.sums.get(), to,
+                       to + G);
+      }
+    });
+  });
+  if (failed) return kOutOfMemory;
+  for (int64_t n = 0; n < shape.N; ++n) {
+    double* total = at + n * plan.chunks * 2 * G;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      merge(chunk, total, total + chunk * 2 * G);
+    }
+    finish(n, total);
+  }
+  par(shape.N * plan.chunks, [&](int64_t begin, int64_t end) {
+    with_scratch([&](ForwardScratch<T>& scratch) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t chunk = i % plan.chunks;
+        pass.apply_pixels(i / plan.chunks, chunk, chunk + 1, scratch.columns, scratch.flat.get());
+      }
+      fence();
+    });
+  });
+  return failed ? kOutOfMemory : nullptr;
+}
+
+const char* group_norm_forward(const GroupNormForward& args, const Parallel& par) {
+  const GroupNormShape& shape = args.shape;
+  const GroupNormPlan plan = plan_group_norm(shape);
+  const Parallel serial;
+  const Parallel& runner = shape.numel() < kForkElements ? serial : par;
+  const char* error = nullptr;
+  with_element(shape.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    AffineValues<AccOf<S>> affine;
+    if (!affine.read(args, plan)) {
+      error = kOutOfMemory;
+      return;
+    }
+    const auto run = [&](const auto& pass) {
+      return plan.kind == GroupNormPlan::planes ? forward_planes(pass, runner)
+             : plan.kind == GroupNormPlan::rows ? forward_rows(pass, runner)
+                                                : forward_pixels(pass, runner);
+    };
+    const AnyActivation any{shape.activation, shape.slope};
+    error =
+        args.mask != nullptr
+            ? run(GroupForward<S, AnyActivation, true>{{args, plan}, affine, any})
+            : with_activation<Identity, Silu>(shape.activation, shape.slope, [&](const auto& act) {
+                using Act = std::remove_cvref_t<decltype(act)>;
+                return run(GroupForward<S, Act, false>{{args, plan}, affine, act});
+              });
+  });
+  return error;
+}
