@@ -732,13 +732,15 @@ class GridRun {
 
   // Throws when all that has happened for long is that threads looked whether they may go on.
   void watch_spinning(uint64_t changes) {
-    if (!now.gave_way || now.changes != changes) {
+    if (now.changes != changes) {
       long_wait_ = still_ = 0;
       return;
     }
+    if (now.released || now.elsewhere) still_ = 0;
+    if (!now.gave_way) return;
     const int64_t weight = now.by_force ? std::max(1, settings().spin_rounds / 10) : 1;
     long_wait_ += weight;
-    still_ = now.released || now.elsewhere ? 0 : still_ + weight;
+    still_ += weight;
     if (still_ <= settings().spin_rounds && long_wait_ <= 100LL * settings().spin_rounds) return;
     for (Block* block : now.active) {
       const Thread* thread = block->done() ? nullptr : block->spinning();
