@@ -31,6 +31,7 @@ class Shape(ctypes.Structure):
         ("param_dtype", ctypes.c_int32),
         ("running_dtype", ctypes.c_int32),
         ("activation", ctypes.c_int32),
+        ("slope", ctypes.c_double),
     )
 
 
@@ -49,7 +50,8 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = (
         ("shape", Shape),
-        *((name, ctypes.c_void_p) for name in ("dy", "x", "weight", "bias", "stats", "mask")),
+        *((name, ctypes.c_void_p) for name in ("dy", "x", "residual", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("stats", "mask")),
         *((name, ctypes.c_void_p) for name in ("dx", "dresidual", "dweight", "dbias")),
         ("training", ctypes.c_bool),
     )

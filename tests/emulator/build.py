@@ -3,8 +3,8 @@
     library = build.library("lamb", ["csrc/kernels/cuda/lamb.cu"], ["lamb_api.cpp"])
 
 Paths are relative to the repository root and to this folder. Objects are kept in
-build/emulator/, named by a hash of all sources, the compiler and its flags, so that a second run
-compiles nothing and a changed header recompiles everything that could see it.
+build/emulator/, named by hashes of all headers, the compiler, its flags, and of their source, so
+that a second run compiles nothing and a changed header recompiles everything that could see it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ WATCHERS = (
 )
 INSTRUMENTED = (
     "-O1",
-    "-g",
+    "-g1",  # lines, for reports
     "-fsanitize=thread",
     "--param=tsan-distinguish-volatile=1",
     # A 16-byte access stays one.
@@ -93,12 +93,12 @@ def _processor_flags() -> tuple[str, ...]:
     return ("-mfma",) if " fma " in text else ()
 
 
-def _sources_hash(flags: list[str], version: str) -> str:
+def _headers_hash(flags: list[str], version: str) -> str:
     digest = hashlib.sha256("\0".join([*flags, version]).encode())
     kernels = ROOT / "csrc" / "kernels"
     files = [path for folder in (kernels, HERE) for path in folder.rglob("*")]
     for path in sorted(files):
-        if path.suffix in {".h", ".cuh", ".inl", ".cu", ".cpp"} and "cpu" not in path.parts:
+        if path.suffix in {".h", ".cuh", ".inl"} and "cpu" not in path.parts:
             digest.update(path.relative_to(ROOT).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -130,21 +130,23 @@ def build(
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    folder = CACHE / _sources_hash([*flags, *INSTRUMENTED], version.stdout)
-    library = folder / f"{name}{'_sanitized' if sanitize else ''}{'_watched' * instrument}.so"
+    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED], version.stdout)
+    watchers = WATCHERS if instrument else ()
+    watched = [HERE / file for file in api] + [ROOT / file for file in kernels]
+    sources = [*watched, *(HERE / file for file in (*CORE, *watchers))]
+    contents = {source: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
+    together = hashlib.sha256("".join(contents.values()).encode()).hexdigest()[:16]
+    suffix = "_sanitized" * sanitize + "_watched" * instrument
+    library = folder / f"{name}{suffix}-{together}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     _forget_old(seconds=24 * 3600)
 
-    watchers = WATCHERS if instrument else ()
-    watched = [HERE / file for file in api] + [ROOT / file for file in kernels]
-    sources = [*watched, *(HERE / file for file in (*CORE, *watchers))]
-
     def compile_one(source: Path) -> Path:
         instrumented = instrument and source in watched
-        suffix = f"{'_sanitized' if sanitize else ''}{'_watched' * instrumented}"
-        object_file = folder / f"{source.stem}{suffix}.o"
+        suffix = "_sanitized" * sanitize + "_watched" * instrumented
+        object_file = folder / f"{source.stem}{suffix}-{contents[source][:16]}.o"
         if not object_file.exists():
             part = object_file.with_suffix(f".{os.getpid()}.part")
             more = INSTRUMENTED if instrumented else ()

@@ -12,13 +12,15 @@
 namespace cuda_emulator {
 namespace {
 
-// Under AddressSanitizer nobody may touch what lies between two variables.
+// Under AddressSanitizer nobody may touch what lies between two variables or before the first.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kGap = 64;
+constexpr size_t kBefore = 4096;  // a page
 void forbid(void* data, size_t bytes) { __asan_poison_memory_region(data, bytes); }
 void allow(void* data, size_t bytes) { __asan_unpoison_memory_region(data, bytes); }
 #else
 constexpr size_t kGap = 0;
+constexpr size_t kBefore = 0;
 void forbid(void*, size_t) {}
 void allow(void*, size_t) {}
 #endif
@@ -56,16 +58,17 @@ size_t SharedLayout::find(SharedKey& key, size_t bytes, size_t alignment) {
 }
 
 SharedMemory::SharedMemory() {
-  void* mapping = mmap(nullptr, kCapacity, PROT_READ | PROT_WRITE,
+  void* mapping = mmap(nullptr, kBefore + kCapacity, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<unsigned char*>(mapping);
+  data_ = static_cast<unsigned char*>(mapping) + kBefore;
+  forbid(mapping, kBefore);
   std::memset(data_, 0xff, kCapacity);
 }
 
 SharedMemory::~SharedMemory() {
-  allow(data_, kCapacity);
-  munmap(data_, kCapacity);
+  allow(data_ - kBefore, kBefore + kCapacity);
+  munmap(data_ - kBefore, kBefore + kCapacity);
 }
 
 void SharedMemory::begin(const SharedLayout& layout) {
