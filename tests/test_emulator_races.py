@@ -34,13 +34,15 @@ def library() -> ctypes.CDLL:
     return build.library("race_faults", KERNELS, [], instrument=True)
 
 
-def run(library: ctypes.CDLL, name: str, order: str = "forward", seed: int = 0) -> Recording:
+def run(
+    library: ctypes.CDLL, name: str, order: str = "forward", seed: int = 0, traffic: bool = False
+) -> Recording:
     count = BLOCKS * THREADS
     function = library.emulated_race
     resident = None
     if name in BETWEEN_BLOCKS:  # they wait for each other
         function, resident = library.emulated_race_between_blocks, BLOCKS
-    with record(library, traffic=False, races=True) as recording:
+    with record(library, traffic=traffic, races=True) as recording:
         data = [emulator.Memory(4 * count, name=n) for n in ("in", "out", "partial", "flags")]
         data[0].bytes.view(np.float32)[:] = np.arange(count)
         data[3].bytes[:] = 0
@@ -178,6 +180,20 @@ def test_reports_read_as_text_and_replay(library):
     assert "reverse_without_barrier: race on tile byte" in text
     assert "nothing orders them" in text
     assert text == "\n".join(map(str, run(library, "reverse_without_barrier", "random", 5).races))
+
+
+def test_counts_what_atomics_and_asynchronous_copies_move(library):
+    copied = run(library, "pipeline", "random", 3, traffic=True)
+    # Four stages; the warps' copies are of whole sectors.
+    assert (copied.buffers["in"].reads == 4).all()
+    assert copied.flow("in", False).efficiency == 1.0
+    copied.assert_written("out")
+    counted = run(library, "counting", traffic=True)
+    for written in (False, True):
+        flow = counted.flow("flags", written)
+        # A warp's 32 updates of one counter fetch and leave one sector.
+        assert (flow.bytes, flow.sectors) == (4 * BLOCKS * THREADS, BLOCKS * THREADS // 32)
+    assert (counted.buffers["flags"].writes[:4] == BLOCKS * THREADS).all()
 
 
 # ---- the shipped kernels

@@ -2,11 +2,12 @@
 
     python -m tests.emulator.traffic [WORD ...]
 
-prints a row for each launch of each operation (those whose row has every WORD in it): how many
-times it reads and writes the operation's tensors, in units of the first of them, what share of the
-32-byte sectors its warps touch they use ("efficiency": 1 is fully coalesced), and the sectors of
-small data (weights, statistics, workspace; these stay in the caches) per sector of tensors. The row
-"all" adds the launches up and gives the least that the hardware allows.
+prints a row for each launch of each operation (those whose row has every WORD in it): what it reads
+and writes of the operation's tensors, in passes over one tensor of x's size (lamb: bytes a
+parameter), what share of the 32-byte sectors its warps touch they use ("efficiency": 1 is fully
+coalesced), and the sectors of small data (weights, statistics, workspace; these stay in the caches)
+per sector of tensors. The row "all" adds the launches up and gives the least that the hardware
+allows, reads and writes together.
 
 Nothing is timed: the counts are exact and the same on every machine.
 """
