@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from .emulator import build, emulator, toolkit
+from .emulator.sanitized_features import Buffers
 
 SOURCE = Path(__file__).parent / "emulator" / "features.cu"
 KERNELS = [SOURCE.relative_to(build.ROOT).as_posix()]
@@ -24,17 +25,6 @@ BLOCK, WARP = 64, 32
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     return build.library("features", KERNELS, [])
-
-
-class Buffers(ctypes.Structure):
-    _fields_ = [
-        ("input", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("wide", ctypes.c_void_p),
-        ("doubles", ctypes.c_void_p),
-        ("n", ctypes.c_int),
-    ]
 
 
 @dataclass
@@ -328,3 +318,24 @@ def test_nvcc_takes_the_same_source(target, tmp_path):
     command += ["-Werror", "all-warnings", "-o", str(tmp_path / "features.cubin"), str(SOURCE)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(
+    ("name", "values", "n"),
+    [
+        ("grid_sum", 6 * 5, 5),
+        ("channel_sum_acquire", 12 * 7, 7),
+        ("channel_sum_bare", 3 * 7, 7),  # interrupted by a signal
+        ("cluster_sum_by_push", 8 * 5, 5),
+        ("producer_and_consumer", 9 * WARP, 9),
+        ("staged_copy", 520, 518),
+        ("old_atomics", 1, 0),
+    ],
+)
+def test_sanitizers_pass(name, values, n):
+    path = build.build("features", KERNELS, [], sanitize=True)
+    module = "tests.emulator.sanitized_features"
+    result = build.run_sanitized(module, str(path), name, str(values), str(n))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout == "ran to the end\n"

@@ -4,11 +4,11 @@
 //
 //   launch("lamb_update", lamb_update<float>, blocks, 256, 0, stream, args...)   instead of <<<>>>
 //   BATCHOPS_SHARED(partial, float[8][32]);                                      static shared
-//   memory BATCHOPS_DYNAMIC_SHARED(tile, float);                                        dynamic
-//   shared memory
+//   BATCHOPS_DYNAMIC_SHARED(tile, float);                                        dynamic shared
 //
-// and intrinsics or runtime calls that are new to the project get a line in the emulator too. Host
-// functions return null or a message (valid until the thread's next failure).
+// Clusters and cooperative grids are a LaunchShape. Intrinsics or runtime calls that are new to the
+// project get a line in the emulator too. Host functions return null or a message (valid until the
+// thread's next failure).
 #pragma once
 #ifdef BATCHOPS_CUDA_EMULATOR
 #include "cuda_emulator.h"
