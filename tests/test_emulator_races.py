@@ -223,6 +223,26 @@ def test_batch_norm_is_race_free(shape, layout):
         recording.assert_race_free()
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        pytest.param("channels_first", (1, 160, 8), id="160 pieces"),
+        pytest.param("channels_last", (1, 2, 65 * 1024), id="65 pieces"),
+    ],
+)
+def test_batch_norm_with_more_pieces_than_blocks_is_race_free(layout, shape):
+    # One multiprocessor is given 64 blocks: some use their shared memory again for a second piece.
+    library = batch_norm.library(instrument=True)
+    problem = batch_norm.Problem(*shape, layout=layout, dtype="f16", activation="relu")
+    with (
+        record(library, traffic=False, races=True) as recording,
+        emulator.schedule(library, "random", 2, multiprocessors=1),
+    ):
+        saved = batch_norm.forward(library, problem)
+        batch_norm.backward(library, problem, saved)
+    recording.assert_race_free()
+
+
 @pytest.mark.parametrize("clip", [0.05, None], ids=["clip", "no clip"])
 def test_lamb_is_race_free(clip):
     library = lamb.library(instrument=True)
