@@ -14,6 +14,8 @@ from . import (
 )
 from ._config import show_config
 from .convert import convert, revert
+from .patch import patch
+from .recompute import recompute
 
 __version__ = _binding.version()
 
@@ -24,6 +26,8 @@ __all__ = [
     "functional",
     "nn",
     "optim",
+    "patch",
+    "recompute",
     "revert",
     "show_config",
 ]

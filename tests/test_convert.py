@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 import warnings
 
@@ -359,6 +360,156 @@ class Untraceable(nn.Module):
         if x.sum() > 0:
             return self.relu(self.bn(x))
         return self.bn(x)
+
+
+class Holder(nn.Module):
+    """Cannot be traced; its parts can."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x):
+        for part in self.parts:
+            if x.sum() < 0:
+                x = -x
+            x = part(x)
+        return x
+
+
+def test_parts_of_an_untraceable_model_are_fused_without_a_warning():
+    model = Holder(Block(), Block())
+    reference = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batchops.convert(model)
+    assert all(isinstance(part.relu, FusedActivation) for part in model.parts)
+    assert_same_behaviour(model, reference, torch.randn(4, 4, 8, 8))
+
+
+class Taps(Holder):
+    """Runs a part's modules one by one and uses what is between them."""
+
+    def forward(self, x):
+        total = 0
+        for part in self.parts:
+            for module in part:
+                x = module(x)
+                total = total + x if x.abs().sum() > 0 else total
+        return total
+
+
+class Names(Holder):
+    def forward(self, x):
+        if x.sum() == 0:
+            return x
+        return self.peek(self.parts[0](x))
+
+    def peek(self, x):
+        return self.parts[0].bn1(x)
+
+
+class NamesByString(Names):
+    def peek(self, x):
+        return getattr(self.parts[0], "bn1")(x)  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (Taps, lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())),
+        (Names, Block),
+        (NamesByString, Block),
+    ],
+)
+def test_parts_that_an_untraceable_model_reaches_into_are_not_fused(kind, part):
+    model = kind(part())
+    reference = copy.deepcopy(model)
+    batchops.convert(model)
+    assert unfused(model)
+    assert_same_behaviour(model, reference, torch.randn(3, 4, 5, 5))
+
+
+def test_one_warning_for_what_remains():
+    class Mixed(Holder):
+        def __init__(self):
+            super().__init__(Block())
+            self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.bn(super().forward(x)))
+
+    model = Mixed()
+    with pytest.warns(UserWarning, match="cannot be traced") as caught:
+        batchops.convert(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert type(model.relu) is nn.ReLU
+    assert type(model.bn) is bnn.BatchNorm2d
+
+
+@pytest.mark.parametrize(
+    ("between", "fused"),
+    [
+        (nn.Identity(), True),
+        (nn.Sequential(), True),
+        (nn.Sequential(nn.Identity(), nn.Sequential()), True),
+        (nn.Dropout(0.5), False),
+        (nn.Dropout(0.0), False),  # its p may change later
+        (nn.Sequential(nn.Dropout(0.5)), False),
+        (nn.Flatten(), False),
+    ],
+    ids=str,
+)
+def test_what_may_stand_between_norm_and_activation(between, fused):
+    model = nn.Sequential(nn.BatchNorm2d(4), between, nn.ReLU())
+    reference = copy.deepcopy(model)
+    batchops.convert(model)
+    assert unfused(model) is not fused
+    assert_same_behaviour(model, reference, torch.randn(3, 4, 5, 5))
+
+
+def test_an_identity_with_a_hook_sees_what_it_saw():
+    model, seen = nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), nn.ReLU()), []
+    model[1].register_forward_hook(lambda m, i, o: seen.append(float(o.detach().min())))
+    batchops.convert(model)(torch.randn(3, 4, 5, 5))
+    assert seen[0] < 0
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (nn.ReLU(), "relu"),
+        (nn.LeakyReLU(0.2), ("leaky_relu", 0.2)),
+        (nn.SiLU(inplace=True), "silu"),
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (nn.Hardswish(), "hardswish"),
+        (nn.Tanh(), None),
+        (nn.PReLU(), None),
+        (nn.LeakyReLU(-0.5), ("leaky_relu", -0.5)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norm", ["BatchNorm2d", "GroupNorm", "LayerNorm", "InstanceNorm2d"])
+def test_every_norm_with_every_activation(norm, activation, name):
+    arguments = {"GroupNorm": (2, 4), "LayerNorm": ((4, 5, 5),)}.get(norm, (4,))
+    model = nn.Sequential(getattr(nn, norm)(*arguments), activation, nn.Conv2d(4, 4, 1))
+    reference = copy.deepcopy(model)
+    batchops.convert(model)
+    assert type(model[0]) is getattr(bnn, norm)
+    assert model[0].activation == name
+    assert unfused(model) is (name is None)
+    assert_same_behaviour(model, reference, torch.randn(3, 4, 5, 5))
+    batchops.revert(model)
+    assert [type(m) for m in model] == [type(m) for m in reference]
+    assert model[1] is activation
+
+
+def test_a_converted_model_pickles():
+    model = batchops.convert(nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.3)))
+    other = batchops.revert(pickle.loads(pickle.dumps(model)))
+    assert repr(other[1]) == repr(nn.LeakyReLU(0.3))
 
 
 def test_untraceable_models_are_converted_unfused_with_one_warning():

@@ -1,0 +1,232 @@
+"""What recompute() keeps of a norm's output in the place of the output itself.
+
+    x ── norm ── y ── conv            saved without: x (norm), y (conv)
+    │             └ recipe: x, weight, bias, …     with: x (norm), recipe (conv)
+
+The recipe holds what the norm's own backward keeps anyway. It finds y by y's storage, so that views
+of y are found too, and only while y has not been written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["block", "record"]
+
+_ops = torch.ops.batchops
+# Written in place of operators that change running statistics, to compute y once more.
+_WITHOUT_UPDATE = {_ops.batch_norm_update.default: _ops.batch_norm.default}
+
+# Whether any thread is in a block: what the norms look at before they call record().
+open_anywhere = False
+_open_count = 0
+_lock = threading.Lock()
+
+
+class _Thread(threading.local):
+    depth = 0
+    packed: list[tuple[Any, Any]] | None = None  # what a norm that is running has saved so far
+
+    def __init__(self) -> None:
+        self.known: dict[int, _Output] = {}  # by the address of the output's storage
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def block() -> Iterator[None]:
+    """Hooks on what autograd saves in this thread; tensors that are not rebuilt go through the
+    hooks that were there before."""
+    global open_anywhere, _open_count
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, outer), _unpack)
+    with hooks:
+        with _lock:
+            _open_count += 1
+            open_anywhere = True
+        _thread.depth += 1
+        try:
+            yield
+        finally:
+            _thread.depth -= 1
+            if not _thread.depth:
+                _thread.known.clear()
+            with _lock:
+                _open_count -= 1
+                open_anywhere = _open_count > 0
+
+
+def record(op: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+    """``op(*args)[0]`` of a norm's operator; inside a block, its output can be rebuilt."""
+    thread = _thread
+    if not thread.depth:
+        return op(*args)[0]
+    before, thread.packed = thread.packed, []
+    try:
+        y = op(*args)[0]
+        packed = thread.packed
+    finally:
+        thread.packed = before
+    again = _again(op, args)
+    place = _place(args[0]) if packed and again is not None else None
+    kept = next((kept for at, kept in packed if at == place), None)
+    at = _place(y) if place is not None and kept is not None else None
+    if at is not None:
+        _remember(at, _Output(y, kept, *again))
+    return y
+
+
+def _remember(at: tuple[Any, ...], output: _Output) -> None:
+    known = _thread.known
+    if len(known) >= 64 and len(known) & (len(known) - 1) == 0:
+        for key in [key for key, other in known.items() if other.storage.expired()]:
+            del known[key]
+    known[at[0]] = output
+
+
+@functools.cache
+def _names(op: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
+
+
+def _again(op: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
+    """The operator without side effects, and its arguments after the input; None with a residual,
+    which would have to be kept."""
+    named = dict(zip(_names(op), args, strict=False))
+    if named.get("residual") is not None:
+        return None
+    pure = _WITHOUT_UPDATE.get(op, op)
+    if pure is op:
+        return pure, args[1:]
+    return pure, tuple(named[name] for name in _names(pure)[1:] if name in named)
+
+
+def _place(t: Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor lies; None where that cannot be told."""
+    if not isinstance(t, Tensor) or t.layout is not torch.strided:
+        return None
+    try:
+        storage = t.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # wrappers of functorch
+        return None
+    return storage, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
+
+
+def _check_version(t: Tensor, version: int, size: tuple[int, ...]) -> None:
+    if t._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: [{t.type()} {list(size)}] is at version {t._version}; expected version "
+            f"{version} instead (saved inside batchops.recompute())"
+        )
+
+
+class _Kept:
+    """A saved tensor as it is. torch leaves the check of versions to hooks."""
+
+    __slots__ = ("__weakref__", "_tensor", "_version")
+
+    def __init__(self, t: Tensor) -> None:
+        self._tensor = t.detach()
+        self._version = t._version
+
+    def get(self) -> Tensor:
+        _check_version(self._tensor, self._version, tuple(self._tensor.shape))
+        return self._tensor
+
+
+class _Elsewhere:
+    """A saved tensor that the hooks around the block have taken."""
+
+    __slots__ = ("__weakref__", "_packed", "_unpack")
+
+    def __init__(self, t: Tensor, hooks: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
+        pack, self._unpack = hooks
+        self._packed = pack(t)
+
+    def get(self) -> Tensor:
+        return self._unpack(self._packed)
+
+
+class _Output:
+    """A norm's output that may be asked for; keeps neither it nor the norm's input alive."""
+
+    def __init__(self, y: Tensor, kept: Any, op: Any, rest: tuple[Any, ...]) -> None:
+        self.storage = StorageWeakRef(y.untyped_storage())
+        self.version = y._version
+        self.size, self.stride, self.dtype = tuple(y.shape), y.stride(), y.dtype
+        self._kept = weakref.ref(kept)
+        self._op = op
+        self._rest = tuple(_Kept(a) if isinstance(a, Tensor) else a for a in rest)
+
+    def recipe(self) -> Callable[[], Tensor] | None:
+        kept = self._kept()
+        if kept is None:  # the norm's graph is gone
+            return None
+        op, rest, size, stride = self._op, self._rest, self.size, self.stride
+
+        def rebuild() -> Tensor:
+            x = kept.get()
+            with torch.no_grad():
+                y = op(x, *(a.get() if isinstance(a, _Kept) else a for a in rest))[0]
+                if y.stride() != stride:  # the input came back in another layout
+                    y = torch.empty_strided(size, stride, dtype=y.dtype, device=y.device).copy_(y)
+                return y
+
+        return rebuild
+
+
+class _Rebuilt:
+    """An output, or a view of one, that is computed again when it is wanted."""
+
+    __slots__ = ("__weakref__", "_recipe", "_version", "_view", "_watch")
+
+    def __init__(self, t: Tensor, output: _Output, recipe: Callable[[], Tensor]) -> None:
+        self._recipe = recipe
+        self._view = t.size(), t.stride(), t.storage_offset()
+        # Shares the version counter, and no memory.
+        self._watch = t.detach()
+        self._watch.data = torch.empty(0, dtype=t.dtype, device=t.device)
+        self._version = output.version
+
+    def get(self) -> Tensor:
+        _check_version(self._watch, self._version, tuple(self._view[0]))
+        y = self._recipe()
+        size, stride, offset = self._view
+        if y.size() == size and y.stride() == stride and offset == 0:
+            return y
+        return y.as_strided(size, stride, offset)
+
+
+def _pack(outer: Any, t: Tensor) -> Any:
+    at = _place(t) if _thread.known or _thread.packed is not None else None
+    packed = _rebuilt(t, at)
+    if packed is None:
+        packed = _Kept(t) if outer is None else _Elsewhere(t, outer)
+    if _thread.packed is not None:
+        _thread.packed.append((at, packed))
+    return packed
+
+
+def _rebuilt(t: Tensor, at: tuple[Any, ...] | None) -> _Rebuilt | None:
+    output = _thread.known.get(at[0]) if at is not None else None
+    if output is None or output.storage.expired():
+        return None
+    if t._version != output.version or t.dtype != output.dtype:
+        return None
+    recipe = output.recipe()
+    return None if recipe is None else _Rebuilt(t, output, recipe)
+
+
+def _unpack(packed: Any) -> Tensor:
+    return packed.get()

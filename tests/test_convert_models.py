@@ -1,0 +1,368 @@
+"""convert() on whole architectures: what it fuses, counted, and that they compute the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+import batchops
+from batchops import nn as bnn
+from batchops._convert.blocks import ResidualForward
+from batchops._convert.tables import STOCK, FusedActivation
+
+from . import models
+from .test_convert import assert_same_behaviour, unfused
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Weights and statistics that no error hides behind (timm starts the last norms at zero)."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.weight.uniform_(0.5, 1.0)
+                module.bias.uniform_(-0.5, 0.5)
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def fused_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m) in STOCK]
+
+
+def residual_blocks(model: nn.Module) -> int:
+    return sum(isinstance(m.__dict__.get("forward"), ResidualForward) for m in model.modules())
+
+
+def run(model: nn.Module, inputs: Sequence[torch.Tensor], training: bool) -> list[torch.Tensor]:
+    """Output, gradients and buffers of one step."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(model).train(training).to(inputs[0].dtype)
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    y = model(*inputs)
+    # against fixed directions, so that no gradient is zero by symmetry
+    y.mul(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    results = [y.detach(), *(x.grad for x in inputs), *(p.grad for p in model.parameters())]
+    return results + [t.clone() for t in model.buffers()]
+
+
+def assert_as_exact_as_stock(ours: nn.Module, stock: nn.Module, *inputs: torch.Tensor) -> None:
+    """Against stock in float64: at most twice stock's own error in the inputs' dtype, or sixteen
+    roundings a norm where stock happens to have none. Gradients that are zero by symmetry are
+    sums of terms of the size of the input's gradient."""
+    roundings = 16 * len(fused_norms(ours)) * torch.finfo(inputs[0].dtype).eps
+    for training in (True, False):
+        exact = run(stock, [x.double() for x in inputs], training)
+        theirs, mine = run(stock, inputs, training), run(ours, inputs, training)
+        for index, (e, t, m) in enumerate(zip(exact, theirs, mine, strict=True)):
+            e, t, m = e.double(), t.double(), m.double()
+            scale = max(e.norm(), exact[1].norm())
+            error, allowed = (m - e).norm(), 2 * (t - e).norm() + roundings * scale
+            assert error <= allowed, (training, index, float(error / scale))
+
+
+COUNTS = {  # norms, those with an activation, residual blocks
+    # stem 1, 8 blocks of 2, 3 projections; the stem's, every first and every last norm have a relu
+    "resnet18": (20, 17, 8),
+    # stem 1, 16 blocks of 3, 4 projections
+    "resnet50": (53, 49, 16),
+}
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_timm_resnet(name):
+    stock = randomize(models.timm().create_model(name, num_classes=10))
+    ours = copy.deepcopy(stock)
+    keys, parameters = list(ours.state_dict()), list(ours.parameters())
+    assert batchops.convert(ours) is ours
+    norms = fused_norms(ours)
+    with_activation = [m for m in norms if m.activation == "relu"]
+    assert (len(norms), len(with_activation), residual_blocks(ours)) == COUNTS[name]
+    assert not any(type(m) in (nn.BatchNorm2d, nn.ReLU) for m in ours.modules())
+    assert [type(m) for m in ours.children()] == [
+        {nn.BatchNorm2d: bnn.BatchNorm2d, nn.ReLU: FusedActivation}.get(type(m), type(m))
+        for m in stock.children()
+    ]
+    assert list(ours.state_dict()) == keys
+    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
+    x = torch.randn(4, 3, 32, 32)
+    assert_as_exact_as_stock(ours, stock, x)
+
+    batchops.revert(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
+    assert [set(m.__dict__) for m in ours.modules()] == [set(m.__dict__) for m in stock.modules()]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ours.state_dict().values(), stock.state_dict().values(), strict=True)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(ours, [x], True), run(stock, [x], True), strict=True)
+    )
+
+
+@pytest.mark.parametrize("option", [{"drop_path_rate": 0.2}, {"block_args": {"attn_layer": "se"}}])
+def test_timm_blocks_with_something_between_norm_and_sum_keep_their_forward(option):
+    stock = models.timm().create_model("resnet18", num_classes=10, **option)
+    ours = batchops.convert(copy.deepcopy(stock))
+    # 8 first norms, the stem's, and under drop_path the first block, whose rate is 0
+    blocks = 1 if "drop_path_rate" in option else 0
+    assert residual_blocks(ours) == blocks
+    assert sum(m.activation is not None for m in fused_norms(ours)) == 9 + blocks
+    assert_as_exact_as_stock_with_dropout(ours, stock)
+
+
+def assert_as_exact_as_stock_with_dropout(ours, stock):
+    x = torch.randn(2, 3, 64, 64)
+    results = []
+    for model in (ours, stock):
+        torch.manual_seed(3)
+        results.append(model.train()(x))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def as_torchvision(monkeypatch, kind, name="BasicBlock"):
+    return getattr(models.as_torchvision(monkeypatch, **{name: kind}), name)
+
+
+def residual_net(kind):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        *(nn.BatchNorm2d(8), nn.ReLU(), kind(8, 8), kind(8, 16, stride=2)),
+    )
+
+
+@pytest.mark.parametrize(("name", "norms"), [("BasicBlock", 2), ("Bottleneck", 3)])
+def test_torchvision_blocks(monkeypatch, name, norms):
+    kind = as_torchvision(monkeypatch, getattr(models, name), name)
+    stock = randomize(residual_net(kind))
+    ours = batchops.convert(copy.deepcopy(stock))
+    assert residual_blocks(ours) == 2
+    assert sum(m.activation == "relu" for m in fused_norms(ours)) == 1 + 2 * norms
+    assert ours[4].downsample[1].activation is None
+    assert type(ours[3]) is kind
+    x = torch.randn(4, 3, 16, 16)
+    assert_as_exact_as_stock(ours, stock, x)
+    before = repr(ours)
+    assert repr(batchops.convert(ours)) == before
+
+    expected = run(ours, [x], True)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other[3].forward.block is other[3]
+        assert all(torch.equal(a, b) for a, b in zip(run(other, [x], True), expected, strict=True))
+        batchops.revert(other)
+        assert [type(m) for m in other.modules()] == [type(m) for m in stock.modules()]
+        assert_same_behaviour(other, copy.deepcopy(stock), x)
+    block = batchops.revert(copy.deepcopy(ours)[3])  # a whole block is a part that can go back
+    assert [type(m) for m in block.modules()] == [type(m) for m in stock[3].modules()]
+
+
+def test_blocks_of_the_same_class_by_another_name_stay():
+    ours = batchops.convert(residual_net(models.BasicBlock))
+    assert residual_blocks(ours) == 0
+    assert sum(m.activation is not None for m in fused_norms(ours)) == 1
+
+
+class OtherForward(models.BasicBlock):
+    """The known name, and a scaled branch."""
+
+    def forward(self, x):
+        branch = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        branch += 0.5 * (x if self.downsample is None else self.downsample(x))
+        return self.relu(branch)
+
+
+class KeepsState(models.BasicBlock):
+    """The known name and output, and something done on the way."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen.add_(1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [OtherForward, KeepsState])
+def test_a_known_name_with_another_forward_stays(monkeypatch, kind):
+    stock = residual_net(as_torchvision(monkeypatch, kind))
+    ours = batchops.convert(copy.deepcopy(stock))
+    assert residual_blocks(ours) == 0
+    assert_same_behaviour(ours, stock, torch.randn(4, 3, 16, 16))
+
+
+@pytest.mark.parametrize("name", ["bn1", "bn2", "relu"])
+def test_a_block_with_a_hook_inside_stays(monkeypatch, name):
+    stock = residual_net(as_torchvision(monkeypatch, models.BasicBlock))
+    ours = copy.deepcopy(stock)
+    seen = []
+    getattr(ours[3], name).register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
+    batchops.convert(ours)
+    assert "forward" not in ours[3].__dict__
+    assert "forward" in ours[4].__dict__
+    assert_same_behaviour(ours, stock, torch.randn(4, 3, 16, 16))
+    assert seen
+
+
+def test_a_block_in_a_hooked_model_fuses_and_its_own_hooks_see_the_output(monkeypatch):
+    ours, seen = residual_net(as_torchvision(monkeypatch, models.BasicBlock)), []
+    ours[3].register_forward_hook(lambda m, i, o: seen.append(o))
+    ours.register_forward_hook(lambda m, i, o: seen.append(o))
+    batchops.convert(ours)
+    assert residual_blocks(ours) == 2
+    y = ours(torch.randn(2, 3, 8, 8))
+    assert len(seen) == 2
+    assert seen[1] is y
+    # put on afterwards: the activation's place still is where the block's output passes
+    late = []
+    ours[4].relu.register_forward_hook(lambda m, i, o: late.append(o))
+    assert late == []
+    y = ours(torch.randn(2, 3, 8, 8))
+    assert late[-1] is y
+
+
+def test_a_norm_of_a_block_used_from_outside_keeps_the_block(monkeypatch):
+    kind = as_torchvision(monkeypatch, models.BasicBlock)
+
+    class Peeks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = kind(4, 4)
+
+        def forward(self, x):
+            return self.block(x) + self.block.bn2(x)
+
+    stock = Peeks()
+    ours = batchops.convert(copy.deepcopy(stock))
+    assert residual_blocks(ours) == 0
+    assert_same_behaviour(ours, stock, torch.randn(4, 4, 8, 8))
+
+
+def test_converted_blocks_compile_and_export(monkeypatch):
+    torch._dynamo.reset()
+    stock = residual_net(as_torchvision(monkeypatch, models.BasicBlock))
+    ours = batchops.convert(randomize(stock)).eval()
+    assert residual_blocks(ours) == 2
+    x = torch.randn(2, 3, 8, 8)
+    expected = ours(x)
+    assert torch.equal(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
+    assert torch.equal(torch.export.export(ours, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_layout_survive(monkeypatch, dtype, layout):
+    kind = as_torchvision(monkeypatch, models.Bottleneck, "Bottleneck")
+    stock = randomize(residual_net(kind)).to(dtype).to(memory_format=layout)
+    ours = batchops.convert(copy.deepcopy(stock))
+    assert all(p.dtype == dtype for p in ours.parameters())
+    x = torch.randn(4, 3, 16, 16, dtype=dtype).to(memory_format=layout)
+    y = copy.deepcopy(ours)(x)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=layout)
+    assert_as_exact_as_stock(ours, stock, x)
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16])
+def test_autocast(monkeypatch, amp_dtype):
+    stock = randomize(residual_net(as_torchvision(monkeypatch, models.BasicBlock)))
+    ours = batchops.convert(copy.deepcopy(stock))
+    x = torch.randn(4, 3, 16, 16)
+    exact = copy.deepcopy(stock).double()(x.double())
+    with torch.autocast("cpu", amp_dtype):
+        mine, theirs = ours(x), stock(x)
+    assert mine.dtype == theirs.dtype
+    assert (mine - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+# ------------------------------------------------------------------- norms with their activation
+
+
+def test_timm_norms_with_an_activation():
+    models.timm()
+    from timm.layers import BatchNormAct2d
+
+    stock = randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            BatchNormAct2d(4),
+            BatchNormAct2d(4, apply_act=False),
+            nn.Conv2d(4, 4, 3),
+            BatchNormAct2d(4, act_layer=nn.Tanh),  # no such activation in the norms
+            BatchNormAct2d(4, drop_layer=nn.Dropout),
+        )
+    )
+    ours = copy.deepcopy(stock)
+    keys = list(ours.state_dict())
+    batchops.convert(ours)
+    assert [type(m) for m in ours] == [
+        *(nn.Conv2d, bnn.BatchNorm2d, bnn.BatchNorm2d),
+        *(nn.Conv2d, BatchNormAct2d, BatchNormAct2d),
+    ]
+    assert [m.activation for m in (ours[1], ours[2])] == ["relu", None]
+    assert list(ours.state_dict()) == keys
+    x = torch.randn(4, 3, 8, 8)
+    assert_same_behaviour(ours, stock, x)
+    for other in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), ours):
+        batchops.revert(other)
+        assert [type(m) for m in other] == [type(m) for m in stock]
+    assert_same_behaviour(ours, stock, x)
+
+
+def test_timm_norm_with_a_hook_on_its_activation_stays():
+    models.timm()
+    from timm.layers import BatchNormAct2d
+
+    norm = BatchNormAct2d(4)
+    norm.act.register_forward_hook(lambda m, i, o: None)
+    assert type(batchops.convert(nn.Sequential(norm))[0]) is BatchNormAct2d
+
+
+def test_timm_norms_with_an_activation_stay_without_fuse():
+    models.timm()
+    from timm.layers import BatchNormAct2d
+
+    assert type(batchops.convert(nn.Sequential(BatchNormAct2d(4)), fuse=False)[0]) is BatchNormAct2d
+
+
+# -------------------------------------------------------------------------------- a diffusion UNet
+
+
+class UNet(nn.Module):
+    def __init__(self, norm, act):
+        super().__init__()
+        self.blocks = nn.ModuleList(models.UNetBlock(8, norm, act) for _ in range(2))
+
+    def forward(self, x, embedding):
+        for block in self.blocks:
+            x = block(x, embedding)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "name"),
+    [
+        (nn.BatchNorm2d, nn.ReLU, "relu"),
+        (nn.BatchNorm2d, nn.SiLU, "silu"),
+        (nn.GroupNorm, nn.SiLU, "silu"),
+    ],
+    ids=["batch norm, relu", "batch norm, silu", "group norm, silu"],
+)
+def test_unet_blocks(norm, act, name):
+    models.needs(norm, name)
+    stock = UNet(norm, act)
+    ours = batchops.convert(copy.deepcopy(stock))
+    for block in ours.blocks:
+        for fused, place in ((block.norm1, block.act1), (block.norm2, block.act2)):
+            assert type(fused) is getattr(bnn, norm.__name__)
+            assert fused.activation == name
+            assert isinstance(place, FusedActivation)
+        assert type(block.embed[0]) is nn.SiLU
+    # dropout included: both draw the same numbers
+    assert_as_exact_as_stock(ours, stock, torch.randn(3, 8, 6, 6), torch.randn(3, 6))
+    assert unfused(batchops.revert(ours))
