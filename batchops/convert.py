@@ -42,9 +42,10 @@ def convert(model: _Model, *, fuse: bool = True) -> _Model:
     code around them might reach inside; if norms remain, there is one warning.
 
     :func:`revert` undoes all of it. Revert before tools that put other modules in the place of
-    norms (``SyncBatchNorm.convert_sync_batchnorm``, conv-bn folding), before TorchScript and
-    ``nn.DataParallel``: they know nothing of the activation or of forwards on instances. A norm
-    that another model holds too becomes a fused norm there as well; use ``fuse=False`` then.
+    norms (``SyncBatchNorm.convert_sync_batchnorm``, conv-bn folding), before TorchScript, ONNX,
+    torch.fx and ``nn.DataParallel``: they know nothing of the activation or of forwards on
+    instances. ``torch.compile`` and ``torch.export`` take converted models. A norm that another
+    model holds too becomes a fused norm there as well; use ``fuse=False`` then.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
+
 from . import _recording
 
 __all__ = ["recompute"]
@@ -27,8 +29,11 @@ def recompute() -> contextlib.AbstractContextManager[None]:
     each other, with ``torch.utils.checkpoint`` and with
     ``torch.autograd.graph.saved_tensors_hooks`` around them, which get every tensor that is not
     rebuilt. A tensor that is changed in place between its use and the backward raises torch's
-    ``RuntimeError``, as without the block. Inside of ``torch.compile``d functions the compiler
-    decides what is saved, and nothing is rebuilt. ``torch.func`` transforms refuse saved-tensor
-    hooks and so raise in the block.
+    ``RuntimeError``, as without the block; so does a change of the running statistics that an
+    output in eval mode was computed from. In ``torch.compile``d functions the compiler decides what
+    is saved: nothing is rebuilt there, and a block inside of them does nothing. ``torch.func``'s
+    gradients refuse saved-tensor hooks and so raise in the block.
     """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
     return _recording.block()
