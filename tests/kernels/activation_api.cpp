@@ -8,7 +8,8 @@
 using namespace batchops;
 
 // forward: dy is null. With `bits` the derivative is taken from mask bits made of z.
-// `own` takes the functor itself, else AnyActivation. Returns 0, or 1 where `bits` do not apply.
+// `own`: 0 AnyActivation, 1 the functor itself, 2 and 3 FastSilu, exact and short. Returns 0, or 1
+// where `bits` do not apply.
 #define BATCHOPS_TEST_API(isa)                                                                  \
   extern "C" BATCHOPS_API int activation_##isa(int activation, double slope, int own, int bits, \
                                                int dtype, const void* dy, const void* z,        \

@@ -1,4 +1,5 @@
 #include "kernels/activation.inl"
+#include "kernels/cpu/silu.inl"
 
 template <class T, class Act>
 int run_over(const Act& act, bool bits, bool maskable, const T* dy, const T* z, T* out, int64_t n) {
@@ -23,7 +24,7 @@ int run_over(const Act& act, bool bits, bool maskable, const T* dy, const T* z, 
   return 0;
 }
 
-int run_activation(Activation activation, double slope, bool own, bool bits, DType dtype,
+int run_activation(Activation activation, double slope, int own, bool bits, DType dtype,
                    const void* dy, const void* z, void* out, int64_t n) {
   const bool maskable = traits_of(activation).maskable;
   const auto run = [&](const auto& act) {
@@ -34,7 +35,9 @@ int run_activation(Activation activation, double slope, bool own, bool bits, DTy
     return run_over(act, bits, maskable, static_cast<const float*>(dy),
                     static_cast<const float*>(z), static_cast<float*>(out), n);
   };
-  if (!own) return run(AnyActivation{activation, slope});
+  if (own == 0) return run(AnyActivation{activation, slope});
+  if (own == 2) return run(FastSilu<false>{});
+  if (own == 3) return run(FastSilu<true>{});
   return with_activation<Identity, Relu, LeakyRelu, Silu, Gelu, GeluTanh, Hardswish>(activation,
                                                                                      slope, run);
 }

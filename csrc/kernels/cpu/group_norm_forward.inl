@@ -300,7 +300,7 @@ const char* group_norm_forward(const GroupNormForward& args, const Parallel& par
     error =
         args.mask != nullptr
             ? run(GroupForward<S, AnyActivation, true>{{args, plan}, affine, any})
-            : with_activation<Identity, Silu>(shape.activation, shape.slope, [&](const auto& act) {
+            : with_activation<Identity, FastSilu<sizeof(S) == 2>>(shape.activation, shape.slope, [&](const auto& act) {
                 using Act = std::remove_cvref_t<decltype(act)>;
                 return run(GroupForward<S, Act, false>{{args, plan}, affine, act});
               });
