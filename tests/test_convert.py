@@ -43,16 +43,18 @@ def outputs_and_grads(model, x):
 
 
 def assert_same_behaviour(model, reference, x):
+    """In float64: in fewer bits, a relu that flips next to zero changes all that follows."""
+    model, reference, x = model.double(), reference.double(), x.double()
     for mode in (True, False):
         model.train(mode)
         reference.train(mode)
         ours, theirs = outputs_and_grads(model, x), outputs_and_grads(reference, x)
         for a, b in zip(ours, theirs, strict=True):
-            assert (a - b).norm() <= 1e-4 * max(1.0, b.norm())
+            assert (a - b).norm() <= 1e-10 * max(1.0, b.norm())
     for (key, a), b in zip(
         model.state_dict().items(), reference.state_dict().values(), strict=True
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=key)
 
 
 def test_swaps_in_place_and_fuses():

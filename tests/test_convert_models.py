@@ -51,19 +51,16 @@ def run(model: nn.Module, inputs: Sequence[torch.Tensor], training: bool) -> lis
     return results + [t.clone() for t in model.buffers()]
 
 
-def assert_as_exact_as_stock(ours: nn.Module, stock: nn.Module, *inputs: torch.Tensor) -> None:
-    """Against stock in float64: at most twice stock's own error in the inputs' dtype, or sixteen
-    roundings a norm where stock happens to have none. Gradients that are zero by symmetry are
-    sums of terms of the size of the input's gradient."""
-    roundings = 16 * len(fused_norms(ours)) * torch.finfo(inputs[0].dtype).eps
+def assert_same_as_stock(ours: nn.Module, stock: nn.Module, *inputs: torch.Tensor) -> None:
+    """In float64: in fewer bits, a relu that flips next to zero changes all that follows. Gradients
+    that are zero by symmetry are sums of terms of the size of the input's gradient."""
+    inputs = tuple(x.double() for x in inputs)
     for training in (True, False):
-        exact = run(stock, [x.double() for x in inputs], training)
-        theirs, mine = run(stock, inputs, training), run(ours, inputs, training)
-        for index, (e, t, m) in enumerate(zip(exact, theirs, mine, strict=True)):
-            e, t, m = e.double(), t.double(), m.double()
-            scale = max(e.norm(), exact[1].norm())
-            error, allowed = (m - e).norm(), 2 * (t - e).norm() + roundings * scale
-            assert error <= allowed, (training, index, float(error / scale))
+        expected, got = run(stock, inputs, training), run(ours, inputs, training)
+        for index, (e, g) in enumerate(zip(expected, got, strict=True)):
+            e, g = e.double(), g.double()
+            scale = max(e.norm(), expected[1].norm())
+            assert (g - e).norm() <= 1e-9 * scale, (training, index, float((g - e).norm() / scale))
 
 
 COUNTS = {  # norms, those with an activation, residual blocks
@@ -91,7 +88,7 @@ def test_timm_resnet(name):
     assert list(ours.state_dict()) == keys
     assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
     x = torch.randn(4, 3, 32, 32)
-    assert_as_exact_as_stock(ours, stock, x)
+    assert_same_as_stock(ours, stock, x)
 
     batchops.revert(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
@@ -113,16 +110,12 @@ def test_timm_blocks_with_something_between_norm_and_sum_keep_their_forward(opti
     blocks = 1 if "drop_path_rate" in option else 0
     assert residual_blocks(ours) == blocks
     assert sum(m.activation is not None for m in fused_norms(ours)) == 9 + blocks
-    assert_as_exact_as_stock_with_dropout(ours, stock)
-
-
-def assert_as_exact_as_stock_with_dropout(ours, stock):
     x = torch.randn(2, 3, 64, 64)
     results = []
     for model in (ours, stock):
-        torch.manual_seed(3)
-        results.append(model.train()(x))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+        torch.manual_seed(3)  # both draw the same paths
+        results.append(model.double().train()(x.double()))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def as_torchvision(monkeypatch, kind, name="BasicBlock"):
@@ -146,7 +139,7 @@ def test_torchvision_blocks(monkeypatch, name, norms):
     assert ours[4].downsample[1].activation is None
     assert type(ours[3]) is kind
     x = torch.randn(4, 3, 16, 16)
-    assert_as_exact_as_stock(ours, stock, x)
+    assert_same_as_stock(ours, stock, x)
     before = repr(ours)
     assert repr(batchops.convert(ours)) == before
 
@@ -265,7 +258,7 @@ def test_dtype_and_layout_survive(monkeypatch, dtype, layout):
     y = copy.deepcopy(ours)(x)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=layout)
-    assert_as_exact_as_stock(ours, stock, x)
+    assert_same_as_stock(ours, stock, x)
 
 
 @pytest.mark.parametrize("amp_dtype", [torch.bfloat16])
@@ -364,5 +357,5 @@ def test_unet_blocks(norm, act, name):
             assert isinstance(place, FusedActivation)
         assert type(block.embed[0]) is nn.SiLU
     # dropout included: both draw the same numbers
-    assert_as_exact_as_stock(ours, stock, torch.randn(3, 8, 6, 6), torch.randn(3, 6))
+    assert_same_as_stock(ours, stock, torch.randn(3, 8, 6, 6), torch.randn(3, 6))
     assert unfused(batchops.revert(ours))
