@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _binding
+from . import _binding, _recording
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
 
 _train = torch.ops.batchops.batch_norm.default
 _update = torch.ops.batchops.batch_norm_update.default
 _eval = torch.ops.batchops.batch_norm_eval.default
+_group = torch.ops.batchops.group_norm.default
+_layer = torch.ops.batchops.layer_norm.default
 _activation = torch.ops.batchops.activation.default
+
+# None, a name, or a name and its parameter.
+Activation = str | tuple[str, float] | None
+_SLOPE = 0.01  # torch's default for leaky_relu
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_CUDA_GROUP_NORM = False  # nor layer norm and instance norm: torch's own operators there
 _CUDA = _binding.core.built_with_cuda()
 
 
@@ -32,6 +42,26 @@ def _has_kernel(input: Tensor) -> bool:
     return input.is_meta and input.dtype in _CPU_DTYPES
 
 
+def _activation_of(activation: Activation) -> tuple[str, float]:
+    """Name and slope, as the operators take them."""
+    if activation is None:
+        return "none", _SLOPE
+    if isinstance(activation, str):
+        return activation, _SLOPE
+    if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
+        return "leaky_relu", float(activation[1])
+    raise ValueError(
+        f"expected activation to be None, a name or ('leaky_relu', slope), got {activation!r}"
+    )
+
+
+def _call(op: Callable[..., Any], *args: Any) -> Tensor:
+    """A norm's operator; inside recompute(), its output can be rebuilt."""
+    if _recording.open_anywhere and not torch.compiler.is_compiling():
+        return _recording.record(op, args)
+    return op(*args)[0]
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -42,7 +72,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: str | None = None,
+    activation: Activation = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, per channel.
@@ -60,7 +90,8 @@ def batch_norm(
         weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
         momentum: weight of the new batch in the running statistics, no unit, 0 to 1.
         eps: added to the variance, in squared units of ``input``; positive when ``training``.
-        activation: ``None`` or ``"relu"``.
+        activation: ``None``, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``("leaky_relu", slope)``,
+            ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``.
         residual: of ``input``'s size and dtype, added before the activation. Where its dtype
             differs, torch's own operators compute the sum with torch's type promotion.
 
@@ -68,7 +99,8 @@ def batch_norm(
         Tensor of ``input``'s size, dtype and layout. An empty input gives an empty output and
         leaves the statistics alone. Differentiable once and twice in ``input``, ``weight``,
         ``bias`` and ``residual``; forward-mode AD raises ``NotImplementedError``. The backward
-        keeps ``input`` and, with a residual and relu, one bit an element.
+        keeps ``input`` and, with a residual, one bit an element for relu and leaky_relu and
+        ``residual`` itself for the smooth activations.
 
     Raises:
         ValueError: one value per channel when training; unknown ``activation``; ``eps`` out of
@@ -98,24 +130,296 @@ def batch_norm(
         raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(input).__name__}")
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
-    name = "none" if activation is None else activation
+    name, slope = _activation_of(activation)
     if not _has_kernel(input) or (residual is not None and residual.dtype != input.dtype):
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _activation(y if residual is None else y + residual, name)
+        return _activation(y if residual is None else y + residual, name, slope)
     if training:
         if running_mean is None and running_var is None:
-            return _train(input, weight, bias, residual, eps, name)[0]
+            return _call(_train, input, weight, bias, residual, eps, name, slope)
         if running_mean is not None and running_var is not None:
-            return _update(
-                input, running_mean, running_var, weight, bias, residual, momentum, eps, name
-            )[0]
+            statistics = running_mean, running_var
+            return _call(
+                _update, input, *statistics, weight, bias, residual, momentum, eps, name, slope
+            )
     elif running_mean is not None and running_var is not None:
         if eps < 0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-        return _eval(input, running_mean, running_var, weight, bias, residual, eps, name)[0]
+        return _call(
+            _eval, input, running_mean, running_var, weight, bias, residual, eps, name, slope
+        )
     raise RuntimeError(
         "batch_norm: expected running_mean and running_var both given"
         f"{' or both None when training' if training else ', since training is False'}, but got "
         f"running_mean={'None' if running_mean is None else 'a tensor'} and "
         f"running_var={'None' if running_var is None else 'a tensor'}"
     )
+
+
+def _finish(y: Tensor, residual: Tensor | None, name: str, slope: float) -> Tensor:
+    """What a norm of torch's own lacks: the residual and the activation."""
+    return _activation(y if residual is None else y + residual, name, slope)
+
+
+def _casts(cast_output: bool, input: Tensor) -> bool:
+    """Where torch's own operator runs in float32: it is on autocast's list for CUDA alone."""
+    return (
+        cast_output
+        and input.device.type == "cuda"
+        and torch.is_autocast_enabled("cuda")
+        and input.dtype in (torch.float16, torch.bfloat16)
+    )
+
+
+def _takes_kernel(input: Tensor, residual: Tensor | None) -> bool:
+    if input.is_cuda and not _CUDA_GROUP_NORM:
+        return False
+    return _has_kernel(input) and (residual is None or residual.dtype == input.dtype)
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    cast_output: bool = False,
+) -> Tensor:
+    """``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, per group.
+
+    ``mean`` and the biased ``var`` are those of each sample's ``C / num_groups`` channels with all
+    their positions; ``weight`` and ``bias`` belong to channels. All sums are in float32 or better.
+    The result is the same bit for bit in every run and for any number of threads.
+
+    Args:
+        input: ``(N, C, *)``, 2 or more dimensions; float32, bfloat16, float16, and float64 on the
+            CPU. Contiguous and channels-last memory are both native: the output keeps the layout.
+        num_groups: divides ``C``.
+        weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
+        eps: added to the variance, in squared units of ``input``.
+        activation: as for :func:`batch_norm`.
+        residual: of ``input``'s size and dtype, added before the activation. Where its dtype
+            differs, torch's own operators compute the sum with torch's type promotion.
+        cast_output: the dtype torch's own operator gives under autocast, which is float32 for a
+            low-precision ``input`` on CUDA. Else the output keeps ``input``'s dtype there too.
+
+    Returns:
+        Tensor of ``input``'s size, dtype and layout; empty for an empty input. Differentiable once
+        and twice in ``input``, ``weight``, ``bias`` and ``residual``; forward-mode AD raises
+        ``NotImplementedError``. The backward keeps ``input`` and, with a residual, one bit an
+        element for relu and leaky_relu and ``residual`` itself for the smooth activations.
+
+    Raises:
+        ValueError: one value per group; unknown ``activation``.
+        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
+
+    A device or dtype without a kernel here (CUDA float64, MPS, ...) takes torch's operators.
+
+    Source: Wu and He 2018, arXiv:1803.08494.
+    """
+    if has_torch_function_variadic(input, weight, bias, residual):
+        return handle_torch_function(
+            group_norm,
+            (input, weight, bias, residual),
+            input,
+            num_groups,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+            cast_output=cast_output,
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"group_norm: expected input to be a Tensor, got {type(input).__name__}")
+    if input.dim() < 2:
+        raise RuntimeError(
+            f"Expected at least 2 dimensions for input tensor but received {input.dim()}"
+        )
+    if num_groups <= 0:
+        raise RuntimeError(f"group_norm: expected num_groups to be positive, got {num_groups}")
+    size = input.size()
+    # torch's own check, which counts the values of a group over the whole batch
+    F._verify_batch_size([size[0] * size[1] // num_groups, num_groups, *size[2:]])
+    name, slope = _activation_of(activation)
+    if _casts(cast_output, input):
+        input = input.float()
+        residual = residual if residual is None else residual.float()
+    if not _takes_kernel(input, residual):
+        return _finish(F.group_norm(input, num_groups, weight, bias, eps), residual, name, slope)
+    return _call(_group, input, num_groups, weight, bias, residual, eps, name, slope)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int] | tuple[int, ...] | torch.Size,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    cast_output: bool = False,
+) -> Tensor:
+    """``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, per row.
+
+    A row is the last ``len(normalized_shape)`` dimensions; each of its positions has a ``weight``
+    and a ``bias``. All sums are in float32 or better, and bitwise reproducible.
+
+    Args:
+        input: ``(*, *normalized_shape)``; float32, bfloat16, float16, and float64 on the CPU. A
+            non-contiguous one is copied once; the output is contiguous, as torch's is.
+        normalized_shape: the sizes of a row.
+        weight, bias: of size ``normalized_shape``, of ``input``'s dtype or float32; or ``None``.
+        eps: added to the variance, in squared units of ``input``.
+        activation, residual, cast_output: as for :func:`group_norm`.
+
+    Returns:
+        Tensor of ``input``'s size and dtype. Differentiable as :func:`group_norm` is.
+
+    Raises:
+        ValueError: unknown ``activation``.
+        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
+
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
+    """
+    if has_torch_function_variadic(input, weight, bias, residual):
+        return handle_torch_function(
+            layer_norm,
+            (input, weight, bias, residual),
+            input,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+            cast_output=cast_output,
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"layer_norm: expected input to be a Tensor, got {type(input).__name__}")
+    name, slope = _activation_of(activation)
+    if _casts(cast_output, input):
+        input = input.float()
+        residual = residual if residual is None else residual.float()
+    if not _takes_kernel(input, residual):
+        y = F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return _finish(y, residual, name, slope)
+    return _layer(input, normalized_shape, weight, bias, residual, eps, name, slope)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    cast_output: bool = False,
+) -> Tensor:
+    """``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, per sample and
+    channel.
+
+    ``mean`` and the biased ``var`` are over the positions of each channel of each sample when
+    ``use_input_stats``, else ``running_mean`` and ``running_var``. Running statistics, where given
+    with ``use_input_stats``, move by ``momentum`` towards the batch's average of the means and of
+    the unbiased variances.
+
+    Args:
+        input: ``(N, C, *)`` with more than one position; dtypes and layouts as for
+            :func:`group_norm`.
+        running_mean, running_var: ``(C,)``, of ``input``'s dtype or float32; both or none.
+        weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
+        momentum: weight of the new batch in the running statistics, no unit, 0 to 1.
+        eps: added to the variance, in squared units of ``input``.
+        activation, residual, cast_output: as for :func:`group_norm`.
+
+    Returns:
+        Tensor of ``input``'s size, dtype and layout. Differentiable as :func:`group_norm` is.
+
+    Raises:
+        ValueError: one position only; unknown ``activation``.
+        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
+
+    Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+        return handle_torch_function(
+            instance_norm,
+            (input, running_mean, running_var, weight, bias, residual),
+            input,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+            cast_output=cast_output,
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"instance_norm: expected input to be a Tensor, got {type(input).__name__}")
+    if (running_mean is None) != (running_var is None) or (
+        running_mean is None and not use_input_stats
+    ):
+        raise RuntimeError(
+            "instance_norm: expected running_mean and running_var both given"
+            f"{' or both None' if use_input_stats else ', since use_input_stats is False'}, but got"
+            f" running_mean={'None' if running_mean is None else 'a tensor'} and "
+            f"running_var={'None' if running_var is None else 'a tensor'}"
+        )
+    if use_input_stats:
+        F._verify_spatial_size(input.size())
+    name, slope = _activation_of(activation)
+    if _casts(cast_output, input):
+        input = input.float()
+        residual = residual if residual is None else residual.float()
+    if not _takes_kernel(input, residual):
+        y = F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+        return _finish(y, residual, name, slope)
+    if not use_input_stats:
+        return batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            False,
+            momentum,
+            eps,
+            activation=activation,
+            residual=residual,
+        )
+    channels = input.size(1)
+    if running_mean is None or running_var is None:
+        return _call(_group, input, channels, weight, bias, residual, eps, name, slope)
+    for what, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running.shape != (channels,):
+            raise RuntimeError(
+                f"instance_norm: expected {what} of size [{channels}], one element for each "
+                f"channel of the input, got {list(running.shape)}"
+            )
+    y, stats, _ = _group(input, channels, weight, bias, residual, eps, name, slope)
+    if input.numel() != 0:
+        with torch.no_grad():
+            positions = input.numel() // (input.size(0) * channels)
+            high, low, rstd = stats.double().view(3, -1, channels)
+            var = (rstd.pow(-2) - eps).clamp_min(0) * (positions / (positions - 1))
+            for running, batch in (
+                (running_mean, (high + low).mean(0)),
+                (running_var, var.mean(0)),
+            ):
+                running.copy_(running.double().lerp(batch, momentum))
+    return y

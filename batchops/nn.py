@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from . import functional as BF
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+]
 
 
-class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
+def _checked(activation: BF.Activation) -> BF.Activation:
+    """An unknown name fails when the module is made, not at the first batch."""
+    if activation is None or activation == "none":
+        return None
+    torch.ops.batchops.activation(torch.empty(0), *BF._activation_of(activation))
+    return activation
+
+
+class _Activated(nn.Module):
+    """What all fused norms add to torch's modules."""
+
     # Class attribute, so that a stock module turned into this class (convert) has one too.
-    activation: str | None = None
+    activation: BF.Activation = None
 
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -24,15 +51,13 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str | None = None,
+        activation: BF.Activation = None,
         **kwargs: bool,  # bias=, in the torch versions that have it
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
         )
-        if activation is not None:  # an unknown name fails here, not at the first batch
-            torch.ops.batchops.activation(torch.empty(0), activation)
-        self.activation = None if activation == "none" else activation
+        self.activation = _checked(activation)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -65,18 +90,14 @@ class _FusedBatchNorm(nn.modules.batchnorm._BatchNorm):
             counter.add_(1)
         return output
 
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
-
-def _document(name: str, shape: str, stock: type) -> str:
-    return f"""``y = activation(batch_norm(x) + residual)`` for ``{shape}`` inputs.
+def _document(name: str, shape: str, stock: type, form: str = "batch_norm") -> str:
+    return f"""``y = activation({form}(x) + residual)`` for ``{shape}`` inputs.
 
     A subclass of ``torch.nn.{stock.__name__}`` with its arguments, buffers and state_dict.
-    ``activation`` is ``None`` or ``"relu"``. Call it as ``{name}(...)(x)`` or
-    ``{name}(...)(x, residual=z)``. Formula, dtypes and errors:
-    :func:`batchops.functional.batch_norm`.
+    ``activation`` is ``None``, a name (``"relu"``, ``"silu"``, ...) or ``("leaky_relu", slope)``.
+    Call it as ``{name}(...)(x)`` or ``{name}(...)(x, residual=z)``. Formula, dtypes and errors:
+    :func:`batchops.functional.{form}`.
     """
 
 
@@ -90,3 +111,127 @@ class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
 
 class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
     __doc__ = _document("BatchNorm3d", "(N, C, D, H, W)", nn.BatchNorm3d)
+
+
+class GroupNorm(_Activated, nn.GroupNorm):
+    __doc__ = _document("GroupNorm", "(N, C, *)", nn.GroupNorm, "group_norm")
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: BF.Activation = None,
+        **kwargs: bool,  # bias=, in the torch versions that have it
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
+        self.activation = _checked(activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return BF.group_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+
+class LayerNorm(_Activated, nn.LayerNorm):
+    __doc__ = _document("LayerNorm", "(*, *normalized_shape)", nn.LayerNorm, "layer_norm")
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: BF.Activation = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self.activation = _checked(activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return BF.layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+
+class _FusedInstanceNorm(_Activated, nn.modules.instancenorm._InstanceNorm):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: BF.Activation = None,
+        **kwargs: bool,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
+        )
+        self.activation = _checked(activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        unbatched = input.dim() == self._get_no_batch_dim()
+        dim = 0 if unbatched else 1
+        if input.size(dim) != self.num_features:
+            # torch's words, so that what matches on them goes on working
+            if self.affine:
+                raise ValueError(
+                    f"expected input's size at dim={dim} to match num_features "
+                    f"({self.num_features}), but got: {input.size(dim)}."
+                )
+            warnings.warn(
+                f"input's size at dim={dim} does not match num_features. You can silence this "
+                "warning by not passing in num_features, which is not used because affine=False",
+                stacklevel=2,
+            )
+        if unbatched:
+            input = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        output = BF.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+        return output.squeeze(0) if unbatched else output
+
+
+class InstanceNorm1d(_FusedInstanceNorm, nn.InstanceNorm1d):
+    __doc__ = _document("InstanceNorm1d", "(N, C, L)", nn.InstanceNorm1d, "instance_norm")
+
+
+class InstanceNorm2d(_FusedInstanceNorm, nn.InstanceNorm2d):
+    __doc__ = _document("InstanceNorm2d", "(N, C, H, W)", nn.InstanceNorm2d, "instance_norm")
+
+
+class InstanceNorm3d(_FusedInstanceNorm, nn.InstanceNorm3d):
+    __doc__ = _document("InstanceNorm3d", "(N, C, D, H, W)", nn.InstanceNorm3d, "instance_norm")

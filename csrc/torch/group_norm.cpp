@@ -1,0 +1,204 @@
+// torch.ops.batchops.group_norm and layer_norm: schemas, checks, allocation and launch; autograd in
+// norm_autograd.cpp.
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "kernels/group_norm.h"
+#include "torch/activation.h"
+#include "torch/norm.h"
+
+namespace batchops::binding {
+namespace {
+
+constexpr const char* kOp = "group_norm";
+
+void check_groups(const char* op, const Tensor& input, int64_t num_groups) {
+  TORCH_CHECK(num_groups > 0, op, ": expected num_groups to be greater than 0, got ", num_groups);
+  TORCH_CHECK(input.sym_size(1) % num_groups == 0, op,
+              ": Expected number of channels in input to be divisible by num_groups, but got input "
+              "of shape ",
+              input.sym_sizes(), " and num_groups=", num_groups);
+}
+
+void raise_on(const char* message) { TORCH_CHECK(message == nullptr, kOp, ": ", message); }
+
+ForwardOutputs group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
+                          const OptionalTensor& bias, const OptionalTensor& residual, double eps,
+                          std::string_view activation_name, double slope, bool save_mask) {
+  const Activation activation = parse_activation(kOp, activation_name);
+  check_norm_input(kOp, input, weight, bias, residual);
+  check_groups(kOp, input, num_groups);
+
+  const Dense x = to_dense(input);
+  Tensor y = empty_like_dense(x.tensor);
+  const auto stats_type = accumulate_type(input);
+  const int64_t columns = input.size(0) * num_groups;
+  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
+  Tensor mask = empty_mask(x, mask_wanted && input.numel() != 0);
+  if (input.numel() == 0) {
+    const auto options = input.options().dtype(stats_type).memory_format(std::nullopt);
+    return {y, at::zeros({3, columns}, options), mask};
+  }
+  Tensor stats = empty_on(input, {3, columns}, stats_type);
+  const Parameter w(weight), b(bias);
+  const Tensor r = residual ? in_layout_of(*residual, x) : Tensor();
+
+  GroupNormForward args;
+  args.shape = norm_shape<GroupNormShape>(x, weight, bias, activation, slope);
+  args.shape.G = num_groups;
+  args.x = x.tensor.const_data_ptr();
+  args.residual = data_or_null(r);
+  args.weight = w.data;
+  args.bias = b.data;
+  args.y = y.mutable_data_ptr();
+  args.stats = stats.mutable_data_ptr();
+  args.mask = mask_wanted ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  args.eps = eps;
+  if (input.is_cpu()) {
+    raise_on(group_norm_forward_cpu(args, torch_threads()));
+  } else {
+    const c10::DeviceGuard guard(input.device());
+    const int device = input.device().index();
+    const auto bytes = static_cast<int64_t>(group_norm_forward_workspace_cuda(args.shape, device));
+    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
+    raise_on(group_norm_forward_cuda(args, workspace.mutable_data_ptr(), device,
+                                     current_stream(input.device())));
+  }
+  return {y, stats, mask};
+}
+
+BackwardOutputs group_norm_backward(const Tensor& dy, const Tensor& input,
+                                    const OptionalTensor& residual, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const Tensor& stats,
+                                    const OptionalTensor& mask, int64_t num_groups, double eps,
+                                    std::string_view activation, double slope,
+                                    std::array<bool, 4> output_mask) {
+  (void)eps;  // only the derivative of this operator needs it
+  constexpr const char* op = "group_norm_backward";
+  const NormBackwardCall call{op,       dy,         input,
+                              residual, weight,     bias,
+                              stats,    mask,       parse_activation(op, activation),
+                              slope,    output_mask};
+  check_groups(op, input, num_groups);
+  call.check(input.size(0) * num_groups);
+  NormBackwardTensors tensors(call);
+  if (tensors.done) return tensors.outputs();
+  const Parameter w(weight), b(bias);
+  GroupNormBackward args;
+  args.shape = norm_shape<GroupNormShape>(tensors.x, weight, bias, call.activation, slope);
+  args.shape.G = num_groups;
+  tensors.fill(args, call, w, b);
+  if (input.is_cpu()) {
+    raise_on(group_norm_backward_cpu(args, torch_threads()));
+  } else {
+    const c10::DeviceGuard guard(input.device());
+    const int device = input.device().index();
+    const auto bytes = static_cast<int64_t>(group_norm_backward_workspace_cuda(args.shape, device));
+    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
+    raise_on(group_norm_backward_cuda(args, workspace.mutable_data_ptr(), device,
+                                      current_stream(input.device())));
+  }
+  return tensors.outputs();
+}
+
+ForwardOutputs group_norm_meta(const Tensor& input, int64_t num_groups,
+                               const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& residual, double,
+                               std::string_view activation_name, double, bool save_mask) {
+  const Activation activation = parse_activation(kOp, activation_name);
+  check_norm_input(kOp, input, weight, bias, residual);
+  check_groups(kOp, input, num_groups);
+  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
+  const auto options = input.options().memory_format(std::nullopt).dtype(accumulate_type(input));
+  return {empty_like_meta(input), at::empty_symint({3, input.sym_size(0) * num_groups}, options),
+          empty_mask_meta(input, mask_wanted && input.sym_numel() != 0)};
+}
+
+BackwardOutputs group_norm_backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const Tensor&, const OptionalTensor&, int64_t, double,
+                                         std::string_view, double,
+                                         std::array<bool, 4> output_mask) {
+  return norm_backward_meta(input, weight, bias, output_mask);
+}
+
+// A group of all channels over a (rows, values) view; each value is a channel.
+Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape,
+                  const OptionalTensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& residual, double eps, std::string_view activation,
+                  double slope) {
+  constexpr const char* op = "layer_norm";
+  const auto sizes = input.sym_sizes();
+  const auto dims = static_cast<int64_t>(normalized_shape.size());
+  TORCH_CHECK(dims >= 1, op,
+              ": Expected normalized_shape to be at least 1-dimensional, i.e., containing at least "
+              "one element, but got normalized_shape = ",
+              normalized_shape);
+  const bool fits = input.dim() >= dims && sizes.slice(input.dim() - dims).equals(normalized_shape);
+  if (!fits) {
+    std::ostringstream expected;
+    for (const auto& size : normalized_shape) expected << ", " << size;
+    TORCH_CHECK(false, op, ": Given normalized_shape=", normalized_shape,
+                ", expected input with shape [*", expected.str(), "], but got input of size",
+                sizes);
+  }
+  for (const auto& [name, t] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}}) {
+    TORCH_CHECK(!*t || (*t)->sym_sizes().equals(normalized_shape), op, ": Expected ", name,
+                " to be of same shape as normalized_shape, but got ", name, " of shape ",
+                (*t)->sym_sizes(), " and normalized_shape = ", normalized_shape);
+  }
+  TORCH_CHECK(!residual || residual->sym_sizes().equals(sizes), op,
+              ": expected residual of input's size ", sizes, ", but got ",
+              residual ? residual->sym_sizes() : sizes);
+  c10::SymInt values = 1;
+  for (const auto& size : normalized_shape) values = values * size;
+  c10::SymInt rows = 1;
+  for (const auto& size : sizes.slice(0, input.dim() - dims)) rows = rows * size;
+  const bool is_view = input.dim() == 2 && dims == 1;
+  const auto as_rows = [&](const Tensor& t) {
+    return is_view ? t : t.reshape_symint({rows, values});
+  };
+  const auto flat = [&](const OptionalTensor& t) -> OptionalTensor {
+    return t && dims > 1 ? t->reshape_symint({values}) : t;
+  };
+  static const auto group = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("batchops::group_norm", "")
+                                .typed<decltype(group_norm)>();
+  const OptionalTensor r = residual ? OptionalTensor(as_rows(*residual)) : residual;
+  const Tensor y = std::get<0>(
+      group.call(as_rows(input), 1, flat(weight), flat(bias), r, eps, activation, slope, false));
+  return is_view ? y : y.view_symint(sizes);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(batchops, m) {
+  // y, and what the backward needs: statistics [3, N * num_groups], and a bit mask or an empty
+  // tensor.
+  m.def(
+      "group_norm(Tensor input, int num_groups, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "float eps, str activation, float slope=0.01, bool save_mask=False) "
+      "-> (Tensor y, Tensor stats, Tensor mask)");
+  m.def(
+      "group_norm_backward(Tensor dy, Tensor input, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor stats, Tensor? mask, int num_groups, float eps, str activation, "
+      "float slope, bool[4] output_mask) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def(
+      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, float eps, str activation, float slope=0.01) -> Tensor");
+}
+
+#define BATCHOPS_IMPLEMENT(m, suffix)          \
+  (m).impl("group_norm", &group_norm##suffix); \
+  (m).impl("group_norm_backward", &group_norm_backward##suffix)
+
+TORCH_LIBRARY_IMPL(batchops, CPU, m) { BATCHOPS_IMPLEMENT(m, ); }
+TORCH_LIBRARY_IMPL(batchops, CUDA, m) { BATCHOPS_IMPLEMENT(m, ); }
+TORCH_LIBRARY_IMPL(batchops, Meta, m) { BATCHOPS_IMPLEMENT(m, _meta); }
+TORCH_LIBRARY_IMPL(batchops, CompositeImplicitAutograd, m) { m.impl("layer_norm", &layer_norm); }
+
+}  // namespace batchops::binding

@@ -1,0 +1,381 @@
+"""group_norm, layer_norm and instance_norm as torch operators: layouts, autograd, tracing, errors.
+
+Their numbers, kernel by kernel, are in test_group_norm_kernels.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from batchops import functional as BF
+from batchops import nn as bnn
+
+from .reference import activation_argument, to_float64
+from .test_batch_norm import LAYOUTS
+from .test_group_norm_kernels import Reference
+from .tolerances import assert_close, elementwise
+
+ops = torch.ops.batchops
+
+# name: (x's size, ours, torch's, size of weight and bias, how the float64 oracle sees it)
+NORMS = {
+    "group_norm": (
+        (4, 6, 5, 3),
+        lambda x, w, b, **k: BF.group_norm(x, 3, w, b, **k),
+        lambda x, w, b: F.group_norm(x, 3, w, b),
+        (6,),
+        lambda x: (x.reshape(4, 6, 15), 3),
+    ),
+    "layer_norm": (
+        (4, 3, 5, 6),
+        lambda x, w, b, **k: BF.layer_norm(x, (5, 6), w, b, **k),
+        lambda x, w, b: F.layer_norm(x, (5, 6), w, b),
+        (5, 6),
+        lambda x: (x.reshape(12, 30, 1), 1),
+    ),
+    "instance_norm": (
+        (4, 6, 5, 3),
+        lambda x, w, b, **k: BF.instance_norm(x, weight=w, bias=b, **k),
+        lambda x, w, b: F.instance_norm(x, weight=w, bias=b),
+        (6,),
+        lambda x: (x.reshape(4, 6, 15), 6),
+    ),
+}
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def case(name, dtype=torch.float32, layout="contiguous", residual=False, grad=True):
+    size, ours, theirs, params, oracle = NORMS[name]
+    x = LAYOUTS[layout]((torch.randn(size) * 2 + 0.5).to(dtype))
+    w, b = (torch.rand(params) + 0.5).to(dtype), torch.randn(params).to(dtype)
+    r = LAYOUTS[layout](torch.randn(size).to(dtype)) if residual else None
+    tensors = [t if t is None else t.detach().requires_grad_(grad) for t in (x, w, b, r)]
+    return tensors, ours, theirs, oracle
+
+
+def stock(theirs, activation):
+    """torch's norm, sum and activation one after the other."""
+    name, slope = BF._activation_of(activation)
+
+    def f(x, w, b, r=None):
+        y = theirs(x, w, b)
+        return ops.activation(y if r is None else y + r, name, slope)
+
+    return f
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_forward_and_backward(name, dtype, layout, activation, residual):
+    (x, w, b, r), ours, _, oracle = case(name, dtype, layout, residual)
+    y = ours(x, w, b, activation=activation_argument(activation), residual=r)
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+
+    def flat(t):
+        return None if t is None else to_float64(t).reshape(oracle(to_float64(x))[0].shape)
+
+    groups = oracle(to_float64(x))[1]
+    parameters = (to_float64(t).reshape(-1) for t in (w, b))
+    expected = Reference(flat(x), groups, *parameters, flat(r), activation)
+    bound = elementwise(dtype, expected.xhat[0].size)
+    size = x.shape
+    assert y.dtype == dtype
+    assert y.is_contiguous() if name == "layer_norm" else y.stride() == x.stride()
+    assert_close(y, expected.y.reshape(size), bound, "y")
+    derivative = expected.derivative
+    if activation in ("relu", "leaky_relu"):  # y shows the side that rounding chose next to 0
+        near = np.abs(expected.z) <= 1e-4
+        other = 0.0 if activation == "relu" else 0.1
+        derivative = np.where(near, np.where(flat(y) > 0, 1.0, other), derivative)
+    dx, dz, dweight, dbias = expected.backward(flat(dy), derivative)
+    terms = 3 * max(1.0, np.abs(expected.rstd).max() * np.abs(expected.weight).max())
+    terms *= max(1.0, np.abs(dz).max())
+    assert_close(x.grad, dx.reshape(size), bound * terms, "dx")
+    if r is not None:
+        assert_close(r.grad, dz.reshape(size), bound * terms, "dresidual")
+    length = np.sqrt(x.numel() / w.numel())
+    assert_close(w.grad, dweight.reshape(w.shape), bound * length * terms, "dweight")
+    assert_close(b.grad, dbias.reshape(b.shape), bound * length * terms, "dbias")
+
+
+@pytest.mark.parametrize("size", [(3, 4), (3, 4, 7), (2, 4, 3, 5), (2, 4, 3, 2, 5)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_number_of_dimensions(size, layout):
+    x = LAYOUTS[layout](torch.randn(size))
+    torch.testing.assert_close(BF.group_norm(x, 2), F.group_norm(x, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        BF.layer_norm(x, size[1:]), F.layer_norm(x, size[1:]), rtol=1e-5, atol=1e-5
+    )
+    if len(size) > 2:
+        torch.testing.assert_close(BF.instance_norm(x), F.instance_norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_other_strides_are_copied_once():
+    x = torch.randn(6, 8, 10, 12)[::2, :, 1:9, ::3]
+    y = BF.group_norm(x, 4)
+    torch.testing.assert_close(y, F.group_norm(x, 4), rtol=1e-5, atol=1e-5)
+    z = BF.layer_norm(x.transpose(1, 3), (8, 8))
+    torch.testing.assert_close(z, F.layer_norm(x.transpose(1, 3), (8, 8)), rtol=1e-5, atol=1e-5)
+
+
+VARIANTS = [(a, r) for a in ("none", "relu", "silu") for r in (False, True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize("name", NORMS)
+def test_gradcheck_and_double_backward(name, activation, residual, layout):
+    tensors, ours, _, _ = case(name, torch.float64, layout, residual)
+
+    def f(x, w, b, r=None):
+        return ours(x, w, b, activation=activation_argument(activation), residual=r)
+
+    tensors = [t for t in tensors if t is not None]
+    assert torch.autograd.gradcheck(f, tensors)
+    assert torch.autograd.gradgradcheck(f, tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+def test_opcheck(activation, residual, layout):
+    (x, w, b, r), *_ = case("group_norm", layout=layout, residual=residual)
+    torch.library.opcheck(ops.group_norm.default, (x, 3, w, b, r, 1e-5, activation))
+    torch.library.opcheck(ops.layer_norm.default, (x, x.shape[3:], None, None, r, 1e-5, activation))
+    with torch.no_grad():
+        y, stats, mask = ops.group_norm(x, 3, w, b, r, 1e-5, activation, save_mask=True)
+        mask = mask if mask.numel() else None
+        kept = None if mask is not None else r
+        for outputs in ([True] * 4, [False, True, False, True]):
+            args = (y, x, kept, w, b, stats, mask, 3, 1e-5, activation, 0.01, outputs)
+            torch.library.opcheck(
+                ops.group_norm_backward.default,
+                [a.detach() if torch.is_tensor(a) else a for a in args],
+            )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize("name", NORMS)
+def test_compile_fullgraph(name, activation, residual, dynamic):
+    torch._dynamo.reset()
+    tensors, ours, _, _ = case(name, residual=residual)
+    tensors = [t for t in tensors if t is not None]
+
+    def step(x, w, b, r=None):
+        return ours(x, w, b, activation=activation_argument(activation), residual=r)
+
+    eager = step(*tensors)
+    grads = torch.autograd.grad(eager.square().sum(), tensors)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (4, 2):
+        parts = [t[:batch] if i in (0, 3) else t for i, t in enumerate(tensors)]
+        torch.testing.assert_close(compiled(*parts), step(*parts))
+    again = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
+    for got, expected in zip(again, grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize("name", NORMS)
+def test_func_grad(name, activation, residual):
+    tensors, ours, theirs, _ = case(name, torch.float64, residual=residual, grad=False)
+    tensors = [t for t in tensors if t is not None]
+    argument = activation_argument(activation)
+    reference = stock(theirs, argument)
+
+    def loss(x, w, b, r=None):
+        return ours(x, w, b, activation=argument, residual=r).pow(2).sum()
+
+    argnums = tuple(range(len(tensors)))
+    got = torch.func.grad(loss, argnums)(*tensors)
+    expected = torch.func.grad(lambda *t: reference(*t).pow(2).sum(), argnums)(*tensors)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_forward_mode_is_refused_clearly():
+    (x, w, b, _), ours, _, _ = case("group_norm", grad=False)
+    with pytest.raises(NotImplementedError, match="group_norm: forward-mode"):
+        torch.func.jvp(lambda t: ours(t, w, b), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_meta_and_export(name):
+    (x, w, b, _), ours, theirs, _ = case(name, grad=False)
+    on_meta = ours(*(t.to("meta") for t in (x, w, b)))
+    assert on_meta.shape == x.shape
+    assert on_meta.stride() == ours(x, w, b).stride()
+
+    class Module(torch.nn.Module):
+        def forward(self, x, w, b):
+            return ours(x, w, b, activation="silu")
+
+    exported = torch.export.export(Module(), (x, w, b)).module()
+    torch.testing.assert_close(exported(x, w, b), F.silu(theirs(x, w, b)))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_autocast_keeps_the_dtype_unless_told(name, device):
+    (x, w, b, _), ours, theirs, _ = case(name, grad=False)
+    x, w, b = x.to(device), w.to(device), b.to(device)
+    low = x.bfloat16()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y, cast = ours(low, w, b), ours(low, w, b, cast_output=True)
+        stock = theirs(low, w, b)
+    assert y.dtype == torch.bfloat16
+    assert cast.dtype == stock.dtype
+    expected = theirs(low.float(), w, b)
+    for got in (y, cast):
+        torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_saves_nothing_that_can_be_recomputed(name, activation, residual):
+    (x, w, b, r), ours, _, oracle = case(name, residual=residual)
+    given = {t.untyped_storage().data_ptr() for t in (x, w, b, r) if t is not None}
+    saved: list[torch.Tensor] = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ours(x, w, b, activation=activation_argument(activation), residual=r)
+    new = sum(t.nbytes for t in saved if t.untyped_storage().data_ptr() not in given)
+    flat, groups = oracle(x.detach())
+    bits = 0
+    if residual and activation in ("relu", "leaky_relu"):
+        rows = (12, 30) if name == "layer_norm" else (24, 15)
+        bits = rows[0] * ((rows[1] + 7) // 8)
+    assert new == bits + 3 * 4 * flat.shape[0] * groups
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_batches(dtype):
+    for size in ((0, 6, 4, 4), (0, 6)):
+        x = torch.empty(size, dtype=dtype, requires_grad=True)
+        w, b = (torch.ones(6, dtype=dtype, requires_grad=True) for _ in range(2))
+        for y in (
+            BF.group_norm(x, 3, w, b),
+            BF.layer_norm(x, size[1:2] if len(size) == 2 else 4)
+            if len(size) == 2
+            else BF.group_norm(x, 6, w, b),
+        ):
+            assert y.shape == x.shape
+        BF.group_norm(x, 3, w, b).sum().backward()
+        assert x.grad.shape == x.shape
+        assert w.grad.eq(0).all()
+        assert b.grad.eq(0).all()
+
+
+def test_instance_norm_running_statistics():
+    """As torch's: the batch's average of each sample's mean and unbiased variance."""
+    for affine in (False, True):
+        ours = bnn.InstanceNorm2d(5, affine=affine, track_running_stats=True, momentum=0.3)
+        theirs = torch.nn.InstanceNorm2d(5, affine=affine, track_running_stats=True, momentum=0.3)
+        theirs.load_state_dict(ours.state_dict())
+        for _ in range(3):
+            x = torch.randn(3, 5, 4, 6) * 2 + 1
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+        ours.eval(), theirs.eval()
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x[0]), theirs(x[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_instance_norm_leaves_statistics_alone_for_nothing():
+    mean, var = torch.zeros(5), torch.ones(5)
+    y = BF.instance_norm(torch.empty(0, 5, 4, 4), mean, var)
+    assert y.shape == (0, 5, 4, 4)
+    assert mean.eq(0).all()
+    assert var.eq(1).all()
+
+
+ERRORS = {
+    "channels": (lambda: BF.group_norm(torch.randn(2, 6, 4), 4), RuntimeError, "divisible"),
+    "groups": (lambda: BF.group_norm(torch.randn(2, 6, 4), 0), RuntimeError, "num_groups"),
+    "dimensions": (lambda: BF.group_norm(torch.randn(6), 2), RuntimeError, "at least 2 dim"),
+    "one value": (lambda: BF.group_norm(torch.randn(1, 4), 4), ValueError, "more than 1 value"),
+    "weight": (
+        lambda: BF.group_norm(torch.randn(2, 6, 4), 2, torch.ones(5)),
+        RuntimeError,
+        "weight should contain 6",
+    ),
+    "weight dtype": (
+        lambda: BF.group_norm(torch.randn(2, 6, 4), 2, torch.ones(6).double()),
+        RuntimeError,
+        "weight to be Float",
+    ),
+    "residual": (
+        lambda: BF.group_norm(torch.randn(2, 6, 4), 2, residual=torch.randn(2, 6, 5)),
+        RuntimeError,
+        "residual of input's size",
+    ),
+    "activation": (
+        lambda: BF.group_norm(torch.randn(2, 6, 4), 2, activation="softplus"),
+        ValueError,
+        "activation must be one of",
+    ),
+    "no tensor": (lambda: BF.group_norm([[1.0]], 1), TypeError, "Tensor, got list"),
+    "row": (
+        lambda: BF.layer_norm(torch.randn(2, 6), (5,)),
+        RuntimeError,
+        r"expected input with shape \[\*, 5\]",
+    ),
+    "no row": (lambda: BF.layer_norm(torch.randn(2, 6), ()), RuntimeError, "1-dimensional"),
+    "row weight": (
+        lambda: BF.layer_norm(torch.randn(2, 6), (6,), torch.ones(5)),
+        RuntimeError,
+        "weight to be of same shape as normalized_shape",
+    ),
+    "row residual": (
+        lambda: BF.layer_norm(torch.randn(2, 6), (6,), residual=torch.randn(2, 5)),
+        RuntimeError,
+        "residual of input's size",
+    ),
+    "one position": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 1)),
+        ValueError,
+        "more than 1 spatial element",
+    ),
+    "half of the statistics": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 4), torch.zeros(6)),
+        RuntimeError,
+        "running_mean and running_var both",
+    ),
+    "size of the statistics": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 4), torch.zeros(5), torch.ones(5)),
+        RuntimeError,
+        "running_mean of size",
+    ),
+    "module weight": (
+        lambda: bnn.InstanceNorm1d(3, affine=True)(torch.randn(2, 6, 4)),
+        ValueError,
+        "match num_features",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "words"), ERRORS.values(), ids=ERRORS)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_residual_of_another_dtype_takes_torchs_promotion():
+    x, r = torch.randn(2, 4, 3, 3).bfloat16(), torch.randn(2, 4, 3, 3)
+    y = BF.group_norm(x, 2, residual=r, activation="silu")
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, F.silu(F.group_norm(x, 2) + r))

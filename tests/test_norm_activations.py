@@ -1,0 +1,150 @@
+"""Every activation in batch norm, with and without a residual, against the float64 oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from batchops import functional as BF
+from batchops import nn as bnn
+
+from .reference import (
+    ACTIVATIONS,
+    KINKS,
+    SLOPE,
+    BatchNormReference,
+    activation_argument,
+    to_float64,
+)
+from .test_batch_norm import DTYPES, LAYOUTS, leaf, make, parameters, skip_unless_kernel
+from .tolerances import assert_close, elementwise
+
+SHAPES = {
+    "rows": (33, 7),  # 2-D, odd everything
+    "seven": (3, 19, 7, 7),  # rows that end inside a vector
+    "large": (2, 3, 40, 40),  # planes, which take the other kernel
+}
+
+
+def on_a_kink(name, oracle, bound):
+    """Where rounding may decide which of two derivatives an element has."""
+    reach = bound * max(1.0, np.abs(oracle.z).max())
+    near = np.zeros(oracle.z.shape, dtype=bool)
+    for kink in KINKS.get(name, ()):
+        near |= np.abs(oracle.z - kink) <= reach
+    return near
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n not in ("none", "relu")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_batch_norm(shape, dtype, layout, name, with_residual, training, device):
+    skip_unless_kernel(device, dtype)
+    inner = torch.float64 if dtype == torch.float64 else torch.float32  # what z is computed in
+    for seed in range(100):
+        torch.manual_seed(seed)
+        C = shape[1]
+        x = leaf(make(shape, dtype, device, layout))
+        residual = leaf(make(shape, dtype, device, layout)) if with_residual else None
+        weight, bias = map(leaf, parameters(C, dtype, device))
+        mean = torch.randn(C, device=device).to(dtype)
+        var = (torch.rand(C, device=device) + 0.5).to(dtype)
+        oracle = BatchNormReference(
+            to_float64(x),
+            to_float64(weight),
+            to_float64(bias),
+            None if residual is None else to_float64(residual),
+            None if training else to_float64(mean),
+            None if training else to_float64(var),
+            act=name,
+        )
+        near = on_a_kink(name, oracle, elementwise(inner, oracle.count))
+        # y shows the side of 0, but not of hardswish's kinks
+        if name == "leaky_relu" or not near.any():
+            break
+    else:
+        pytest.fail("no seed without a value on a kink")
+    y = BF.batch_norm(
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        training,
+        activation=activation_argument(name),
+        residual=residual,
+    )
+    dy = make(shape, dtype, device, layout, offset=0.2, scale=1.0)
+    y.backward(dy)
+
+    bound = elementwise(dtype, oracle.count)
+    assert_close(y, oracle.y, bound, "y")
+    shown = oracle.derivative(np.where(to_float64(y) > 0, 1.0, -1.0))
+    derivative = np.where(near, shown, oracle.derivative(oracle.z))
+    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), derivative)
+    # dx = weight · rstd · (a sum that cancels): errors scale with its terms
+    terms = float(np.abs(oracle.weight * oracle.rstd).max()) * 3 * max(1.0, np.abs(dz).max())
+    assert_close(x.grad, dx, bound * max(1.0, terms), "dx")
+    if residual is not None:
+        assert_close(residual.grad, dz, bound * max(1.0, terms), "dresidual")
+    length = np.sqrt(oracle.count)
+    assert_close(weight.grad, dweight, bound * length, "dweight")
+    assert_close(bias.grad, dbias, bound * length, "dbias")
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_saves_nothing_that_can_be_recomputed(name, with_residual):
+    """x and parameters; with a residual one bit an element, or the residual itself by reference."""
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    residual = torch.randn(4, 8, 6, 6, requires_grad=True) if with_residual else None
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    saved: list[torch.Tensor] = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        BF.batch_norm(
+            x,
+            None,
+            None,
+            weight,
+            bias,
+            True,
+            activation=activation_argument(name),
+            residual=residual,
+        )
+    mine = [x.data_ptr(), weight.data_ptr(), bias.data_ptr()]
+    smooth = name in ("silu", "gelu", "gelu_tanh", "hardswish")
+    if with_residual and smooth:
+        assert residual.data_ptr() in [t.data_ptr() for t in saved]
+        mine.append(residual.data_ptr())
+    new = sum(t.nbytes for t in saved if t.data_ptr() not in mine)
+    bits = 4 * 8 * 5 if with_residual and name in ("relu", "leaky_relu") else 0  # 36 bits: 5 bytes
+    assert new == bits + 3 * 8 * 4  # and mean, its low part and rstd
+
+
+def test_slope_and_its_default():
+    x = torch.randn(8, 4)
+    for activation, slope in (("leaky_relu", 0.01), (("leaky_relu", 0.3), 0.3)):
+        y = BF.batch_norm(x, None, None, training=True, activation=activation)
+        expected = F.leaky_relu(BF.batch_norm(x, None, None, training=True), slope)
+        assert torch.equal(y, expected)
+    module = bnn.BatchNorm1d(4, activation=("leaky_relu", SLOPE))
+    assert "leaky_relu" in repr(module)
+    assert torch.equal(module(x), F.leaky_relu(BF.batch_norm(x, None, None, training=True), SLOPE))
+
+
+@pytest.mark.parametrize("activation", ["softplus", ("relu", 0.1), ("leaky_relu",), 3])
+def test_refuses_what_is_no_activation(activation):
+    with pytest.raises(ValueError, match="activation"):
+        BF.batch_norm(torch.randn(4, 3), None, None, training=True, activation=activation)
+    with pytest.raises(ValueError, match="activation"):
+        bnn.BatchNorm1d(3, activation=activation)
