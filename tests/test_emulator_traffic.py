@@ -89,6 +89,13 @@ def test_exact_for_sound_kernels(library, name, order):
         assert (flow.bytes, flow.distinct, flow.sectors) == (4 * COUNT, 4 * COUNT, COUNT // 8)
 
 
+@pytest.mark.parametrize("name", ["through_builtin_memcpy", "through_std_copy"])
+def test_counts_copies_by_any_name(library, name):
+    recording = run(library, name)
+    recording.assert_written("y")
+    assert_traffic(recording, ONCE, other=0, efficiency={})
+
+
 def test_finds_an_extra_pass(library):
     recording = run(library, "extra_pass")
     with pytest.raises(AssertionError, match="x read 2 times, expected 1"):

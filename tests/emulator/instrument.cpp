@@ -7,6 +7,8 @@
 #include <cstring>
 
 #include "recorder.h"
+#include "scheduler.h"
+#include "trap.h"
 
 using namespace cuda_emulator;
 
@@ -14,13 +16,25 @@ using namespace cuda_emulator;
 
 namespace {
 
+// The recorder must not be interrupted half way: another thread would come into it. So each of
+// these is InRuntime, and a thread that waits by volatile reads, nearly all of whose time goes by
+// in here, gives way before one: after it, the value read would be newer than what was recorded.
+void give_way_if_overdue(const void* code) {
+  if (!InRuntime::overdue || !in_kernel()) return;
+  InRuntime::overdue = false;
+  give_way_by_force(code);
+}
+
 void touch(const void* data, size_t bytes, bool reads, bool writes, const void* code) {
-  if (the_recorder != nullptr) the_recorder->touch(data, bytes, reads, writes, code);
+  if (the_recorder == nullptr) return;
+  const InRuntime in_runtime;
+  the_recorder->touch(data, bytes, reads, writes, code);
 }
 
 // A range is walked as its widest accesses: 16 bytes each.
 void touch_range(const void* data, size_t bytes, bool write, const void* code) {
   if (the_recorder == nullptr) return;
+  const InRuntime in_runtime;
   const char* at = static_cast<const char*>(data);
   while (bytes > 0) {
     const size_t to_boundary = 16 - reinterpret_cast<uintptr_t>(at) % 16;
@@ -34,6 +48,8 @@ void touch_range(const void* data, size_t bytes, bool write, const void* code) {
 // A volatile access is a relaxed atomic that any thread may take part in.
 void touch_volatile(const void* data, size_t bytes, bool write, const void* code) {
   if (the_recorder == nullptr) return;
+  const InRuntime in_runtime;
+  give_way_if_overdue(code);
   the_recorder->touch_atomic(
       {data, bytes, !write, write, MemoryOrder::relaxed, Scope::system, code});
 }
@@ -58,6 +74,7 @@ MemoryOrder order_of(int order) {
 void touch_atomic(const volatile void* data, size_t bytes, bool reads, bool writes, int order,
                   const void* code) {
   if (the_recorder == nullptr) return;
+  const InRuntime in_runtime;
   the_recorder->touch_atomic(
       {const_cast<const void*>(data), bytes, reads, writes, order_of(order), Scope::system, code});
 }
@@ -101,7 +118,9 @@ UNALIGNED(16)
 #undef UNALIGNED
 
 void __tsan_atomic_thread_fence(int) {
-  if (the_recorder != nullptr) the_recorder->fence(Scope::system);
+  if (the_recorder == nullptr) return;
+  const InRuntime in_runtime;
+  the_recorder->fence(Scope::system);
 }
 void __tsan_atomic_signal_fence(int) {}
 

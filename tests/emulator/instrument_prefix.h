@@ -8,3 +8,8 @@
 extern "C" void* memcpy(void*, const void*, size_t) noexcept __asm__("emulator_memcpy");
 extern "C" void* memmove(void*, const void*, size_t) noexcept __asm__("emulator_memmove");
 extern "C" void* memset(void*, int, size_t) noexcept __asm__("emulator_memset");
+
+// The same by the compiler's own names, which std::copy and std::fill use too.
+#define __builtin_memcpy memcpy
+#define __builtin_memmove memmove
+#define __builtin_memset memset

@@ -35,6 +35,28 @@ __global__ void spin_on_a_flag(Data d) {
   d.out[blockIdx.x] = d.partial[0];  // race: data consumed
 }
 
+// All blocks meet, and thread 0 of each looks for the others in a loop that never gives way.
+template <bool kSound>
+__global__ void bare_volatile_wait(Data d) {
+  d.partial[position()] = d.in[position()];  // race: volatile wait written
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (kSound) __threadfence();
+    atomicAdd(d.flags, 1u);
+    while (*static_cast<volatile unsigned*>(d.flags) < gridDim.x) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+  d.out[position()] = d.partial[(position() + kBlock) % (gridDim.x * kBlock)];  // race: met
+}
+
+__global__ void volatile_wait_for_nobody(Data d) {
+  if (threadIdx.x != 0 || blockIdx.x != 0) return;
+  while (*static_cast<volatile unsigned*>(d.flags) == 0) {  // fault: nobody
+  }
+}
+
 // Every block adds 1; only atomics that reach the other blocks add up.
 template <bool kSound>
 __global__ void count_blocks(Data d) {
@@ -87,6 +109,15 @@ __global__ void distributed(Data d) {
       cluster.map_shared_rank(&mine[0], static_cast<int>(cluster.block_rank() ^ 1));
   d.out[position()] = theirs[threadIdx.x ^ 1];  // race: cluster read
   cluster.sync();
+}
+
+// A cluster's barrier does not wait for threads that have exited, so it orders nothing they did.
+template <bool kSound>
+__global__ void exit_before_the_barrier(Data d) {
+  d.partial[position()] = d.in[position()];  // race: written before the exit
+  if (!kSound && threadIdx.x >= kWarp && blockIdx.x % 2 == 1) return;
+  cooperative_groups::this_cluster().sync();
+  d.out[position()] = d.partial[position() ^ kBlock];  // race: read after the exit
 }
 
 // Arrives, does something else, and waits.
@@ -146,6 +177,9 @@ constexpr Entry kEntries[] = {
     {"spin_with_a_relaxed_store", spin_on_a_flag<Flag::relaxed_store>},
     {"spin_with_a_relaxed_load", spin_on_a_flag<Flag::relaxed_load>},
     {"spin_in_the_wrong_scope", spin_on_a_flag<Flag::wrong_scope>},
+    {"bare_volatile_wait", bare_volatile_wait<true>},
+    {"bare_volatile_wait_without_fence", bare_volatile_wait<false>},
+    {"volatile_wait_for_nobody", volatile_wait_for_nobody},
     {"count_blocks", count_blocks<true>},
     {"count_blocks_in_block_scope", count_blocks<false>},
     {"count_threads", count_threads},
@@ -155,6 +189,8 @@ constexpr Entry kEntries[] = {
     {"block_barrier_for_the_grid", grid_wide<false>, 0, 1, true},
     {"cluster_sync", distributed<true>, 0, 2},
     {"block_barrier_for_the_cluster", distributed<false>, 0, 2},
+    {"cluster_without_exits", exit_before_the_barrier<true>, 0, 2},
+    {"exit_before_the_cluster_barrier", exit_before_the_barrier<false>, 0, 2},
     {"split_barrier", split_barrier<true>, 0, 2},
     {"split_barrier_read_too_early", split_barrier<false>, 0, 2},
     {"named_barrier", named_barrier<true>},

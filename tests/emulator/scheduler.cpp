@@ -826,7 +826,7 @@ void arrive(SplitBarrier& barrier, bool by_sync, const std::vector<Block*>& bloc
   barrier.arrived = 0;
   ++barrier.generation;
   now.released = true;
-  if (barrier.whole) {
+  if (barrier.whole && barrier.expected == barrier.all) {
     if (Observer* o = observer()) o->blocks_released(numbers_of(blocks));
   }
   for (Block* block : blocks) block->wake(wait);

@@ -96,13 +96,14 @@ struct Barrier {
 
 // A barrier in two halves, of a cluster or a grid.
 struct SplitBarrier {
-  uint64_t expected = 0;
+  uint64_t all = 0;
+  uint64_t expected = 0;  // those that have not exited
   uint64_t arrived = 0;
   uint64_t generation = 0;
   bool whole = true;  // everybody came by sync()
 
   void begin(uint64_t threads) {
-    expected = threads;
+    all = expected = threads;
     arrived = generation = 0;
   }
   // Stands for one generation where the observer wants an object.

@@ -1,5 +1,6 @@
 // y = 2x over `count` floats, sound and with one fault each in how it goes through memory. The
 // tests look the line of a "fault:" comment up and want it in the report.
+#include <algorithm>
 #include <cstring>
 
 #include "control.h"
@@ -34,6 +35,14 @@ __global__ void through_memcpy(const float* x, float* y, int count) {
     value *= 2.0f;
     memcpy(y + i, &value, sizeof value);
   }
+}
+
+// One thread for all: the same numbers of bytes, by the compiler's own name and the library's.
+__global__ void through_builtin_memcpy(const float* x, float* y, int count) {
+  if (first() == 0) __builtin_memcpy(y, x, static_cast<size_t>(count) * sizeof(float));
+}
+__global__ void through_std_copy(const float* x, float* y, int count) {
+  if (first() == 0) std::copy_n(x, count, y);
 }
 
 __global__ void extra_pass(const float* x, float* y, int count) {
@@ -91,6 +100,8 @@ constexpr Entry kEntries[] = {
     {"sound", sound},
     {"wide", wide},
     {"through_memcpy", through_memcpy},
+    {"through_builtin_memcpy", through_builtin_memcpy},
+    {"through_std_copy", through_std_copy},
     {"extra_pass", extra_pass},
     {"uncoalesced", uncoalesced},
     {"unwritten_tail", unwritten_tail},

@@ -14,6 +14,7 @@
 namespace cuda_emulator {
 
 volatile bool InRuntime::inside = false;
+volatile bool InRuntime::overdue = false;
 
 namespace {
 
@@ -46,7 +47,12 @@ void on_fault(int number, siginfo_t* info, void* context) {
 void on_tick(int, siginfo_t*, void* context) {
   const bool same_turn = turns() == turn_at_last_tick;
   turn_at_last_tick = turns();
-  if (same_turn && in_kernel() && !InRuntime::inside) give_way_by_force(interrupted_at(context));
+  if (!same_turn || !in_kernel()) return;
+  if (InRuntime::inside) {
+    InRuntime::overdue = true;
+  } else {
+    give_way_by_force(interrupted_at(context));
+  }
 }
 
 }  // namespace

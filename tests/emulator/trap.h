@@ -22,6 +22,9 @@ class InRuntime {
   InRuntime(const InRuntime&) = delete;
   InRuntime& operator=(const InRuntime&) = delete;
   static volatile bool inside;
+  // A thread was to be made to give way, but was in here: it does so when it comes out
+  // (instrument.cpp).
+  static volatile bool overdue;
 
  private:
   bool before_;
