@@ -40,8 +40,19 @@ def _apply(blocks: int, reads: int, writes: int) -> Limits:
     return Limits(blocks, reads * IN_FLIGHT, writes * IN_FLIGHT, 0, frozenset({128, 32, 8}))
 
 
+# AnyActivation, the instance for those that have none of their own, needs registers for itself. So
+# a thread loads 2 units of each tensor before it uses the first, and 1 where it keeps 8 channels'
+# coefficients in the backward. It may read the residual in the backward too.
+def _any(blocks: int, reads: int, writes: int = 0) -> Limits:
+    return Limits(blocks, reads, writes, 0, frozenset({128, 32, 8}) if writes else None)
+
+
+def _norm(blocks: int, reads: int, writes: int) -> Limits:
+    return Limits(blocks, reads, writes, unit=0)
+
+
 # The key is the kernel's name, its layout and whether its units are of 16 bytes, as far as its
-# template arguments say so.
+# template arguments say so, and "any" for AnyActivation where that has an entry of its own.
 LIMITS = {
     "batch_norm_partials channels_first wide": _partials(4, reads=1),
     "batch_norm_partials channels_first narrow": _partials(4, reads=1),
@@ -54,15 +65,49 @@ LIMITS = {
     "batch_norm_apply channels_first narrow": _apply(2, reads=2, writes=1),
     "batch_norm_apply channels_last wide": _apply(2, reads=2, writes=1),
     "batch_norm_apply channels_last narrow": _apply(3, reads=2, writes=1),
+    "batch_norm_apply channels_first wide any": _any(2, reads=2 * 2, writes=2),
+    "batch_norm_apply channels_first narrow any": _any(3, reads=2 * 2, writes=2),
+    "batch_norm_apply channels_last wide any": _any(2, reads=2 * 2, writes=2),
+    "batch_norm_apply channels_last narrow any": _any(3, reads=2 * 2, writes=2),
     "batch_norm_backward_partials channels_first wide": _partials(2, reads=2),
     "batch_norm_backward_partials channels_first narrow": _partials(3, reads=2),
     "batch_norm_backward_partials channels_last wide": _partials(2, reads=2),
     "batch_norm_backward_partials channels_last narrow": _partials(2, reads=2),
+    "batch_norm_backward_partials channels_first wide any": _any(2, reads=3 * 2),
+    "batch_norm_backward_partials channels_first narrow any": _any(2, reads=3 * 2),
+    "batch_norm_backward_partials channels_last wide any": _any(2, reads=3),
+    "batch_norm_backward_partials channels_last narrow any": _any(2, reads=3 * 2),
     "batch_norm_backward_finish": Limits(2),
     "batch_norm_backward_apply channels_first wide": _apply(2, reads=2, writes=2),
     "batch_norm_backward_apply channels_first narrow": _apply(2, reads=2, writes=2),
     "batch_norm_backward_apply channels_last wide": _apply(2, reads=2, writes=2),
     "batch_norm_backward_apply channels_last narrow": _apply(2, reads=2, writes=2),
+    "batch_norm_backward_apply channels_first wide any": _any(2, reads=3 * 2, writes=2 * 2),
+    "batch_norm_backward_apply channels_first narrow any": _any(3, reads=3 * 2, writes=2 * 2),
+    "batch_norm_backward_apply channels_last wide any": _any(2, reads=3, writes=2),
+    "batch_norm_backward_apply channels_last narrow any": _any(2, reads=3 * 2, writes=2 * 2),
+    # group_norm_forward and _backward keep what they load in shared memory: kInFlight units of each
+    # tensor at a time, then the elementwise half. AnyActivation goes one unit at a time there. On
+    # Blackwell the wide backward takes more than 128 registers.
+    "group_norm_forward channels_first wide": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward channels_first narrow": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward channels_last wide": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward channels_last narrow": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward_finish": Limits(2),
+    "group_norm_forward_apply channels_first wide": _norm(2, reads=2, writes=1),
+    "group_norm_forward_apply channels_first narrow": _norm(2, reads=2, writes=1),
+    "group_norm_forward_apply channels_last wide": _norm(2, reads=2, writes=1),
+    "group_norm_forward_apply channels_last narrow": _norm(2, reads=2, writes=1),
+    "group_norm_backward channels_first wide": _norm(1, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward channels_first narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward channels_last wide": _norm(1, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward channels_last narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward_finish": Limits(2),
+    "group_norm_backward_parameters": Limits(2),
+    "group_norm_backward_apply channels_first wide": _norm(2, reads=2, writes=2),
+    "group_norm_backward_apply channels_first narrow": _norm(2, reads=2, writes=2),
+    "group_norm_backward_apply channels_last wide": _norm(2, reads=2, writes=2),
+    "group_norm_backward_apply channels_last narrow": _norm(2, reads=2, writes=2),
     # One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3
     # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
     # 16-bit p and g, which narrows those accesses but keeps all four tensors in step.
@@ -77,7 +122,9 @@ LIMITS = {
 def entry(kernel: Kernel) -> str:
     """The kernel's key in the table."""
     size = None if kernel.unit is None else "wide" if kernel.unit >= 128 else "narrow"
-    return " ".join(part for part in (kernel.base, kernel.layout, size) if part)
+    key = " ".join(part for part in (kernel.base, kernel.layout, size) if part)
+    any_of_them = f"{key} any"
+    return any_of_them if "AnyActivation" in kernel.arguments and any_of_them in LIMITS else key
 
 
 def limits(kernel: Kernel) -> Limits:

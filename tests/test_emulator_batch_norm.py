@@ -12,7 +12,7 @@ import torch
 from .emulator import batch_norm, build, emulator
 from .emulator.batch_norm import Problem
 from .emulator.numbers import Numbers
-from .reference import BatchNormReference
+from .reference import ACTIVATIONS, KINKS, SLOPE, BatchNormReference
 from .tolerances import UNIT, elementwise
 
 DTYPES = ("f32", "f16", "bf16")
@@ -29,6 +29,15 @@ SHAPES = {  # N, C, HxW
     (2, 33, 49): "33 channels: one element more than a warp",
     (5, 160, 64): "channels_last: tiles of 20 units, three chunks",
     (1, 264, 12): "more channels than a tile has",
+}
+
+# The activations that one kernel takes, and its shapes.
+ANY = ("leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
+ANY_SHAPES = {  # N, C, HxW
+    (2, 8, 32): "whole units in both layouts",
+    (3, 12, 20): "units of 4 of 16-bit elements; mask rows that end on half a byte",
+    (3, 5, 7): "single elements in both layouts; mask rows of less than a byte",
+    (5, 8, 1): "(N, C) as planes of one element: read as channels_last",
 }
 
 
@@ -50,6 +59,7 @@ def close(got: np.ndarray, expected: np.ndarray, dtype: str, length: int, what: 
 
 
 def reference_of(problem: Problem) -> BatchNormReference:
+    assert problem.slope == SLOPE
     given = problem.arrays
     fixed = {}
     if not problem.training:
@@ -73,14 +83,9 @@ def check(problem: Problem, outputs: dict[str, np.ndarray]) -> None:
 
     y = problem.from_layout(elements.decode(outputs["y"]))
     close(y, expected.y, problem.dtype, M, "y")
-    # Which side of 0 a z within rounding of it falls on is the kernel's to say; the backward has to
-    # agree with its own forward.
-    positive = None
-    if problem.activation == "relu":
-        positive = y > 0
-        wrong = positive != (expected.z > 0)
-        assert np.abs(expected.z[wrong]).max(initial=0.0) <= elementwise(TORCH["f32"], M) * 8
+    derivative = derivative_at(problem, expected, y, outputs)
     if problem.masked:
+        positive = y > 0
         rows, row = problem.rows
         bits = problem.to_layout(positive).reshape(rows, row)
         packed = np.packbits(bits, axis=1, bitorder="little")
@@ -101,7 +106,7 @@ def check(problem: Problem, outputs: dict[str, np.ndarray]) -> None:
             coarser = max(problem.running_dtype, "f32", key=lambda d: UNIT[TORCH[d]])
             close(got, value, coarser, M, name)
 
-    dx, dresidual, dweight, dbias = expected.backward(problem.arrays["dy"], positive)
+    dx, dresidual, dweight, dbias = expected.backward(problem.arrays["dy"], derivative)
     largest = np.abs(dresidual).sum((0, 2)).max()  # what the terms of a sum could amount to
     for name, value, numbers in (("dweight", dweight, params), ("dbias", dbias, params)):
         if name in outputs:
@@ -113,7 +118,34 @@ def check(problem: Problem, outputs: dict[str, np.ndarray]) -> None:
         close(problem.from_layout(elements.decode(outputs["dx"])), dx, problem.dtype, M, "dx")
     if "dresidual" in outputs:
         got = problem.from_layout(elements.decode(outputs["dresidual"]))
-        np.testing.assert_array_equal(got, dresidual)
+        if problem.activation in ("none", "relu"):
+            np.testing.assert_array_equal(got, dresidual)
+        else:
+            close(got, dresidual, problem.dtype, M, "dresidual")
+
+
+def derivative_at(
+    problem: Problem, expected: BatchNormReference, y: np.ndarray, outputs: dict[str, np.ndarray]
+) -> np.ndarray:
+    """activation'(z). Which side of a jump a z within rounding of it falls on is the kernel's to
+    say; of 0 the backward has to agree with its own forward."""
+    z, slopes = expected.z, expected.derivative(expected.z)
+    rounding = elementwise(TORCH["f32"], problem.N * problem.HxW) * 8
+    if problem.activation in batch_norm.MASKABLE:
+        positive = y > 0
+        wrong = positive != (z > 0)
+        assert np.abs(z[wrong]).max(initial=0.0) <= rounding
+        return np.where(positive, 1.0, SLOPE if problem.activation == "leaky_relu" else 0.0)
+    derivative = ACTIVATIONS[problem.activation][1]
+    for kink in KINKS.get(problem.activation, ()):
+        near = np.abs(z - kink) <= rounding
+        if near.any():
+            got = problem.from_layout(Numbers(problem.dtype).decode(outputs["dresidual"]))
+            left, right = (derivative(np.full_like(z, kink + s)) for s in (-rounding, rounding))
+            dy = problem.arrays["dy"]
+            of_left = np.abs(got - dy * left) < np.abs(got - dy * right)
+            slopes = np.where(near, np.where(of_left, left, right), slopes)
+    return slopes
 
 
 def check_under_all_schedules(library: ctypes.CDLL, problem: Problem) -> None:
@@ -144,6 +176,87 @@ def test_matches_float64(library, shape, dtype, layout, training):
             training=training,
         )
         check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ANY)
+def test_every_activation(library, activation, dtype, layout, residual):
+    # Those without an instance of their own: units of 8, of 4 and of one element, rows of masks
+    # that end within a byte, and one thread with a channel of its own.
+    for shape in ANY_SHAPES:
+        problem = Problem(
+            *shape,
+            layout=layout,
+            dtype=dtype,
+            activation=activation,
+            residual=residual,
+            training=shape != (3, 12, 20),
+        )
+        check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", batch_norm.MASKABLE)
+def test_the_mask_stands_for_z(library, activation, layout):
+    # From the residual the backward must find what the mask says, bit for bit.
+    problems = [
+        Problem(
+            3,
+            12,
+            10,
+            layout=layout,
+            dtype="bf16",
+            activation=activation,
+            residual=True,
+            wants_mask=wants_mask,
+        )
+        for wants_mask in (True, False)
+    ]
+    masked, recomputed = (run(library, problem) for problem in problems)
+    check(problems[1], recomputed)
+    assert "mask" in masked
+    assert "mask" not in recomputed
+    for name, value in recomputed.items():
+        np.testing.assert_array_equal(value, masked[name], name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_activation_with_many_chunks(library, layout):
+    # In channels_first 3 chunks a channel, in channels_last 20, of x, dy and residual.
+    problem = Problem(5, 3, 4096, layout=layout, activation="silu", residual=True)
+    check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("tensor", ["x", "residual"])
+def test_any_activation_with_misaligned_tensors(library, tensor, monkeypatch):
+    # One pointer that is less aligned than the others decides for all.
+    place = batch_norm._Buffers.tensor
+
+    def misplaced(self, name, *args):
+        self.problem.misaligned = 1 if name == tensor else 0
+        return place(self, name, *args)
+
+    monkeypatch.setattr(batch_norm._Buffers, "tensor", misplaced)
+    problem = Problem(2, 16, 64, dtype="bf16", activation="gelu", residual=True)
+    check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("slope", [-0.5, 0.0, 1.0, 2.0])
+def test_slopes(library, slope):
+    # The sign of y says nothing of that of z where the slope is not positive: the mask has to.
+    problem = Problem(3, 6, 10, activation="leaky_relu", slope=slope, residual=True)
+    outputs = run(library, problem)
+    z = BatchNormReference(*(problem.arrays[k] for k in ("x", "weight", "bias", "residual"))).z
+    assert np.abs(z).min() > 1e-5
+    bits = np.unpackbits(outputs["mask"].reshape(18, 2), axis=1, bitorder="little")[:, :10]
+    np.testing.assert_array_equal(bits.reshape(z.shape), z > 0)
+    numbers = Numbers("f32")
+    y, dz = (problem.from_layout(numbers.decode(outputs[k])) for k in ("y", "dresidual"))
+    close(y, np.where(z > 0, z, slope * z), "f32", 30, "y")
+    dy = problem.arrays["dy"]
+    np.testing.assert_array_equal(dz, np.where(z > 0, dy, numbers.rounded(slope * dy)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -337,4 +450,4 @@ def test_under_sanitizers():
     path = build.build("batch_norm", batch_norm.KERNELS, batch_norm.API, sanitize=True)
     result = build.run_sanitized("tests.emulator.sanitized_batch_norm", str(path))
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.startswith("ran 80 problems"), result.stdout
+    assert result.stdout.startswith("ran 112 problems"), result.stdout

@@ -18,7 +18,8 @@ API = ["batch_norm_api.cpp"]
 
 DTYPES = {"f32": 0, "f16": 1, "bf16": 2, "f64": 3}
 LAYOUTS = {"channels_first": 0, "channels_last": 1}
-ACTIVATIONS = {"none": 0, "relu": 1}
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
+MASKABLE = ("relu", "leaky_relu")  # a bit can stand for z
 
 
 class Shape(ctypes.Structure):
@@ -83,9 +84,11 @@ class Problem:
     param_dtype: str = "f32"
     running_dtype: str = "f32"
     activation: str = "none"
+    slope: float = 0.1
     residual: bool = False
     affine: bool = True
     running: bool = True
+    wants_mask: bool = True  # where one can be had
     training: bool = True
     momentum: float = 0.1
     eps: float = 1e-5
@@ -118,7 +121,12 @@ class Problem:
 
     @property
     def masked(self) -> bool:
-        return self.residual and self.activation == "relu"
+        return self.residual and self.wants_mask and self.activation in MASKABLE
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether the backward makes z again, of x and the residual."""
+        return self.activation != "none" and not self.masked
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -136,7 +144,8 @@ class Problem:
             DTYPES[self.dtype],
             DTYPES[self.param_dtype],
             DTYPES[self.running_dtype],
-            ACTIVATIONS[self.activation],
+            ACTIVATIONS.index(self.activation),
+            self.slope,
         )
 
     def to_layout(self, logical: np.ndarray) -> np.ndarray:
@@ -219,6 +228,8 @@ def backward(
     args.x = buffers.tensor("x", p.dtype, numel, p.to_layout(given["x"]))
     args.dy = buffers.tensor("dy", p.dtype, numel, p.to_layout(given["dy"]))
     args.stats = buffers.tensor("stats", "f32", 3 * p.C, saved["stats"].view(np.float32))
+    if p.residual:
+        args.residual = buffers.tensor("residual", p.dtype, numel, p.to_layout(given["residual"]))
     for name in ("weight", "bias"):
         if name in given:
             setattr(args, name, buffers.tensor(name, p.param_dtype, p.C, given[name]))

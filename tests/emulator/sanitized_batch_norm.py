@@ -38,6 +38,10 @@ def problems() -> Iterator[Problem]:
     for dtype, layout in itertools.product(("f32", "f16", "bf16"), batch_norm.LAYOUTS):
         # Rows would allow whole units, the pointers do not.
         yield Problem(2, 8, 64, layout=layout, dtype=dtype, activation="relu", misaligned=1)
+    # The activations without an instance of their own, with a mask and with z from the residual.
+    for shape, dtype, layout in itertools.product(SHAPES, ("f32", "bf16"), batch_norm.LAYOUTS):
+        for activation in ("leaky_relu", "gelu_tanh"):
+            yield Problem(*shape, layout=layout, dtype=dtype, activation=activation, residual=True)
     for layout in batch_norm.LAYOUTS:  # several chunks
         yield Problem(5, 3, 4096, layout=layout, activation="relu")
 

@@ -63,6 +63,18 @@ SHAPES = {  # N, C, HxW: why, chunks a channel in each layout
 }
 
 
+# Activation and whether there is a residual: without z, with z of x, with a bit, with z of both, by
+# the kernels of one activation and by those of any.
+BATCH_NORM_VARIANTS = (
+    ("none", False),
+    ("relu", False),
+    ("relu", True),
+    ("leaky_relu", True),
+    ("silu", False),
+    ("gelu", True),
+)
+
+
 def _sector_efficiency(problem: batch_norm.Problem) -> float:
     """What alignment alone allows: 1 where rows are whole sectors.
 
@@ -80,7 +92,7 @@ def _batch_norm_cases() -> Iterator[Case]:
         SHAPES.items(), batch_norm.LAYOUTS, ("f32", "f16", "bf16"), (True, False)
     )
     for (shape, (_, chunks)), layout, dtype, training in variants:
-        for activation, residual in (("none", False), ("relu", False), ("relu", True)):
+        for activation, residual in BATCH_NORM_VARIANTS:
             problem = batch_norm.Problem(
                 *shape,
                 layout=layout,
@@ -140,8 +152,8 @@ def _forward(problem: batch_norm.Problem, chunks: int) -> Case:
 def _backward(problem: batch_norm.Problem, chunks: int) -> Case:
     p = problem
     needs_z = p.activation != "none"
-    recompute = needs_z and not p.masked
-    reads_x = p.training or recompute  # in the apply
+    reads_x = p.training or p.recomputed  # in the apply
+    adds = p.residual and p.recomputed
     passes = {
         "dy": Passes(read=2),
         "x": Passes(read=2 if reads_x else 1),
@@ -151,6 +163,8 @@ def _backward(problem: batch_norm.Problem, chunks: int) -> Case:
         passes["dresidual"] = Passes(written=1)
     if p.masked:
         passes["mask"] = Passes(read=2, bits=True)
+    if adds:
+        passes["residual"] = Passes(read=2)
     saved = {}
 
     def run() -> Recording:
@@ -174,7 +188,7 @@ def _backward(problem: batch_norm.Problem, chunks: int) -> Case:
         p.C * (small + sums),
         _sector_efficiency(p),
         numel * itemsize,
-        3 + needs_z + p.masked / 8 / itemsize,
+        3 + needs_z + adds + p.masked / 8 / itemsize,
     )
 
 

@@ -36,17 +36,49 @@ using Scalar = float;
 #undef BATCHOPS_NOINLINE
 #undef BATCHOPS_INLINE
 
-// Calls f(TypeIs<Functor>{}).
+// Whether a kernel's activation is known at run time only.
+template <class Act>
+constexpr bool kAnyActivation = std::is_same_v<Act, AnyActivation>;
+
+// Calls f(functor) with the one that it stands for.
 template <class F>
-const char* dispatch_activation(const char* operation, Activation activation, F&& f) {
-  switch (activation) {
-    case Activation::none:
-      return f(TypeIs<Identity>{});
-    case Activation::relu:
-      return f(TypeIs<Relu>{});
-    default:
-      return message("%s: activation %d has no CUDA kernel yet", operation,
-                     static_cast<int>(activation));
+BATCHOPS_DEVICE void with_functor(const AnyActivation& act, F&& f) {
+  switch (act.kind) {
+#define BATCHOPS_CASE(name, functor) \
+  case Activation::name:             \
+    return f(make_functor<functor>(act.slope));
+    BATCHOPS_FOR_EACH_ACTIVATION(BATCHOPS_CASE)
+#undef BATCHOPS_CASE
+  }
+}
+
+// a[j] = f(functor, a[j], b[j]). With AnyActivation b is lost: there each functor has a loop of its
+// own whose code holds a few elements only, and the arrays move past them, since an index known at
+// run time would put them into local memory.
+//
+//   a  0 1 2 3 4 5 6 7  →  2 3 4 5 6 7 0' 1'  →  …  →  0' 1' 2' 3' 4' 5' 6' 7'
+template <class Act, int W, class F>
+BATCHOPS_DEVICE void for_each_element(const Act& act, float (&a)[W], float (&b)[W], F f) {
+  if constexpr (!kAnyActivation<Act>) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) a[j] = f(act, a[j], b[j]);
+  } else {
+    constexpr int kAtOnce = W < 2 ? W : 2;
+    with_functor(act, [&](auto functor) {
+#pragma unroll 1
+      for (int turn = 0; turn < W; turn += kAtOnce) {
+        float done[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) done[j] = f(functor, a[j], b[j]);
+#pragma unroll
+        for (int j = 0; j + kAtOnce < W; ++j) {
+          a[j] = a[j + kAtOnce];
+          b[j] = b[j + kAtOnce];
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) a[W - kAtOnce + j] = done[j];
+      }
+    });
   }
 }
 

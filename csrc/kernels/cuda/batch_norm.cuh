@@ -15,6 +15,7 @@
 // Chunks depend on the shape only, not on the device: every GPU gives the same bits.
 #pragma once
 #include "kernels/batch_norm.h"
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/fast_divide.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
@@ -23,9 +24,16 @@ namespace batchops::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kLeastResident = 2;        // blocks on a multiprocessor: up to 128 registers a thread
-constexpr int kInFlight = 4;             // units a thread loads before it uses the first
+constexpr int kInFlight = 4;             // units a thread takes at once
 constexpr int kTileChannels = 256;       // channels_last: a block's share of a row
 constexpr int64_t kPiecesWanted = 1024;  // about a wave of blocks on the largest GPUs
+
+// Of those, how many it loads before it uses the first. AnyActivation needs registers itself, and
+// kCrowded says that it finds few.
+template <class Act, bool kCrowded = false>
+constexpr int kLoadsAhead = !kAnyActivation<Act> ? kInFlight
+                            : kCrowded           ? 1
+                                                 : 2;
 
 template <class T>
 __host__ __device__ constexpr T ceil_divide(T a, T b) {

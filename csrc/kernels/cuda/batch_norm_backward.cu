@@ -5,8 +5,8 @@
 //   apply:     dx = scale · dz + along · (x - mean) + constant        reads dy, x, writes dx
 //
 // where in training  along = -scale · rstd · dweight / M,  constant = -scale · dbias / M
-// - along · mean_low, and in eval both are 0. z is recomputed from x unless there is a mask.
-#include "kernels/cuda/activation.cuh"
+// - along · mean_low, and in eval both are 0. z is recomputed from x, and from the residual where
+// there is one, unless there is a mask.
 #include "kernels/cuda/batch_norm.cuh"
 
 namespace batchops::cuda {
@@ -46,21 +46,41 @@ struct Gradients {
   }
 };
 
-// dz of one element; `bit` is its bit of the mask.
+// Only this instance looks for a residual: so the others stay as small as they are.
 template <class Act>
-BATCHOPS_DEVICE float activation_gradient(float dy, float x, const Affine& affine, bool masked,
-                                          unsigned bit) {
+constexpr bool kMayAdd = kAnyActivation<Act>;
+
+// Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x) + residual.
+template <class Act, int W, class AffineOf>
+BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (&x)[W],
+                                   const float (&residual)[W], AffineOf affine, bool masked,
+                                   bool adds, unsigned bits) {
   if constexpr (Act::kNeedsZ) {
-    if (masked) return bit != 0 ? dy : 0.0f;
-    return Act::backward(dy, affine(x));
-  } else {
-    return dy;
+    float z[W] = {};
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      if (masked) {
+        dy[j] = act.backward_bits(dy[j], bits >> j & 1u);
+      } else {
+        z[j] = affine(j)(x[j]);
+        if (kMayAdd<Act> && adds) z[j] = __fadd_rn(z[j], residual[j]);
+        if constexpr (!kAnyActivation<Act>) dy[j] = act.backward(dy[j], z[j]);
+      }
+    }
+    if constexpr (kAnyActivation<Act>) {
+      if (!masked) {
+        for_each_element(act, dy, z, [](auto functor, float gradient, float of) {
+          return functor.backward(gradient, of);
+        });
+      }
+    }
   }
 }
 
 struct PartialArguments {
   const void* dy;
   const void* x;
+  const void* residual;  // null unless z is made from it
   const uint8_t* mask;
   float2* sums;      // [C, chunks]: Σ dz, Σ dz · (x - mean)
   int64_t mask_row;  // bytes
@@ -70,13 +90,17 @@ struct PartialArguments {
 
 template <class T, Layout kLayout, int W, class Act>
 __global__ void __launch_bounds__(kThreads, kLeastResident)
-    batch_norm_backward_partials(const __grid_constant__ PartialArguments args) {
+    batch_norm_backward_partials(const __grid_constant__ PartialArguments args,
+                                 const __grid_constant__ Act act) {
   using MyChunk = Chunk<kLayout, W>;
   constexpr int kChannels = MyChunk::kChannels;
+  constexpr int kAhead = kLoadsAhead<Act, kChannels == 8>;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   const T* __restrict__ dy = static_cast<const T*>(args.dy);
   const T* __restrict__ x = static_cast<const T*>(args.x);
+  const T* __restrict__ residual = static_cast<const T*>(args.residual);
   const uint8_t* __restrict__ mask = args.mask;
+  const bool adds = kMayAdd<Act> && residual != nullptr;
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
@@ -88,34 +112,41 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 
     float sums[2][kChannels] = {};
     for (int batch = 0; batch < chunk.batches(); ++batch) {
-      Unit<T, W> dys[kInFlight];
-      Unit<T, W> xs[kInFlight];
-      unsigned bits[kInFlight] = {};
-      bool valid[kInFlight];
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const Place place = chunk.place(batch, u);
-        valid[u] = place.valid;
-        if (!place.valid) continue;
-        dys[u] = load_unit<T, W>(dy + place.offset);
-        xs[u] = load_unit<T, W>(x + place.offset);
-        if (Act::kNeedsZ && mask != nullptr) bits[u] = load_mask(mask, args.mask_row, place);
-      }
       float batch_sums[2][kChannels] = {};
+#pragma unroll 1
+      for (int part = 0; part < kInFlight; part += kAhead) {
+        Unit<T, W> dys[kAhead];
+        Unit<T, W> xs[kAhead];
+        Unit<T, W> residuals[kAhead];
+        unsigned bits[kAhead] = {};
+        bool valid[kAhead];
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (!valid[u]) continue;
-        float g[W];
-        float v[W];
-        to_float<T, W>(dys[u], g);
-        to_float<T, W>(xs[u], v);
+        for (int u = 0; u < kAhead; ++u) {
+          const Place place = chunk.place(batch, part + u);
+          valid[u] = place.valid;
+          if (!place.valid) continue;
+          dys[u] = load_unit<T, W>(dy + place.offset);
+          xs[u] = load_unit<T, W>(x + place.offset);
+          if (adds) residuals[u] = load_unit<T, W>(residual + place.offset);
+          if (Act::kNeedsZ && mask != nullptr) bits[u] = load_mask(mask, args.mask_row, place);
+        }
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          const Affine& a = affine[j % kChannels];
-          const float dz =
-              activation_gradient<Act>(g[j], v[j], a, mask != nullptr, bits[u] >> j & 1u);
-          batch_sums[0][j % kChannels] += dz;
-          batch_sums[1][j % kChannels] += dz * (v[j] - a.mean);
+        for (int u = 0; u < kAhead; ++u) {
+          if (!valid[u]) continue;
+          float dz[W];
+          float v[W];
+          float r[W] = {};
+          to_float<T, W>(dys[u], dz);
+          to_float<T, W>(xs[u], v);
+          if (adds) to_float<T, W>(residuals[u], r);
+          differentiate(
+              act, dz, v, r, [&](int j) { return affine[j % kChannels]; }, mask != nullptr, adds,
+              bits[u]);
+#pragma unroll
+          for (int j = 0; j < W; ++j) {
+            batch_sums[0][j % kChannels] += dz[j];
+            batch_sums[1][j % kChannels] += dz[j] * (v[j] - affine[j % kChannels].mean);
+          }
         }
       }
 #pragma unroll
@@ -169,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 struct ApplyArguments {
   const void* dy;
   const void* x;
+  const void* residual;  // null unless z is made from it
   const uint8_t* mask;
   void* dx;
   void* dresidual;
@@ -182,20 +214,24 @@ struct ApplyArguments {
 
 template <class T, Layout kLayout, int W, class Act>
 __global__ void __launch_bounds__(kThreads, kLeastResident)
-    batch_norm_backward_apply(const __grid_constant__ ApplyArguments args) {
+    batch_norm_backward_apply(const __grid_constant__ ApplyArguments args,
+                              const __grid_constant__ Act act) {
   constexpr bool kChannelsLast = kLayout == Layout::channels_last;
+  constexpr int kAhead = kLoadsAhead<Act, (kChannelsLast && W == 8)>;
   const T* __restrict__ dy = static_cast<const T*>(args.dy);
   const T* __restrict__ x = static_cast<const T*>(args.x);
+  const T* __restrict__ residual = static_cast<const T*>(args.residual);
   const uint8_t* __restrict__ mask = args.mask;
   const float4* __restrict__ direction = args.direction;
   const float* __restrict__ shift = args.shift;
   T* __restrict__ dx = static_cast<T*>(args.dx);
   T* __restrict__ dresidual = static_cast<T*>(args.dresidual);
   const bool recompute = Act::kNeedsZ && mask == nullptr;
+  const bool adds = kMayAdd<Act> && residual != nullptr;
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
     const Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
-    constexpr int kSets = kChannelsLast ? W : kInFlight;
+    constexpr int kSets = kChannelsLast ? W : kAhead;
     float4 of_channel[kSets];
     float shift_of[kSets] = {};
     if constexpr (kChannelsLast) {
@@ -207,47 +243,55 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       }
     }
     for (int batch = 0; batch < piece.batches(); ++batch) {
-      Place places[kInFlight];
-      Unit<T, W> dys[kInFlight];
-      Unit<T, W> xs[kInFlight];
-      unsigned bits[kInFlight] = {};
+#pragma unroll 1
+      for (int part = 0; part < kInFlight; part += kAhead) {
+        Place places[kAhead];
+        Unit<T, W> dys[kAhead];
+        Unit<T, W> xs[kAhead];
+        Unit<T, W> residuals[kAhead];
+        unsigned bits[kAhead] = {};
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        int64_t channel;
-        places[u] = piece.place(batch, u, channel);
-        xs[u] = zero_unit<T, W>();
-        if (!places[u].valid) continue;
-        dys[u] = load_unit<T, W>(dy + places[u].offset);
-        if (args.reads_x) xs[u] = load_unit<T, W>(x + places[u].offset);
-        if (Act::kNeedsZ && mask != nullptr) bits[u] = load_mask(mask, args.mask_row, places[u]);
-        if constexpr (!kChannelsLast) {
-          of_channel[u] = direction[channel];
-          if (recompute) shift_of[u] = shift[channel];
+        for (int u = 0; u < kAhead; ++u) {
+          int64_t channel;
+          places[u] = piece.place(batch, part + u, channel);
+          xs[u] = zero_unit<T, W>();
+          if (!places[u].valid) continue;
+          dys[u] = load_unit<T, W>(dy + places[u].offset);
+          if (args.reads_x) xs[u] = load_unit<T, W>(x + places[u].offset);
+          if (adds) residuals[u] = load_unit<T, W>(residual + places[u].offset);
+          if (Act::kNeedsZ && mask != nullptr) bits[u] = load_mask(mask, args.mask_row, places[u]);
+          if constexpr (!kChannelsLast) {
+            of_channel[u] = direction[channel];
+            if (recompute) shift_of[u] = shift[channel];
+          }
         }
-      }
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (!places[u].valid) continue;
-        float dz[W];
-        float v[W];
-        to_float<T, W>(dys[u], dz);
-        to_float<T, W>(xs[u], v);
+        for (int u = 0; u < kAhead; ++u) {
+          if (!places[u].valid) continue;
+          float dz[W];
+          float v[W];
+          float r[W] = {};
+          to_float<T, W>(dys[u], dz);
+          to_float<T, W>(xs[u], v);
+          if (adds) to_float<T, W>(residuals[u], r);
+          differentiate(
+              act, dz, v, r,
+              [&](int j) {
+                const float4 d = of_channel[kChannelsLast ? j : u];
+                return Affine{d.x, d.y, shift_of[kChannelsLast ? j : u]};
+              },
+              mask != nullptr, adds, bits[u]);
+          if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
+          if (dx == nullptr) continue;
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          const float4 d = of_channel[kChannelsLast ? j : u];
-          const Affine affine{d.x, d.y, shift_of[kChannelsLast ? j : u]};
-          dz[j] = activation_gradient<Act>(dz[j], v[j], affine, mask != nullptr, bits[u] >> j & 1u);
+          for (int j = 0; j < W; ++j) {
+            const float4 d = of_channel[kChannelsLast ? j : u];
+            // In eval x may be inf or NaN without any effect on dx.
+            const float rest = args.along_x ? __fmaf_rn(d.z, __fsub_rn(v[j], d.x), d.w) : 0.0f;
+            dz[j] = __fmaf_rn(d.y, dz[j], rest);
+          }
+          store_unit<T, W>(dx + places[u].offset, dz);
         }
-        if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
-        if (dx == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < W; ++j) {
-          const float4 d = of_channel[kChannelsLast ? j : u];
-          // In eval x may be inf or NaN without any effect on dx.
-          const float rest = args.along_x ? __fmaf_rn(d.z, __fsub_rn(v[j], d.x), d.w) : 0.0f;
-          dz[j] = __fmaf_rn(d.y, dz[j], rest);
-        }
-        store_unit<T, W>(dx + places[u].offset, dz);
       }
     }
   }
@@ -283,6 +327,8 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
   const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
   if (!wants_sums && !wants_elements) return nullptr;
 
+  const bool recompute = args.mask == nullptr && traits_of(shape.activation).needs_z;
+  const void* residual = recompute ? args.residual : nullptr;
   const Plan plan = make_plan(shape, args.mask != nullptr);
   auto* direction = static_cast<float4*>(workspace);
   auto* sums = reinterpret_cast<float2*>(direction + plan.C);
@@ -302,18 +348,18 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
     constexpr int W = decltype(width)::value;
-    using Act = typename decltype(act)::type;
+    using Act = decltype(act);
     int64_t blocks = 0;
 
     if (wants_sums) {
-      const PartialArguments partials{
-          args.dy, args.x, args.mask, sums, mask_row, ChunkGrid(plan, W), gradients};
+      const PartialArguments partials{args.dy, args.x,   residual,           args.mask,
+                                      sums,    mask_row, ChunkGrid(plan, W), gradients};
       if (const char* error = grid_size(kOperation, device, partials.grid.pieces, blocks)) {
         return error;
       }
       if (const char* error = launch("batch_norm_backward_partials",
                                      batch_norm_backward_partials<T, kLayout, W, Act>, blocks,
-                                     kThreads, 0, stream, partials)) {
+                                     kThreads, 0, stream, partials, act)) {
         return error;
       }
     }
@@ -328,21 +374,25 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
     }
     if (!wants_elements) return nullptr;
     const bool along_x = args.training && args.dx != nullptr;
-    const bool reads_x = along_x || (Act::kNeedsZ && args.mask == nullptr);
-    const ApplyArguments apply{
-        args.dy, args.x,   args.mask, args.dx, args.dresidual,           direction,
-        shift,   mask_row, reads_x,   along_x, ApplyGrid(plan, W, false)};
+    const bool reads_x = along_x || recompute;
+    const ApplyArguments apply{args.dy,  args.x,         residual,  args.mask,
+                               args.dx,  args.dresidual, direction, shift,
+                               mask_row, reads_x,        along_x,   ApplyGrid(plan, W, false)};
     if (const char* error = grid_size(kOperation, device, apply.grid.pieces, blocks)) return error;
     return launch("batch_norm_backward_apply", batch_norm_backward_apply<T, kLayout, W, Act>,
-                  blocks, kThreads, 0, stream, apply);
+                  blocks, kThreads, 0, stream, apply, act);
   };
 
   return dispatch_dtype(kOperation, shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_layout(plan.layout, [&](auto layout) {
       return dispatch_width<T>(
-          plan.row(), {args.dy, args.x, args.dx, args.dresidual}, [&](auto width) {
-            return dispatch_activation(kOperation, shape.activation, [&](auto act) {
+          plan.row(), {args.dy, args.x, residual, args.dx, args.dresidual}, [&](auto width) {
+            const float slope = static_cast<float>(shape.slope);
+            if (residual != nullptr) {
+              return with_types(type, layout, width, AnyActivation{shape.activation, slope});
+            }
+            return with_activation<Identity, Relu>(shape.activation, slope, [&](auto act) {
               return with_types(type, layout, width, act);
             });
           });

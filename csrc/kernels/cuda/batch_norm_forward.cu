@@ -1,7 +1,6 @@
 // Batch norm forward: statistics, then y = activation((x - mean) · rstd · weight + bias +
 // residual). Reads x twice in training and once in eval, writes y once (+ 1 read of the residual, +
 // mask).
-#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/batch_norm.cuh"
 
 namespace batchops::cuda {
@@ -196,8 +195,9 @@ struct ApplyArguments {
 
 template <class T, Layout kLayout, int W, class Act>
 __global__ void __launch_bounds__(kThreads, kLeastResident)
-    batch_norm_apply(const __grid_constant__ ApplyArguments args) {
+    batch_norm_apply(const __grid_constant__ ApplyArguments args, const __grid_constant__ Act act) {
   constexpr bool kChannelsLast = kLayout == Layout::channels_last;
+  constexpr int kAhead = kLoadsAhead<Act>;
   const T* __restrict__ x = static_cast<const T*>(args.x);
   const T* __restrict__ residual = static_cast<const T*>(args.residual);
   const float4* __restrict__ affine = args.affine;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
     const Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
-    float4 of_channel[kChannelsLast ? W : kInFlight];
+    float4 of_channel[kChannelsLast ? W : kAhead];
     if constexpr (kChannelsLast) {
 #pragma unroll
       for (int j = 0; j < W; ++j) {
@@ -213,38 +213,45 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       }
     }
     for (int batch = 0; batch < piece.batches(); ++batch) {
-      Place places[kInFlight];
-      Unit<T, W> units[kInFlight];
-      Unit<T, W> residuals[kInFlight];
+#pragma unroll 1
+      for (int part = 0; part < kInFlight; part += kAhead) {
+        Place places[kAhead];
+        Unit<T, W> units[kAhead];
+        Unit<T, W> residuals[kAhead];
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        int64_t channel;
-        places[u] = piece.place(batch, u, channel);
-        if (!places[u].valid) continue;
-        units[u] = load_unit<T, W>(x + places[u].offset);
-        if (residual != nullptr) residuals[u] = load_unit<T, W>(residual + places[u].offset);
-        if constexpr (!kChannelsLast) of_channel[u] = affine[channel];
-      }
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        unsigned bits = 0;
-        if (places[u].valid) {
-          float v[W];
-          float r[W] = {};
-          to_float<T, W>(units[u], v);
-          if (residual != nullptr) to_float<T, W>(residuals[u], r);
-#pragma unroll
-          for (int j = 0; j < W; ++j) {
-            const float4 a = of_channel[kChannelsLast ? j : u];
-            float z = Affine{a.x, a.y, a.z}(v[j]);
-            if (residual != nullptr) z = __fadd_rn(z, r[j]);
-            v[j] = Act::forward(z);
-            if (Act::kMaskable && Act::backward(1.0f, z) != 0.0f) bits |= 1u << j;
-          }
-          store_unit<T, W>(y + places[u].offset, v);
+        for (int u = 0; u < kAhead; ++u) {
+          int64_t channel;
+          places[u] = piece.place(batch, part + u, channel);
+          if (!places[u].valid) continue;
+          units[u] = load_unit<T, W>(x + places[u].offset);
+          if (residual != nullptr) residuals[u] = load_unit<T, W>(residual + places[u].offset);
+          if constexpr (!kChannelsLast) of_channel[u] = affine[channel];
         }
-        if (Act::kMaskable && args.mask != nullptr)
-          store_mask<W>(args.mask, args.mask_row, places[u], bits);
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          unsigned bits = 0;
+          if (places[u].valid) {
+            float v[W];
+            float r[W] = {};
+            to_float<T, W>(units[u], v);
+            if (residual != nullptr) to_float<T, W>(residuals[u], r);
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+              const float4 a = of_channel[kChannelsLast ? j : u];
+              float z = Affine{a.x, a.y, a.z}(v[j]);
+              if (residual != nullptr) z = __fadd_rn(z, r[j]);
+              v[j] = z;
+              if constexpr (Act::kMaskable) {
+                if (!(act.mask_source(z) <= 0.0f)) bits |= 1u << j;
+              }
+            }
+            for_each_element(act, v, r,
+                             [](auto functor, float z, float) { return functor.forward(z); });
+            store_unit<T, W>(y + places[u].offset, v);
+          }
+          if (Act::kMaskable && args.mask != nullptr)
+            store_mask<W>(args.mask, args.mask_row, places[u], bits);
+        }
       }
     }
   }
@@ -318,8 +325,9 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
         return error;
       }
     }
-    return dispatch_activation(kOperation, shape.activation, [&](auto act) -> const char* {
-      using Act = typename decltype(act)::type;
+    const float slope = static_cast<float>(shape.slope);
+    return with_activation<Identity, Relu>(shape.activation, slope, [&](auto act) -> const char* {
+      using Act = decltype(act);
       const ApplyArguments apply{args.x,
                                  args.residual,
                                  args.y,
@@ -331,7 +339,7 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
         return error;
       }
       return launch("batch_norm_apply", batch_norm_apply<T, kLayout, W, Act>, blocks, kThreads, 0,
-                    stream, apply);
+                    stream, apply, act);
     });
   };
 
