@@ -661,11 +661,12 @@ const char* group_norm_backward(const GroupNormBackward& args, const Parallel& p
                                                                     partial.get()});
       return;
     }
-    error = with_activation<Identity, FastSilu<sizeof(S) == 2>>(shape.activation, shape.slope, [&](const auto& act) {
-      using Act = std::remove_cvref_t<decltype(act)>;
-      constexpr auto kDerivative = Act::kNeedsZ ? Derivative::recomputed : Derivative::one;
-      return run(GroupBackward<S, Act, kDerivative>{args, plan, affine, act, partial.get()});
-    });
+    error = with_activation<Identity, FastSilu<sizeof(S) == 2>>(
+        shape.activation, shape.slope, [&](const auto& act) {
+          using Act = std::remove_cvref_t<decltype(act)>;
+          constexpr auto kDerivative = Act::kNeedsZ ? Derivative::recomputed : Derivative::one;
+          return run(GroupBackward<S, Act, kDerivative>{args, plan, affine, act, partial.get()});
+        });
   });
   if (error != nullptr) return error;
   if (args.dweight == nullptr && args.dbias == nullptr) return nullptr;

@@ -297,13 +297,13 @@ const char* group_norm_forward(const GroupNormForward& args, const Parallel& par
                                                 : forward_pixels(pass, runner);
     };
     const AnyActivation any{shape.activation, shape.slope};
-    error =
-        args.mask != nullptr
-            ? run(GroupForward<S, AnyActivation, true>{{args, plan}, affine, any})
-            : with_activation<Identity, FastSilu<sizeof(S) == 2>>(shape.activation, shape.slope, [&](const auto& act) {
-                using Act = std::remove_cvref_t<decltype(act)>;
-                return run(GroupForward<S, Act, false>{{args, plan}, affine, act});
-              });
+    error = args.mask != nullptr
+                ? run(GroupForward<S, AnyActivation, true>{{args, plan}, affine, any})
+                : with_activation<Identity, FastSilu<sizeof(S) == 2>>(
+                      shape.activation, shape.slope, [&](const auto& act) {
+                        using Act = std::remove_cvref_t<decltype(act)>;
+                        return run(GroupForward<S, Act, false>{{args, plan}, affine, act});
+                      });
   });
   return error;
 }
