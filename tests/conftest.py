@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 
 import batchops._binding as binding
+
+from .emulator import toolkit
 
 
 def _why_no_cuda() -> str | None:
@@ -40,3 +45,20 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where the checks of CUDA kernels must run (CI), a missing tool is an error, not a skip."""
+    if os.environ.get("BATCHOPS_REQUIRE_CUDA_TOOLKIT", "0") != "1":
+        return
+    found = {
+        "CUDA headers": toolkit.include_dir(),
+        "g++": os.environ.get("CXX") or shutil.which("g++"),
+        **{name: toolkit.tool(name) for name in ("nvcc", "nvdisasm", "cuobjdump")},
+    }
+    missing = ", ".join(name for name, place in found.items() if place is None)
+    if missing:
+        raise pytest.UsageError(
+            f"BATCHOPS_REQUIRE_CUDA_TOOLKIT=1, and there is no {missing}: install a CUDA 13 "
+            "toolkit and requirements-dev.txt, or unset it to skip the tests that need them"
+        )
