@@ -1,6 +1,7 @@
 // Every CUDA entry point of a build without nvcc: the same symbols, so that no caller needs to know
 // which build it has.
 #include "kernels/batch_norm.h"
+#include "kernels/group_norm.h"
 #include "kernels/info.h"
 #include "kernels/lamb.h"
 
@@ -33,6 +34,16 @@ size_t batch_norm_backward_workspace_cuda(const BatchNormShape&, int) { return 0
 const char* batch_norm_forward_cuda(const BatchNormForward&, void*, int, void*) { return kNoCuda; }
 
 const char* batch_norm_backward_cuda(const BatchNormBackward&, void*, int, void*) {
+  return kNoCuda;
+}
+
+size_t group_norm_forward_workspace_cuda(const GroupNormShape&, int) { return 0; }
+
+size_t group_norm_backward_workspace_cuda(const GroupNormShape&, int) { return 0; }
+
+const char* group_norm_forward_cuda(const GroupNormForward&, void*, int, void*) { return kNoCuda; }
+
+const char* group_norm_backward_cuda(const GroupNormBackward&, void*, int, void*) {
   return kNoCuda;
 }
 

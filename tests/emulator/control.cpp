@@ -28,6 +28,12 @@ void emulator_set_resident_blocks(int count) { cuda_emulator::settings().residen
 
 void emulator_set_multiprocessors(int count) { cuda_emulator::settings().multiprocessors = count; }
 
+// Another device: the shared memory that a block may have, and its compute capability.
+void emulator_set_device(size_t shared_limit, int compute_major) {
+  cuda_emulator::settings().shared_limit = shared_limit;
+  cuda_emulator::settings().compute_major = compute_major;
+}
+
 // What the occupancy calls answer; 0: what the kernel's threads, registers and shared memory allow.
 void emulator_set_blocks_per_multiprocessor(int count) {
   cuda_emulator::settings().blocks_per_multiprocessor = count;

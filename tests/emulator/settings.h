@@ -32,6 +32,7 @@ struct Settings {
   int blocks_per_multiprocessor = 0;  // what the occupancy calls answer; 0: computed (kernel.h)
   size_t static_shared_limit = 48 * 1024;
   size_t shared_limit = 227 * 1024;
+  int compute_major = 9;  // what cudaDevAttrComputeCapabilityMajor answers
   // Rounds in which threads only spin and nothing changes, after which their wait counts as a
   // deadlock. A spin that meets barriers on the way, or looks at several places, gets a hundred
   // times as many: what goes on around it may be work.

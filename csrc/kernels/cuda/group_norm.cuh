@@ -1,0 +1,631 @@
+// What the group norm kernels of forward and backward share: how a tensor is cut into parts, one
+// for a block at a time, and how a block keeps its part in shared memory and sums over it.
+//
+// Two walks, by how a group lies in memory:
+//
+//   slices (group_norm_slices.cuh)   channels_first, or HxW = 1: a group is M consecutive elements.
+//                                    A part is some whole groups, or a stretch of one.
+//   pixels (group_norm_pixels.cuh)   channels_last: a group is D = C/G columns of HxW rows of C.
+//                                    A part is some rows of a tile of columns.
+//
+// Three ways, by the size of what must be seen at once (a group; in pixels a tile of groups):
+//
+//   one block      its part holds whole groups: each tensor is read once
+//   one cluster    `parts` blocks keep a stretch each and exchange their sums: the same
+//   streams        beyond: each block writes the sums of its part to the workspace, a second kernel
+//                  merges them, a third reads the tensors once more
+//
+// Sums are floats around a shift near the mean, over one part; parts are merged in double, in
+// order. The same cut, and so the same bits, on every device of one kind.
+#pragma once
+#include <numeric>
+#include <type_traits>
+
+#include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/group_norm.h"
+#if BATCHOPS_HAS_CLUSTERS
+#include <cooperative_groups.h>
+#endif
+
+namespace batchops::cuda::group {
+
+constexpr int kBlock = 256;
+constexpr int kWidestUnit = 8;
+constexpr int kMostCluster = 8;              // what every device with clusters can place
+constexpr int64_t kSmallPart = 24 * 1024;    // bytes: small groups are put together up to this
+constexpr int64_t kEnoughPart = 4 * 1024;    // … and at least to this
+constexpr int64_t kClusterPart = 64 * 1024;  // a block's share: three fit a multiprocessor
+constexpr int64_t kStreamPart = 32 * 1024;
+constexpr int64_t kTileBytes = 256;  // pixels: of a row, where groups allow
+
+// Channels that a thread sums over at once: their sums and coefficients are in registers.
+__host__ __device__ constexpr int sum_width(int unit) { return unit < 4 ? unit : 4; }
+
+// How a block sums over rows: `lanes` neighbours take a segment of a row together.
+struct RowTeams {
+  int lanes = 1;
+  int segments = 1;  // of a row
+  int segment = 8;   // elements
+  FastDivide by_segments;
+
+  RowTeams() = default;
+  RowTeams(int64_t rows, int64_t length, int width) {
+    while (lanes < kWarp && int64_t{lanes} * 2 * width <= length) lanes *= 2;
+    const int64_t teams = kBlock / lanes;
+    const int64_t most = clamp<int64_t>(length / (int64_t{lanes} * width * 2), 1, teams);
+    const int64_t wanted = rows >= teams ? 1 : clamp<int64_t>(teams / rows, 1, most);
+    segment = static_cast<int>(round_up<int64_t>(ceil_divide(length, wanted), 8));
+    segments = static_cast<int>(ceil_divide<int64_t>(length, segment));
+    by_segments = FastDivide(static_cast<unsigned>(segments));
+  }
+};
+
+// Pixels: how threads lie over the units of a tile: `tile` side by side, `across` times over where
+// there are more units, and as many rows at once as there are threads left.
+struct ColumnTiles {
+  int tile = 1, across = 1, rows_at_once = 1;
+
+  ColumnTiles() = default;
+  explicit ColumnTiles(int64_t units) {
+    tile = static_cast<int>(units < kBlock ? units : kBlock);
+    across = static_cast<int>(ceil_divide<int64_t>(units, tile));
+    rows_at_once = kBlock / tile;
+  }
+};
+
+struct Device {
+  int multiprocessors = 1;
+  int shared = 48 * 1024;  // bytes that a block may ask for
+  bool clusters = false;
+};
+
+inline const char* query(const char* operation, int device, Device& found) {
+  int major = 0;
+  const char* error =
+      check(operation, "cudaDeviceGetAttribute",
+            cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (error == nullptr) {
+    error = check(
+        operation, "cudaDeviceGetAttribute",
+        cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  }
+  if (error == nullptr) {
+    error = check(operation, "cudaDeviceGetAttribute",
+                  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  }
+  found.clusters = major >= 9;
+  return error;
+}
+
+// The tensor as the kernels walk it.
+struct Cut {
+  int64_t N, C, HxW, G;
+  int64_t D, M;  // channels and elements of a group
+  int64_t groups, numel;
+  bool pixels;
+  bool resident;
+  int parts;         // that a group is in; slices streamed, clusters
+  int64_t chunk;     // slices: of a group, padded as the mask; pixels: rows of a part
+  int64_t pieces;    // parts in all
+  int64_t rounds;    // parts that a block takes one after the other
+  int64_t sum_rows;  // of the backward's sums by channel
+  // slices
+  bool by_sample;  // layer norm's backward: sums by channel run over the samples of a block
+  int64_t whole;   // groups of a part, where parts = 1
+  int64_t mask_row, padded_row;
+  bool padded;         // rows of the mask end within a byte
+  bool one_channel;    // units lie within a channel
+  bool whole_samples;  // … and the bits of a unit within a byte
+  bool contiguous;     // units lie within a group and their channels follow one another
+  bool whole_groups, whole_channels;  // begin and end on units
+  RowSplit plane, mask_rows, padded_rows;
+  FastDivide by_C, by_D;
+  // pixels
+  int64_t width, tiles;  // columns
+  int64_t mask_row_bytes;
+  int kept_row;  // elements of a row in shared memory
+  ColumnTiles by_unit, by_sum;
+  // of a part, at most
+  int elements, channels, local_groups;
+  // Sums over elements (slices) or columns (pixels) of groups, elements of channels, channels of
+  // groups.
+  RowTeams over_groups, over_channels, over_group_channels;
+
+  __host__ __device__ bool cluster() const { return resident && parts > 1; }
+  __host__ __device__ int64_t turns() const { return ceil_divide(pieces, rounds); }
+  int64_t moments() const {  // slots of the workspace
+    return resident ? 0 : pieces * local_groups;
+  }
+};
+
+// Where things lie in a block's shared memory, in bytes. The tensors come first.
+struct SharedPlan {
+  int tensor;    // bytes of each
+  int slots;     // float2 [rows · segments], or [kBlock · sum_width] in pixels
+  int channels;  // float2 [channels]
+  int sums;      // float2 [local_groups]
+  int moments;   // Moments [local_groups]
+  int terms;     // Terms [local_groups]
+  int64_t total;
+};
+
+// Statistics of a part of a group, around a shift that lies among its values.
+struct alignas(16) Moments {
+  float shift;
+  float sum;     // Σ (x - shift)
+  float square;  // Σ (x - shift)² - sum² / count
+  float count;
+};
+
+// What an element needs of its group; along and constant are the backward's.
+struct Terms {
+  float mean, low, rstd;
+  float along, constant;
+};
+
+struct Purpose {
+  int tensors;  // kept in shared memory
+  int size;     // of an element
+  bool backward;
+  bool mask;
+};
+
+inline SharedPlan plan_shared(const Cut& cut, const Purpose& purpose, int width) {
+  SharedPlan plan{};
+  const auto take = [&](int64_t bytes) {
+    const auto from = static_cast<int>(plan.total);
+    plan.total += round_up<int64_t>(bytes, 16);
+    return from;
+  };
+  const int64_t tensor = round_up<int64_t>(int64_t{cut.elements} * purpose.size, 16);
+  plan.tensor = static_cast<int>(tensor);
+  take(tensor * purpose.tensors);
+  int64_t slots = cut.pixels ? int64_t{kBlock} * sum_width(width) : 0;
+  const auto segments = [&](int64_t rows, const RowTeams& teams) {
+    if (teams.segments > 1 && rows * teams.segments > slots) slots = rows * teams.segments;
+  };
+  segments(cut.local_groups, cut.over_groups);
+  if (purpose.backward && !cut.pixels) segments(cut.channels, cut.over_channels);
+  if (purpose.backward) segments(cut.local_groups, cut.over_group_channels);
+  plan.slots = take(slots * int64_t{sizeof(float2)});
+  plan.channels =
+      take(purpose.backward || cut.pixels ? int64_t{cut.channels} * int64_t{sizeof(float2)} : 0);
+  plan.sums = take(int64_t{cut.local_groups} * int64_t{sizeof(float2)});
+  plan.moments = take(int64_t{cut.local_groups} * int64_t{sizeof(Moments)});
+  plan.terms = take(int64_t{cut.local_groups} * int64_t{sizeof(Terms)});
+  return plan;
+}
+
+// Layer norm's backward, which needs sums over samples.
+inline bool samples(const Cut& cut, const Purpose& purpose) {
+  return purpose.backward && !cut.pixels && cut.HxW == 1 && cut.G == 1;
+}
+
+// Everything that follows from parts, chunk and width.
+inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& device) {
+  cut.rounds = 1;
+  cut.by_sample = false;
+  if (cut.pixels) {
+    cut.tiles = ceil_divide(cut.C, cut.width);
+    cut.chunk = cut.resident ? ceil_divide(cut.HxW, int64_t{cut.parts}) : cut.chunk;
+    cut.parts = static_cast<int>(ceil_divide(cut.HxW, cut.chunk));
+    cut.pieces = cut.N * cut.tiles * cut.parts;
+    cut.elements = static_cast<int>(cut.chunk * round_up<int64_t>(cut.width, unit));
+    cut.channels = static_cast<int>(cut.width);
+    const bool whole = cut.width % cut.D == 0;
+    const int64_t touched = cut.width / cut.D + (whole ? 0 : 2);
+    cut.local_groups = static_cast<int>(clamp<int64_t>(touched, 1, cut.G));
+    const int64_t units = ceil_divide<int64_t>(cut.width, unit);
+    const int64_t padded = purpose.mask ? round_up<int64_t>(units, ceil_divide(8, unit)) : units;
+    cut.kept_row = static_cast<int>(units * unit);
+    cut.by_unit = ColumnTiles(padded);
+    cut.by_sum = ColumnTiles(cut.kept_row / sum_width(unit));
+    cut.over_groups = RowTeams(cut.local_groups, cut.D < cut.width ? cut.D : cut.width, 1);
+    cut.over_group_channels = cut.over_groups;
+    cut.sum_rows = cut.N * cut.parts;
+    return;
+  }
+  const int64_t padded_group = cut.M / cut.mask_row * cut.padded_row +
+                               (cut.M % cut.mask_row);  // the last only where rows are not padded
+  if (cut.parts > 1) {
+    if (cut.resident)
+      cut.chunk = round_up<int64_t>(ceil_divide(padded_group, int64_t{cut.parts}), 64);
+    cut.parts = static_cast<int>(ceil_divide(padded_group, cut.chunk));
+  }
+  if (cut.parts > 1) {
+    cut.whole = 1;
+    cut.pieces = cut.groups * cut.parts;
+    cut.elements = static_cast<int>(cut.chunk + 8);
+    const int64_t touched = (cut.chunk - 1) / cut.HxW + 2;
+    cut.channels = static_cast<int>(touched < cut.D ? touched : cut.D);
+  } else {
+    cut.pieces = ceil_divide(cut.groups, cut.whole);
+    cut.elements = static_cast<int>(round_up<int64_t>(cut.whole * cut.M + 7, 8));
+    cut.channels = static_cast<int>(cut.whole * cut.D);
+  }
+  cut.local_groups = static_cast<int>(cut.whole);
+  cut.sum_rows = cut.N * cut.parts;
+  if (samples(cut, purpose) && cut.resident && cut.parts == 1) {
+    // A row of sums for each block: few beside the tensors, and still enough blocks.
+    constexpr int64_t kSamples = 64;
+    cut.by_sample = true;
+    cut.channels = static_cast<int>(cut.C);
+    cut.rounds = clamp<int64_t>(cut.pieces / (2 * device.multiprocessors), 1,
+                                ceil_divide(kSamples, cut.whole));
+    cut.sum_rows = cut.turns();
+  }
+  cut.one_channel = cut.HxW % unit == 0;
+  cut.contiguous = cut.HxW == 1 && cut.M % unit == 0;
+  cut.whole_samples = cut.contiguous && (!cut.padded || cut.mask_row % unit == 0);
+  const int64_t length = cut.parts > 1 ? cut.chunk : cut.M;
+  const bool aligned = cut.parts == 1 || !cut.padded;
+  cut.whole_groups = cut.M % unit == 0 && aligned;
+  cut.whole_channels = cut.HxW % unit == 0;
+  cut.over_groups = RowTeams(cut.local_groups, length, cut.whole_groups ? unit : 1);
+  cut.over_channels =
+      RowTeams(cut.channels, cut.HxW < length ? cut.HxW : length, cut.whole_channels ? unit : 1);
+  cut.over_group_channels =
+      RowTeams(cut.local_groups, cut.D < cut.channels ? cut.D : cut.channels, 1);
+}
+
+// With HxW = 1 both layouts are slices, unless two groups would share a byte of the mask.
+inline bool walks_pixels(const GroupNormShape& shape, bool mask) {
+  if (shape.layout == Layout::channels_first) return false;
+  return shape.HxW > 1 || (mask && shape.G > 1 && shape.C / shape.G % 8 != 0);
+}
+
+// How the tensor is cut for units of `unit` elements. Parts, and so the workspace, do not depend on
+// the unit.
+inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int unit,
+                    const Device& device) {
+  Cut cut{};
+  cut.N = shape.N;
+  cut.C = shape.C;
+  cut.HxW = shape.HxW;
+  cut.G = shape.G;
+  cut.D = shape.C / shape.G;
+  cut.M = cut.D * cut.HxW;
+  cut.groups = cut.N * cut.G;
+  cut.numel = shape.numel();
+  cut.parts = 1;
+  cut.whole = 1;
+  cut.by_C = FastDivide(static_cast<unsigned>(cut.C));
+  cut.by_D = FastDivide(static_cast<unsigned>(cut.D));
+  const bool last = shape.layout == Layout::channels_last;
+  cut.mask_row = last ? cut.C : cut.HxW;
+  cut.padded = purpose.mask && cut.mask_row % 8 != 0;
+  cut.padded_row = cut.padded ? round_up<int64_t>(cut.mask_row, 8) : cut.mask_row;
+  cut.mask_row_bytes = mask_row_bytes(cut.mask_row);
+  cut.pixels = walks_pixels(shape, purpose.mask);
+  cut.plane = RowSplit(cut.HxW);
+  cut.mask_rows = RowSplit(cut.mask_row);
+  cut.padded_rows = RowSplit(cut.padded_row);
+
+  const int64_t bytes = int64_t{purpose.size} * purpose.tensors;
+  const auto fits = [&] {
+    // Nothing so large that its size overflows the plan's integers.
+    const int64_t rough = cut.pixels ? ceil_divide(cut.HxW, int64_t{cut.parts}) * cut.width
+                                     : ceil_divide(cut.whole * cut.M, int64_t{cut.parts});
+    if (rough * bytes > device.shared) return false;
+    complete(cut, purpose, unit, device);
+    return plan_shared(cut, purpose, kWidestUnit).total <= device.shared;
+  };
+  int64_t together = 0;  // elements that one block or cluster must hold
+  int64_t sets = 0;      // of them in the tensor
+  if (cut.pixels) {
+    const int64_t step = std::lcm<int64_t>(8, cut.D);
+    cut.width = step < cut.C ? step : cut.C;
+    while (cut.width < cut.C && cut.width * purpose.size * 2 < kTileBytes) cut.width += step;
+    while (cut.width < cut.C && cut.width * cut.HxW * bytes * 2 <= kSmallPart) cut.width *= 2;
+    if (cut.width > cut.C) cut.width = cut.C;
+    together = cut.width * cut.HxW;
+    sets = cut.N * ceil_divide(cut.C, cut.width);
+  } else {
+    const int64_t most = kSmallPart / (cut.M * bytes);
+    const int64_t least = kEnoughPart / (cut.M * bytes);
+    cut.whole = clamp<int64_t>(cut.groups / kPiecesWanted, least, most);
+    // Parts that begin on whole units read nothing of their neighbours.
+    const int64_t even = 8 / std::gcd<int64_t>(cut.M, 8);
+    if (even <= most) cut.whole = round_up<int64_t>(cut.whole < 1 ? 1 : cut.whole, even);
+    cut.whole = clamp<int64_t>(cut.whole, 1, cut.groups);
+    together = cut.M;
+    sets = cut.groups;
+  }
+  cut.resident = true;
+  if (device.clusters && cut.whole == 1 && !samples(cut, purpose)) {
+    const int64_t wanted = 2 * int64_t{device.multiprocessors};
+    while (cut.parts < kMostCluster &&
+           (together * bytes > cut.parts * kClusterPart ||
+            (sets * cut.parts < wanted && together * bytes > cut.parts * kSmallPart))) {
+      cut.parts *= 2;
+    }
+  }
+  if (fits()) return cut;
+  if (device.clusters && cut.parts < kMostCluster) {
+    cut.parts = kMostCluster;
+    if (fits()) return cut;
+  }
+  cut.resident = false;
+  cut.whole = 1;
+  const int64_t part = kStreamPart < device.shared / 4 ? kStreamPart : device.shared / 4;
+  if (cut.pixels) {
+    const int64_t tiles = ceil_divide(cut.C, round_up<int64_t>(kTileBytes / purpose.size, 8));
+    cut.width = round_up<int64_t>(ceil_divide(cut.C, tiles), 8);
+    if (cut.width > cut.C) cut.width = cut.C;
+    cut.chunk = clamp<int64_t>(part / (bytes * cut.width), 1, cut.HxW);
+    complete(cut, purpose, unit, device);
+  } else {
+    cut.parts = 2;  // or more
+    cut.chunk = 2 * part / bytes;
+    do {
+      cut.chunk = round_up<int64_t>(cut.chunk / 2, 64);
+      complete(cut, purpose, unit, device);
+    } while (plan_shared(cut, purpose, kWidestUnit).total > device.shared && cut.chunk > 64);
+  }
+  return cut;
+}
+
+// The places of a block's shared memory.
+struct Arena {
+  unsigned char* bytes;
+  const SharedPlan& plan;
+
+  template <class T>
+  BATCHOPS_DEVICE T* tensor(int i) const {
+    return reinterpret_cast<T*>(bytes + i * plan.tensor);
+  }
+  BATCHOPS_DEVICE float2* slots() const { return reinterpret_cast<float2*>(bytes + plan.slots); }
+  BATCHOPS_DEVICE float2* channels() const {
+    return reinterpret_cast<float2*>(bytes + plan.channels);
+  }
+  BATCHOPS_DEVICE float2* sums() const { return reinterpret_cast<float2*>(bytes + plan.sums); }
+  BATCHOPS_DEVICE Moments* moments() const {
+    return reinterpret_cast<Moments*>(bytes + plan.moments);
+  }
+  BATCHOPS_DEVICE Terms* terms() const { return reinterpret_cast<Terms*>(bytes + plan.terms); }
+};
+
+// The same number, of which the compiler knows nothing: what follows from it is worked out again
+// rather than kept in registers through other work.
+BATCHOPS_DEVICE int64_t forgotten(int64_t number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
+}
+
+struct Range {
+  int begin, end;
+};
+
+// sums[row] = Σ of what add() adds over the row, for rows of at most segments · segment elements.
+//
+//   Range range(int row);                       its elements
+//   auto add = of_row(int row);                 once a segment
+//   add(std::integral_constant<int, W>, int i, float2& sum);   elements i … i + W - 1
+template <int W, class RangeOf, class OfRow>
+BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, OfRow of_row,
+                              float2* slots, float2* sums) {
+  const int lane = threadIdx.x % teams.lanes;
+  const int team = threadIdx.x / teams.lanes;
+  const int at_once = kBlock / teams.lanes;
+  const int total = rows * teams.segments;
+  float2* to = teams.segments > 1 ? slots : sums;
+  for (int first = 0; first < total; first += at_once) {
+    const int s = first + team;
+    float2 sum = make_float2(0.0f, 0.0f);
+    if (s < total) {
+      const int row = static_cast<int>(teams.by_segments.quotient(s));
+      Range r = range(row);
+      r.begin += (s - row * teams.segments) * teams.segment;
+      if (r.begin + teams.segment < r.end) r.end = r.begin + teams.segment;
+      if (r.begin < r.end) {
+        const auto add = of_row(row);
+        for (int i = r.begin + lane * W; i < r.end; i += teams.lanes * W) {
+          add(std::integral_constant<int, W>{}, i, sum);
+        }
+      }
+    }
+    for (int distance = teams.lanes / 2; distance > 0; distance /= 2) {
+      sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
+      sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
+    }
+    if (lane == 0 && s < total) to[s] = sum;
+  }
+  __syncthreads();
+  if (teams.segments == 1) return;
+  for (int row = threadIdx.x; row < rows; row += kBlock) {
+    float2 sum = slots[row * teams.segments];
+    for (int s = 1; s < teams.segments; ++s) {
+      sum.x += slots[row * teams.segments + s].x;
+      sum.y += slots[row * teams.segments + s].y;
+    }
+    sums[row] = sum;
+  }
+  __syncthreads();
+}
+
+// ---- clusters
+
+BATCHOPS_DEVICE void cluster_sync() {
+#if BATCHOPS_HAS_CLUSTERS
+  cooperative_groups::this_cluster().sync();
+#endif
+}
+
+// The same place in the shared memory of another block of the cluster.
+template <class T>
+BATCHOPS_DEVICE T* of_rank(T* place, [[maybe_unused]] int rank) {
+#if BATCHOPS_HAS_CLUSTERS
+  return cooperative_groups::this_cluster().map_shared_rank(place, rank);
+#else
+  return place;
+#endif
+}
+
+// ---- statistics
+
+struct MeanAndVariance {
+  double mean, square;  // Σ (x - mean)²
+};
+
+// Parts merged in double around the first one's mean g, as seen by one of `lanes` lanes:
+//   mean = g + Σ n_k d_k / M,  Σ (x - mean)² = Σ (square_k + n_k d_k²) - (Σ n_k d_k)² / M
+// where d_k = mean_k - g. reduce() adds over the lanes.
+template <class Get, class Reduce>
+BATCHOPS_DEVICE MeanAndVariance merge(int64_t M, int64_t count, int lane, int lanes, Get get,
+                                      Reduce reduce) {
+  const Moments first = get(int64_t{0});
+  const double g = static_cast<double>(first.shift) +
+                   static_cast<double>(first.sum) / static_cast<double>(first.count);
+  double sum = 0.0;
+  double square = 0.0;
+  for (int64_t k = lane; k < count; k += lanes) {
+    const Moments m = get(k);
+    const double n = m.count;
+    const double nd = n * (m.shift - g) + m.sum;
+    sum += nd;
+    square += m.square + nd * nd / n;
+  }
+  sum = reduce(sum);
+  square = reduce(square);
+  const double rest = square - sum * sum / static_cast<double>(M);
+  return {g + sum / static_cast<double>(M), rest < 0.0 ? 0.0 : rest};  // a NaN stays
+}
+
+BATCHOPS_DEVICE Terms forward_terms(const MeanAndVariance& found, int64_t M, double eps) {
+  Terms terms{};
+  terms.mean = static_cast<float>(found.mean);
+  terms.low = static_cast<float>(found.mean - terms.mean);
+  terms.rstd = static_cast<float>(1.0 / sqrt(found.square / static_cast<double>(M) + eps));
+  return terms;
+}
+
+BATCHOPS_DEVICE Terms load_terms(const float* stats, int64_t groups, int64_t group) {
+  Terms terms{};
+  terms.mean = stats[group];
+  terms.low = stats[groups + group];
+  terms.rstd = stats[2 * groups + group];
+  return terms;
+}
+
+// ---- parameters of a channel
+
+struct Affines {
+  const void* weight;
+  const void* bias;
+  DType dtype;
+  bool wide;  // both aligned to 16 bytes
+
+  BATCHOPS_DEVICE float weight_of(int64_t c) const {
+    return weight != nullptr ? load_as_float(weight, dtype, c) : 1.0f;
+  }
+  BATCHOPS_DEVICE float bias_of(int64_t c) const {
+    return bias != nullptr ? load_as_float(bias, dtype, c) : 0.0f;
+  }
+  // W channels from c, a multiple of W.
+  template <int W>
+  BATCHOPS_DEVICE void load(int64_t c, float (&w)[W], float (&b)[W]) const {
+    load_row<W>(weight, c, 1.0f, w);
+    load_row<W>(bias, c, 0.0f, b);
+  }
+
+ private:
+  template <class T, int W>
+  BATCHOPS_DEVICE static void load_units(const void* from, int64_t c, float (&to)[W]) {
+    constexpr int kUnit = W < kWidest<T> ? W : kWidest<T>;
+#pragma unroll
+    for (int u = 0; u < W / kUnit; ++u) {
+      float v[kUnit];
+      to_float<T, kUnit>(load_unit<T, kUnit>(static_cast<const T*>(from) + c + u * kUnit), v);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) to[u * kUnit + j] = v[j];
+    }
+  }
+  template <int W>
+  BATCHOPS_DEVICE void load_row(const void* from, int64_t c, float absent, float (&to)[W]) const {
+    if (from == nullptr) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) to[j] = absent;
+    } else if (!wide) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) to[j] = load_as_float(from, dtype, c + j);
+    } else if (dtype == DType::f16) {
+      load_units<__half, W>(from, c, to);
+    } else if (dtype == DType::bf16) {
+      load_units<__nv_bfloat16, W>(from, c, to);
+    } else {
+      load_units<float, W>(from, c, to);
+    }
+  }
+};
+
+// ---- elements
+
+// a[j] = f(a[j], b[j]), unrolled. AnyActivation is so large that one copy of it has to do: there
+// the elements go through the first place in turn.
+template <class Act, int W, class F>
+BATCHOPS_DEVICE void activate(float (&a)[W], float (&b)[W], F f) {
+  if constexpr (!std::is_same_v<Act, AnyActivation>) {
+#pragma unroll
+    for (int j = 0; j < W; ++j) a[j] = f(a[j], b[j]);
+  } else {
+#pragma unroll 1
+    for (int turn = 0; turn < W; ++turn) {
+      const float first = f(a[0], b[0]);
+      const float second = b[0];
+#pragma unroll
+      for (int j = 0; j + 1 < W; ++j) {
+        a[j] = a[j + 1];
+        b[j] = b[j + 1];
+      }
+      a[W - 1] = first;
+      b[W - 1] = second;
+    }
+  }
+}
+
+// Coefficients of the elements of a unit: all alike, or of each.
+template <class K>
+struct Same {
+  const K& k;
+  BATCHOPS_DEVICE const K& operator()(int) const { return k; }
+};
+template <class K>
+Same(const K&) -> Same<K>;
+template <class K, int W>
+struct Each {
+  const K (&k)[W];
+  BATCHOPS_DEVICE const K& operator()(int j) const { return k[j]; }
+};
+template <class K, int W>
+Each(const K (&)[W]) -> Each<K, W>;
+
+// Elements `valid` of a unit.
+template <class T, int W>
+BATCHOPS_DEVICE void store_range(T* to, const float (&from)[W], const Range& valid) {
+  if (valid.begin == 0 && valid.end == W) {
+    store_unit<T, W>(to, from);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    if (j >= valid.begin && j < valid.end) to[j] = from_float<T>(from[j]);
+  }
+}
+
+// Writes a byte of the mask from its neighbours' bits. All lanes of the warp must call it, those
+// without an element too (with bits = 0); the lanes of one byte are neighbours and `writes` is set
+// in the first of them.
+template <int W>
+BATCHOPS_DEVICE void store_mask_byte(uint8_t* to, bool writes, unsigned bits) {
+  if constexpr (W == 4) {
+    bits |= __shfl_down_sync(kAllLanes, bits, 1) << 4;
+  } else if constexpr (W == 1) {
+    bits = __ballot_sync(kAllLanes, static_cast<int>(bits)) >> (threadIdx.x % kWarp);
+  }
+  if (writes) *to = static_cast<uint8_t>(bits);
+}
+
+}  // namespace batchops::cuda::group

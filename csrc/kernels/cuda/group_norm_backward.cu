@@ -1,0 +1,620 @@
+// Group norm backward. With dz = dy · activation'(z), t_c = Σ dz · x̂ over a channel's part of a
+// sample, and A = Σ weight · Σ dz, B = Σ weight · t over the channels of a group:
+//
+//   dbias = Σ_n Σ dz,   dweight = Σ_n t
+//   dx = rstd · weight · dz + along · (x - mean) + constant
+//        along = -rstd² · B / M,   constant = -rstd · A / M - along · mean_low
+//
+// Reads dy and x once and writes dx once where groups fit a block or a cluster; beyond, reads both
+// twice (+ 1 or 2 reads of the residual where z needs it, + the mask, + 1 write of dresidual).
+// z is recomputed from x unless there is a mask.
+#include "kernels/cuda/group_norm_launch.cuh"
+#include "kernels/cuda/group_norm_walks.cuh"
+
+namespace batchops::cuda {
+namespace {
+
+using namespace group;  // NOLINT: all of this file is its
+
+struct BackwardArguments {
+  Cut cut;
+  SharedPlan shared;
+  const void* dy;
+  const void* x;
+  const void* residual;  // null where z does not need it
+  const uint8_t* mask;
+  void* dx;
+  void* dresidual;
+  const float* stats;  // [3, groups]
+  float2* by_channel;  // [sum_rows, C]: Σ dz and t; may be null where not streamed
+  float2* directions;  // [groups]: along, constant; where streamed
+  Affines affines;
+  bool recomputes;  // z
+};
+
+// One element of dz, and of dx. kResident: the tensors are in shared memory.
+template <class T, class Act, bool kResident>
+struct BackwardJob {
+  struct Coefficients {
+    Affine affine;
+    float along, constant;
+    float weight;
+  };
+  static constexpr int kAhead = kResident || std::is_same_v<Act, AnyActivation> ? 1 : 2;
+  template <int W>
+  struct Held {
+    Unit<T, W> x, dy, residual;
+  };
+
+  const BackwardArguments& args;
+  const Act& act;
+  const Arena& arena;
+  const uint8_t* mask;
+  uint8_t* mask_to;  // not written
+
+  BATCHOPS_DEVICE BackwardJob(const BackwardArguments& a, const Act& f, const Arena& s)
+      : args(a), act(f), arena(s), mask(a.mask), mask_to(nullptr) {}
+
+  BATCHOPS_DEVICE bool masked() const { return Act::kMaskable && mask != nullptr; }
+  BATCHOPS_DEVICE static constexpr bool writes_mask() { return false; }
+  BATCHOPS_DEVICE bool adds_residual() const { return Act::kNeedsZ && args.residual != nullptr; }
+
+  BATCHOPS_DEVICE Coefficients make_with(const Terms& t, float weight, float bias) const {
+    return {make_affine(t.mean, t.low, t.rstd, weight, bias), t.along, t.constant, weight};
+  }
+  BATCHOPS_DEVICE Coefficients make(int64_t c, int r) const {
+    return make_with(arena.terms()[r], args.affines.weight_of(c),
+                     Act::kNeedsZ ? args.affines.bias_of(c) : 0.0f);
+  }
+  template <int W>
+  BATCHOPS_DEVICE void make_row(int64_t c, int r, Coefficients (&k)[W]) const {
+    const Terms& t = arena.terms()[r];
+    float w[W], b[W];
+    args.affines.load<W>(c, w, b);
+#pragma unroll
+    for (int j = 0; j < W; ++j) k[j] = make_with(t, w[j], b[j]);
+  }
+
+  // From shared memory.
+  template <int W>
+  BATCHOPS_DEVICE void load(Held<W>& held, int i) const {
+    held.x = load_unit<T, W>(arena.tensor<T>(0) + i);
+    held.dy = load_unit<T, W>(arena.tensor<T>(1) + i);
+    if (adds_residual()) held.residual = load_unit<T, W>(arena.tensor<T>(2) + i);
+  }
+  template <int W, class Walk>
+  BATCHOPS_DEVICE void load_outer(const Walk& walk, Held<W>& held, int64_t at, int i) const {
+    if constexpr (kResident) {
+      load<W>(held, i);
+      return;
+    }
+    const T* __restrict__ x = static_cast<const T*>(args.x);
+    const T* __restrict__ dy = static_cast<const T*>(args.dy);
+    const T* __restrict__ residual = static_cast<const T*>(args.residual);
+    held.x = zero_unit<T, W>();
+    if (args.dx != nullptr || args.recomputes) held.x = walk.template load_at<T, W>(x, at);
+    held.dy = walk.template load_at<T, W>(dy, at);
+    if (adds_residual()) held.residual = walk.template load_at<T, W>(residual, at);
+  }
+
+  // x - mean.
+  template <int W, class CoefficientsOf>
+  BATCHOPS_DEVICE void centre(const Held<W>& held, CoefficientsOf k, float (&centred)[W]) const {
+    to_float<T, W>(held.x, centred);
+#pragma unroll
+    for (int j = 0; j < W; ++j) centred[j] = __fsub_rn(centred[j], k(j).affine.mean);
+  }
+
+  // dz; z is rounded as Affine rounds it.
+  template <int W, class CoefficientsOf>
+  BATCHOPS_DEVICE void differentiate(const Held<W>& held, CoefficientsOf k, unsigned bits,
+                                     const float (&centred)[W], float (&dz)[W]) const {
+    to_float<T, W>(held.dy, dz);
+    if constexpr (Act::kNeedsZ) {
+      if (masked()) {
+        if constexpr (Act::kMaskable) {
+#pragma unroll
+          for (int j = 0; j < W; ++j) dz[j] = act.backward_bits(dz[j], bits >> j & 1u);
+        }
+        return;
+      }
+      float z[W] = {};
+      const bool adds = adds_residual();
+      if (adds) to_float<T, W>(held.residual, z);
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        const float normalised = __fmaf_rn(centred[j], k(j).affine.scale, k(j).affine.shift);
+        z[j] = adds ? __fadd_rn(normalised, z[j]) : normalised;
+      }
+      activate<Act>(dz, z, [this](float dy, float of) { return act.backward(dy, of); });
+    }
+  }
+
+  // sink(j, dz, dz · (x - mean)).
+  template <int W, class CoefficientsOf, class Sink>
+  BATCHOPS_DEVICE void add(const Held<W>& held, CoefficientsOf k, unsigned bits, Sink sink) const {
+    float centred[W], dz[W];
+    centre<W>(held, k, centred);
+    differentiate<W>(held, k, bits, centred, dz);
+#pragma unroll
+    for (int j = 0; j < W; ++j) sink(j, dz[j], dz[j] * centred[j]);
+  }
+
+  template <int W, class CoefficientsOf>
+  BATCHOPS_DEVICE unsigned run(const Held<W>& held, int64_t at, const Range& valid,
+                               CoefficientsOf k, unsigned bits) const {
+    float centred[W], rest[W], dz[W];
+    centre<W>(held, k, centred);
+    // Before the activation, so that less is kept across it.
+#pragma unroll
+    for (int j = 0; j < W; ++j) rest[j] = __fmaf_rn(k(j).along, centred[j], k(j).constant);
+    differentiate<W>(held, k, bits, centred, dz);
+    if (args.dresidual != nullptr) {
+      store_range<T, W>(static_cast<T*>(args.dresidual) + at, dz, valid);
+    }
+    if (args.dx != nullptr) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(k(j).affine.scale, dz[j], rest[j]);
+      store_range<T, W>(static_cast<T*>(args.dx) + at, dz, valid);
+    }
+    return 0;
+  }
+};
+
+BATCHOPS_DEVICE float2 direction_of(const Terms& t, double A, double B, int64_t M) {
+  const double rstd = t.rstd;
+  const double along = -rstd * rstd * B / static_cast<double>(M);
+  const double constant = -rstd * A / static_cast<double>(M) - along * t.low;
+  return make_float2(static_cast<float>(along), static_cast<float>(constant));
+}
+
+// Each channel's sums over the part, and from them each group's: A' and B' in arena.sums().
+template <class T, int W, class Walk, class Job>
+BATCHOPS_DEVICE void sum_by_channel(const BackwardArguments& args, const Walk& part, const Job& job,
+                                    const Arena& arena) {
+  part.template sum_channels<T, W>(job, arena);
+  float2* channels = arena.channels();
+  for (int r = threadIdx.x; r < part.channels; r += kBlock) {
+    const Terms& t = arena.terms()[part.group_of_channel(r)];
+    float2 sum = channels[r];
+    sum.y = t.rstd * (sum.y - t.low * sum.x);
+    channels[r] = sum;
+    if (args.by_channel != nullptr) args.by_channel[part.first_sum + r] = sum;
+  }
+  __syncthreads();
+  if (!args.cut.resident || args.dx == nullptr) return;
+  sum_rows<1>(
+      part.groups, args.cut.over_group_channels, [&](int r) { return part.channels_of_group(r); },
+      [&](int) {
+        return [&](auto, int c, float2& sum) {
+          const float weight = args.affines.weight_of(part.channel_of(c));
+          sum.x += weight * channels[c].x;
+          sum.y += weight * channels[c].y;
+        };
+      },
+      arena.slots(), arena.sums());
+}
+
+// The same of layer norm, where each element is a channel of its sample: each sample's sums at
+// once, and each channel's added to arena.channels() by the thread that the channel belongs to.
+template <int W, class Job>
+BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& part,
+                                   const Job& job, const Arena& arena) {
+  const int M = static_cast<int>(args.cut.M);
+  using Coefficients = typename Job::Coefficients;
+  const auto bits_of = [&](int i) { return job.masked() ? part.mask_bits(job.mask, i) : 0u; };
+  if (args.dx != nullptr) {
+    sum_rows<W>(
+        part.groups, args.cut.over_groups, [&](int r) { return part.range_of_group(r); },
+        [&](int r) {
+          return [&, r](auto width, int i, float2& sum) {
+            constexpr int kWidth = decltype(width)::value;
+            Coefficients k[kWidth];
+            job.template make_row<kWidth>(i - part.begin - r * M, r, k);
+            typename Job::template Held<kWidth> held;
+            job.template load<kWidth>(held, i);
+            job.template add<kWidth>(held, Each{k}, bits_of(i), [&](int j, float a, float b) {
+              sum.x += k[j].weight * a;
+              sum.y += k[j].weight * b;
+            });
+          };
+        },
+        arena.slots(), arena.sums());
+    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+      const Terms& t = arena.terms()[r];
+      float2& sum = arena.sums()[r];
+      sum.y = t.rstd * (sum.y - t.low * sum.x);
+    }
+    __syncthreads();
+  }
+  if (args.by_channel == nullptr) return;
+  for (int c = threadIdx.x * W; c < M; c += kBlock * W) {
+    float2 sums[W];
+#pragma unroll
+    for (int j = 0; j < W; ++j) sums[j] = arena.channels()[c + j];
+#pragma unroll 1
+    for (int r = 0; r < part.groups; ++r) {
+      const int i = part.begin + r * M + c;
+      const Terms& t = arena.terms()[r];
+      Coefficients k[W];
+      job.template make_row<W>(c, r, k);
+      typename Job::template Held<W> held;
+      job.template load<W>(held, i);
+      job.template add<W>(held, Each{k}, bits_of(i), [&](int j, float a, float b) {
+        sums[j].x += a;
+        sums[j].y += t.rstd * (b - t.low * a);
+      });
+    }
+#pragma unroll
+    for (int j = 0; j < W; ++j) arena.channels()[c + j] = sums[j];
+  }
+  __syncthreads();  // what comes next changes the terms
+}
+
+template <class T, int W, class Walk, class Act>
+BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& act,
+                                      const Arena& arena, int64_t piece) {
+  const BackwardJob<T, Act, true> job(args, act, arena);
+  Terms* terms = arena.terms();
+  {
+    const Walk part(args.cut, forgotten(piece));
+    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+      terms[r] = load_terms(args.stats, args.cut.groups, part.first_group + r);
+    }
+    part.template keep<T, W>(arena.tensor<T>(0), static_cast<const T*>(args.x));
+    part.template keep<T, W>(arena.tensor<T>(1), static_cast<const T*>(args.dy));
+    if (job.adds_residual()) {
+      part.template keep<T, W>(arena.tensor<T>(2), static_cast<const T*>(args.residual));
+    }
+  }
+  __syncthreads();
+  const Walk part(args.cut, forgotten(piece));
+  if (Walk::kPixels || !args.cut.by_sample) {
+    sum_by_channel<T, W>(args, part, job, arena);
+  } else if constexpr (!Walk::kPixels) {
+    if (args.cut.whole_samples) {
+      sum_by_sample<sum_width(W)>(args, part, job, arena);
+    } else {
+      sum_by_sample<1>(args, part, job, arena);
+    }
+  }
+  if (!args.cut.resident) return;
+
+  if (args.dx != nullptr) {
+    float2* sums = arena.sums();
+    if (args.cut.cluster()) cluster_sync();
+    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+      double A = sums[r].x;
+      double B = sums[r].y;
+      if (args.cut.cluster()) {
+        A = B = 0.0;
+        for (int rank = 0; rank < args.cut.parts; ++rank) {
+          const float2 sum = *of_rank(sums + r, rank);
+          A += sum.x;
+          B += sum.y;
+        }
+      }
+      const float2 direction = direction_of(terms[r], A, B, args.cut.M);
+      terms[r].along = direction.x;
+      terms[r].constant = direction.y;
+    }
+    __syncthreads();
+  }
+  if (args.dx != nullptr || args.dresidual != nullptr) {
+    Walk(args.cut, forgotten(piece)).template apply<T, W>(job);
+  }
+  if (args.cut.cluster()) {
+    cluster_sync();  // no block leaves while others may read its sums
+  } else {
+    __syncthreads();
+  }
+}
+
+// Blackwell's code for the wide instances needs more than the 128 registers of two blocks.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+template <class T, Layout kLayout, int W, class Act>
+__global__ void __launch_bounds__(kBlock, kManyRegisters&& W > 1 ? 1 : kLeastResident)
+    group_norm_backward(const __grid_constant__ BackwardArguments args,
+                        const __grid_constant__ Act act) {
+  BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
+  const Arena arena{bytes, args.shared};
+  const Cut& cut = args.cut;
+  for (int64_t turn = blockIdx.x; turn < cut.turns(); turn += gridDim.x) {
+    const int64_t first = turn * cut.rounds;
+    const int64_t end = first + cut.rounds < cut.pieces ? first + cut.rounds : cut.pieces;
+    if (cut.by_sample) {
+      for (int c = threadIdx.x; c < cut.channels; c += kBlock) {
+        arena.channels()[c] = make_float2(0.0f, 0.0f);
+      }
+    }
+    for (int64_t piece = first; piece < end; ++piece) {
+      backward_of_part<T, W, WalkOf<kLayout>>(args, act, arena, piece);
+    }
+    if (cut.by_sample && args.by_channel != nullptr) {
+      for (int c = threadIdx.x; c < cut.channels; c += kBlock) {
+        args.by_channel[turn * cut.C + c] = arena.channels()[c];
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Which parts of its group a channel lies in.
+struct PartsOf {
+  int64_t first, last;
+
+  BATCHOPS_DEVICE PartsOf(const Cut& cut, int64_t d) : first(0), last(cut.parts - 1) {
+    if (cut.pixels || cut.parts == 1) return;
+    first = padded(cut, d * cut.HxW) / cut.chunk;
+    last = padded(cut, (d + 1) * cut.HxW - 1) / cut.chunk;
+  }
+  BATCHOPS_DEVICE static int64_t padded(const Cut& cut, int64_t element) {
+    if (!cut.padded) return element;
+    const int64_t rows = element / cut.mask_row;
+    return rows * cut.padded_row + (element - rows * cut.mask_row);
+  }
+};
+
+// A block a group: its direction from its channels' sums.
+__global__ void __launch_bounds__(kBlock, kLeastResident)
+    group_norm_backward_finish(const __grid_constant__ BackwardArguments args) {
+  const Cut& cut = args.cut;
+  for (int64_t group = blockIdx.x; group < cut.groups; group += gridDim.x) {
+    const int64_t n = group / cut.G;
+    const int64_t g = group - n * cut.G;
+    double sums[2] = {};
+    for (int64_t d = threadIdx.x; d < cut.D; d += kBlock) {
+      const int64_t c = g * cut.D + d;
+      const PartsOf parts(cut, d);
+      double sum = 0.0;
+      double product = 0.0;
+      for (int64_t k = parts.first; k <= parts.last; ++k) {
+        const float2 s = args.by_channel[(n * cut.parts + k) * cut.C + c];
+        sum += s.x;
+        product += s.y;
+      }
+      const double weight = args.affines.weight_of(c);
+      sums[0] += weight * sum;
+      sums[1] += weight * product;
+    }
+    block_sum<kBlock>(sums);
+    if (threadIdx.x == 0) {
+      args.directions[group] =
+          direction_of(load_terms(args.stats, cut.groups, group), sums[0], sums[1], cut.M);
+    }
+  }
+}
+
+template <class T, Layout kLayout, int W, class Act>
+__global__ void __launch_bounds__(kBlock, kLeastResident)
+    group_norm_backward_apply(const __grid_constant__ BackwardArguments args,
+                              const __grid_constant__ Act act) {
+  BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
+  const Arena arena{bytes, args.shared};
+  for (int64_t i = blockIdx.x; i < args.cut.pieces; i += gridDim.x) {
+    const WalkOf<kLayout> part(args.cut, args.cut.pieces - 1 - i);
+    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+      const int64_t group = part.first_group + r;
+      Terms terms = load_terms(args.stats, args.cut.groups, group);
+      if (args.dx != nullptr) {
+        terms.along = args.directions[group].x;
+        terms.constant = args.directions[group].y;
+      }
+      arena.terms()[r] = terms;
+    }
+    __syncthreads();
+    part.template apply<T, W>(BackwardJob<T, Act, false>(args, act, arena));
+    __syncthreads();
+  }
+}
+
+// dweight and dbias: by_channel added over its rows, in order. Where there are many rows, first
+// over each chunk of them.
+struct ParameterArguments {
+  Cut cut;
+  const float2* from;  // [rows, C]
+  int64_t rows;
+  int64_t chunk;
+  bool skips;  // rows hold only channels of their part
+  float2* to;  // [chunks, C], or
+  void* dweight;
+  void* dbias;
+  DType dtype;
+};
+
+constexpr int kAcross = kWarp;           // channels of a block
+constexpr int kDown = kBlock / kAcross;  // rows it adds at once
+constexpr int64_t kMostRowChunks = 64;
+
+__global__ void __launch_bounds__(kBlock, kLeastResident)
+    group_norm_backward_parameters(const __grid_constant__ ParameterArguments args) {
+  BATCHOPS_SHARED(by_line, double2[kDown][kAcross]);
+  const int across = threadIdx.x % kAcross;
+  const int down = threadIdx.x / kAcross;
+  const int64_t C = args.cut.C;
+  const int64_t tiles = ceil_divide<int64_t>(C, kAcross);
+  const int64_t chunks = ceil_divide(args.rows, args.chunk);
+  for (int64_t piece = blockIdx.x; piece < tiles * chunks; piece += gridDim.x) {
+    const int64_t k = piece / tiles;
+    const int64_t c = (piece - k * tiles) * kAcross + across;
+    double2 sum = make_double2(0.0, 0.0);
+    if (c < C) {
+      const PartsOf parts(args.cut, args.skips ? c % args.cut.D : 0);
+      const int64_t end = (k + 1) * args.chunk < args.rows ? (k + 1) * args.chunk : args.rows;
+      for (int64_t row = k * args.chunk + down; row < end; row += kDown) {
+        if (args.skips) {
+          const int64_t slot = row % args.cut.parts;
+          if (slot < parts.first || slot > parts.last) continue;
+        }
+        const float2 s = args.from[row * C + c];
+        sum.x += s.x;
+        sum.y += s.y;
+      }
+    }
+    by_line[down][across] = sum;
+    __syncthreads();
+    if (down == 0 && c < C) {
+      for (int line = 1; line < kDown; ++line) {
+        sum.x += by_line[line][across].x;
+        sum.y += by_line[line][across].y;
+      }
+      if (args.to != nullptr) {
+        args.to[k * C + c] = make_float2(static_cast<float>(sum.x), static_cast<float>(sum.y));
+      } else {
+        if (args.dbias != nullptr) store_as(args.dbias, args.dtype, c, sum.x);
+        if (args.dweight != nullptr) store_as(args.dweight, args.dtype, c, sum.y);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+constexpr const char* kOperation = "group_norm_backward_cuda";
+
+Purpose purpose_of(const GroupNormShape& shape, bool residual, bool mask) {
+  return {residual ? 3 : 2, static_cast<int>(size_of(shape.dtype)), true, mask};
+}
+
+// The workspace: by_channel [rows, C], chunks of it, directions [groups]; all float2.
+struct Workspace {
+  int64_t rows, chunk, chunks;
+  int64_t directions;
+
+  explicit Workspace(const Cut& cut) : rows(cut.sum_rows), chunk(rows), chunks(0) {
+    if (rows > 2 * kMostRowChunks) {
+      chunk = ceil_divide(rows, kMostRowChunks);
+      chunks = ceil_divide(rows, chunk);
+    }
+    directions = cut.resident ? 0 : cut.groups;
+  }
+  int64_t entries(int64_t C) const { return (rows + chunks) * C + directions; }
+};
+
+const char* parameters(const GroupNormBackward& args, const Cut& cut, const Workspace& space,
+                       float2* workspace, int device, void* stream) {
+  if (args.dweight == nullptr && args.dbias == nullptr) return nullptr;
+  ParameterArguments to{
+      cut,     workspace,    space.rows, space.chunk,           !cut.pixels && cut.parts > 1,
+      nullptr, args.dweight, args.dbias, args.shape.param_dtype};
+  const auto run = [&]() -> const char* {
+    const int64_t pieces = ceil_divide<int64_t>(cut.C, kAcross) * ceil_divide(to.rows, to.chunk);
+    int64_t blocks = 0;
+    if (const char* error = grid_size(kOperation, device, pieces, blocks)) return error;
+    return launch("group_norm_backward_parameters", group_norm_backward_parameters, blocks, kBlock,
+                  0, stream, to);
+  };
+  if (space.chunks > 0) {
+    to.to = workspace + space.rows * cut.C;
+    if (const char* error = run()) return error;
+    to.from = to.to;
+    to.to = nullptr;
+    to.rows = to.chunk = space.chunks;
+    to.skips = false;
+  }
+  return run();
+}
+
+const char* backward(const GroupNormBackward& args, void* workspace, int device, void* stream) {
+  const GroupNormShape& shape = args.shape;
+  const bool wants_parameters = args.dweight != nullptr || args.dbias != nullptr;
+  const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
+  if (!wants_parameters && !wants_elements) return nullptr;
+  const bool recomputes = traits_of(shape.activation).needs_z && args.mask == nullptr;
+  const void* residual = recomputes ? args.residual : nullptr;
+  Device found;
+  if (const char* error = query(kOperation, device, found)) return error;
+
+  const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
+    using T = typename decltype(type)::type;
+    constexpr int W = decltype(width)::value;
+    constexpr Layout kLayout = decltype(layout)::value;
+    using Act = decltype(act);
+    const Purpose purpose = purpose_of(shape, residual != nullptr, args.mask != nullptr);
+    BackwardArguments to{};
+    to.cut = make_cut(shape, purpose, W, found);
+    to.shared = plan_shared(to.cut, purpose, W);
+    const Workspace space(to.cut);
+    auto* places = static_cast<float2*>(workspace);
+    to.dy = args.dy;
+    to.x = args.x;
+    to.residual = residual;
+    to.mask = args.mask;
+    to.dx = args.dx;
+    to.dresidual = args.dresidual;
+    to.stats = static_cast<const float*>(args.stats);
+    to.by_channel = !to.cut.resident || wants_parameters ? places : nullptr;
+    to.directions = places + (space.rows + space.chunks) * to.cut.C;
+    to.affines = affines_of(args.weight, args.bias, shape.param_dtype);
+    to.recomputes = recomputes;
+
+    const bool sums = to.cut.resident || wants_parameters || args.dx != nullptr;
+    if (sums) {
+      if (const char* error =
+              launch_parts(kOperation, "group_norm_backward",
+                           group_norm_backward<T, kLayout, W, Act>, to, act, device, stream)) {
+        return error;
+      }
+    }
+    int64_t blocks = 0;
+    if (!to.cut.resident && args.dx != nullptr) {
+      if (const char* error = grid_size(kOperation, device, to.cut.groups, blocks)) return error;
+      if (const char* error = launch("group_norm_backward_finish", group_norm_backward_finish,
+                                     blocks, kBlock, 0, stream, to)) {
+        return error;
+      }
+    }
+    if (!to.cut.resident && wants_elements) {
+      to.shared = plan_shared(to.cut, {0, purpose.size, false, purpose.mask}, W);
+      LaunchShape grid;
+      if (const char* error = apply_shape(kOperation, to, device, grid)) return error;
+      if (const char* error =
+              launch("group_norm_backward_apply", group_norm_backward_apply<T, kLayout, W, Act>,
+                     grid, stream, to, act)) {
+        return error;
+      }
+    }
+    return parameters(args, to.cut, space, places, device, stream);
+  };
+  return dispatch(kOperation, shape, args.mask != nullptr,
+                  {args.dy, args.x, residual, args.dx, args.dresidual}, run);
+}
+
+}  // namespace
+}  // namespace batchops::cuda
+
+namespace batchops {
+
+size_t group_norm_backward_workspace_cuda(const GroupNormShape& shape, int device) {
+  if (shape.numel() == 0 || shape.dtype == DType::f64) return 0;
+  cuda::group::Device found;
+  if (cuda::group::query(cuda::kOperation, device, found) != nullptr) return 0;
+  int64_t entries = 0;
+  for (const bool residual : {false, true}) {
+    for (const bool mask : {false, true}) {
+      const cuda::Workspace space(
+          cuda::group::make_cut(shape, cuda::purpose_of(shape, residual, mask), 1, found));
+      entries = std::max(entries, space.entries(shape.C));
+    }
+  }
+  return static_cast<size_t>(entries) * sizeof(float2);
+}
+
+const char* group_norm_backward_cuda(const GroupNormBackward& args, void* workspace, int device,
+                                     void* stream) {
+  if (args.shape.numel() == 0) return nullptr;
+  if (const char* error = cuda::group::validate(cuda::kOperation, args.shape, args.mask)) {
+    return error;
+  }
+  if (args.dy == nullptr || args.x == nullptr || args.stats == nullptr || workspace == nullptr) {
+    return cuda::message("%s: dy, x, stats and workspace must not be null", cuda::kOperation);
+  }
+  if (const char* error = cuda::set_device(cuda::kOperation, device)) return error;
+  return cuda::backward(args, workspace, device, stream);
+}
+
+}  // namespace batchops

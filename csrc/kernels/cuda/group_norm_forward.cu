@@ -1,0 +1,277 @@
+// Group norm forward: statistics of each group, then y = activation((x - mean) · rstd · weight +
+// bias + residual). Reads x once and writes y once where groups fit a block or a cluster; beyond,
+// reads x twice (+ 1 read of the residual, + the mask).
+#include "kernels/cuda/group_norm_launch.cuh"
+#include "kernels/cuda/group_norm_walks.cuh"
+
+namespace batchops::cuda {
+namespace {
+
+using namespace group;  // NOLINT: all of this file is its
+
+struct ForwardArguments {
+  Cut cut;
+  SharedPlan shared;
+  const void* x;
+  const void* residual;
+  void* y;
+  uint8_t* mask;
+  float* stats;      // [3, groups]
+  Moments* moments;  // [pieces, local_groups], where streamed
+  Affines affines;
+  double eps;
+};
+
+// The elementwise half. x comes from shared memory (kResident) or from the tensor.
+template <class T, class Act, bool kResident>
+struct ForwardJob {
+  using Coefficients = Affine;
+  static constexpr int kAhead = std::is_same_v<Act, AnyActivation> ? 1 : kResident ? 2 : kInFlight;
+  template <int W>
+  struct Held {
+    Unit<T, W> x, residual;
+  };
+
+  const ForwardArguments& args;
+  const Act& act;
+  const T* kept;
+  const Terms* terms;  // of the part's groups
+  uint8_t* mask_to;
+  const uint8_t* mask;  // not read
+
+  BATCHOPS_DEVICE ForwardJob(const ForwardArguments& a, const Act& f, const Arena& arena)
+      : args(a),
+        act(f),
+        kept(arena.tensor<T>(0)),
+        terms(arena.terms()),
+        mask_to(a.mask),
+        mask(nullptr) {}
+
+  BATCHOPS_DEVICE static constexpr bool masked() { return false; }
+  BATCHOPS_DEVICE bool writes_mask() const { return Act::kMaskable && mask_to != nullptr; }
+
+  BATCHOPS_DEVICE Affine make(int64_t c, int r) const {
+    const Terms& t = terms[r];
+    return make_affine(t.mean, t.low, t.rstd, args.affines.weight_of(c), args.affines.bias_of(c));
+  }
+  template <int W>
+  BATCHOPS_DEVICE void make_row(int64_t c, int r, Affine (&k)[W]) const {
+    const Terms& t = terms[r];
+    float w[W], b[W];
+    args.affines.load<W>(c, w, b);
+#pragma unroll
+    for (int j = 0; j < W; ++j) k[j] = make_affine(t.mean, t.low, t.rstd, w[j], b[j]);
+  }
+
+  template <int W, class Walk>
+  BATCHOPS_DEVICE void load_outer(const Walk& walk, Held<W>& held, int64_t at, int i) const {
+    const T* __restrict__ x = static_cast<const T*>(args.x);
+    const T* __restrict__ residual = static_cast<const T*>(args.residual);
+    if constexpr (kResident) {
+      held.x = load_unit<T, W>(kept + i);
+    } else {
+      held.x = walk.template load_at<T, W>(x, at);
+    }
+    if (residual != nullptr) held.residual = walk.template load_at<T, W>(residual, at);
+  }
+
+  template <int W, class CoefficientsOf>
+  BATCHOPS_DEVICE unsigned run(const Held<W>& held, int64_t at, const Range& valid,
+                               CoefficientsOf k, unsigned) const {
+    float v[W];
+    float r[W] = {};
+    to_float<T, W>(held.x, v);
+    const bool adds = args.residual != nullptr;
+    if (adds) to_float<T, W>(held.residual, r);
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      float z = k(j)(v[j]);
+      if (adds) z = __fadd_rn(z, r[j]);
+      v[j] = z;
+      if constexpr (Act::kMaskable) {
+        if (!(act.mask_source(z) <= 0.0f)) bits |= 1u << j;
+      }
+    }
+    activate<Act>(v, r, [this](float z, float) { return act.forward(z); });
+    store_range<T, W>(static_cast<T*>(args.y) + at, v, valid);
+    return bits;
+  }
+};
+
+template <class T, Layout kLayout, int W, class Act>
+__global__ void __launch_bounds__(kBlock, kLeastResident)
+    group_norm_forward(const __grid_constant__ ForwardArguments args,
+                       const __grid_constant__ Act act) {
+  BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
+  const Arena arena{bytes, args.shared};
+  for (int64_t piece = blockIdx.x; piece < args.cut.pieces; piece += gridDim.x) {
+    const WalkOf<kLayout> part(args.cut, piece);
+    T* kept = arena.tensor<T>(0);
+    part.template keep<T, W>(kept, static_cast<const T*>(args.x));
+    __syncthreads();
+    part.template moments<T, W>(kept, arena);
+    Moments* moments = arena.moments();
+    if (!args.cut.resident) {
+      for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+        args.moments[piece * args.cut.local_groups + r] = moments[r];
+      }
+      __syncthreads();
+      continue;
+    }
+    if (args.cut.cluster()) cluster_sync();
+    const int64_t slot = piece % args.cut.parts;
+    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+      const auto found = merge(
+          args.cut.M, args.cut.parts, 0, 1,
+          [&](int64_t k) {
+            return args.cut.cluster() ? *of_rank(moments + r, static_cast<int>(k)) : moments[r];
+          },
+          [](double sum) { return sum; });
+      const Terms terms = forward_terms(found, args.cut.M, args.eps);
+      arena.terms()[r] = terms;
+      if (slot == 0) {
+        const int64_t group = part.first_group + r;
+        args.stats[group] = terms.mean;
+        args.stats[args.cut.groups + group] = terms.low;
+        args.stats[2 * args.cut.groups + group] = terms.rstd;
+      }
+    }
+    __syncthreads();
+    part.template apply<T, W>(ForwardJob<T, Act, true>(args, act, arena));
+    if (args.cut.cluster()) {
+      cluster_sync();  // no block leaves while others may read its moments
+    } else {
+      __syncthreads();
+    }
+  }
+}
+
+// A warp a group.
+__global__ void __launch_bounds__(kBlock, kLeastResident)
+    group_norm_forward_finish(const __grid_constant__ ForwardArguments args) {
+  const Cut& cut = args.cut;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warps = int64_t{gridDim.x} * (kBlock / kWarp);
+  for (int64_t group = int64_t{blockIdx.x} * (kBlock / kWarp) + threadIdx.x / kWarp;
+       group < cut.groups; group += warps) {
+    const int64_t n = group / cut.G;
+    const int64_t g = group - n * cut.G;
+    const int64_t first = cut.pixels ? g * cut.D / cut.width : 0;
+    const int64_t last = cut.pixels ? ((g + 1) * cut.D - 1) / cut.width : 0;
+    const auto get = [&](int64_t k) {
+      if (!cut.pixels) return args.moments[group * cut.parts + k];
+      const int64_t tile = k / cut.parts;
+      const int64_t piece = (n * cut.tiles + first + tile) * cut.parts + (k - tile * cut.parts);
+      const int64_t local = g - (first + tile) * cut.width / cut.D;
+      return args.moments[piece * cut.local_groups + local];
+    };
+    const auto found = merge(cut.M, (last - first + 1) * cut.parts, lane, kWarp, get,
+                             [](double sum) { return warp_sum(sum); });
+    if (lane != 0) continue;
+    const Terms terms = forward_terms(found, cut.M, args.eps);
+    args.stats[group] = terms.mean;
+    args.stats[cut.groups + group] = terms.low;
+    args.stats[2 * cut.groups + group] = terms.rstd;
+  }
+}
+
+// Back to front: what was read last is still in the cache.
+template <class T, Layout kLayout, int W, class Act>
+__global__ void __launch_bounds__(kBlock, kLeastResident)
+    group_norm_forward_apply(const __grid_constant__ ForwardArguments args,
+                             const __grid_constant__ Act act) {
+  BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
+  const Arena arena{bytes, args.shared};
+  for (int64_t i = blockIdx.x; i < args.cut.pieces; i += gridDim.x) {
+    const WalkOf<kLayout> part(args.cut, args.cut.pieces - 1 - i);
+    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
+      arena.terms()[r] = load_terms(args.stats, args.cut.groups, part.first_group + r);
+    }
+    __syncthreads();
+    part.template apply<T, W>(ForwardJob<T, Act, false>(args, act, arena));
+    __syncthreads();
+  }
+}
+
+constexpr const char* kOperation = "group_norm_forward_cuda";
+
+Purpose purpose_of(const GroupNormShape& shape, bool mask) {
+  return {1, static_cast<int>(size_of(shape.dtype)), false, mask};
+}
+
+const char* forward(const GroupNormForward& args, void* workspace, int device, void* stream) {
+  const GroupNormShape& shape = args.shape;
+  Device found;
+  if (const char* error = query(kOperation, device, found)) return error;
+
+  const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
+    using T = typename decltype(type)::type;
+    constexpr int W = decltype(width)::value;
+    constexpr Layout kLayout = decltype(layout)::value;
+    using Act = decltype(act);
+    const Purpose purpose = purpose_of(shape, args.mask != nullptr);
+    ForwardArguments to{};
+    to.cut = make_cut(shape, purpose, W, found);
+    to.shared = plan_shared(to.cut, purpose, W);
+    to.x = args.x;
+    to.residual = args.residual;
+    to.y = args.y;
+    to.mask = args.mask;
+    to.stats = static_cast<float*>(args.stats);
+    to.moments = static_cast<Moments*>(workspace);
+    to.affines = affines_of(args.weight, args.bias, shape.param_dtype);
+    to.eps = args.eps;
+    if (const char* error =
+            launch_parts(kOperation, "group_norm_forward", group_norm_forward<T, kLayout, W, Act>,
+                         to, act, device, stream)) {
+      return error;
+    }
+    if (to.cut.resident) return nullptr;
+    int64_t blocks = 0;
+    const int64_t warps = ceil_divide<int64_t>(to.cut.groups, kBlock / kWarp);
+    if (const char* error = grid_size(kOperation, device, warps, blocks)) return error;
+    if (const char* error = launch("group_norm_forward_finish", group_norm_forward_finish, blocks,
+                                   kBlock, 0, stream, to)) {
+      return error;
+    }
+    to.shared = plan_shared(to.cut, {0, purpose.size, false, purpose.mask}, W);
+    LaunchShape grid;
+    if (const char* error = apply_shape(kOperation, to, device, grid)) return error;
+    return launch("group_norm_forward_apply", group_norm_forward_apply<T, kLayout, W, Act>, grid,
+                  stream, to, act);
+  };
+  return dispatch(kOperation, shape, args.mask != nullptr, {args.x, args.residual, args.y}, run);
+}
+
+}  // namespace
+}  // namespace batchops::cuda
+
+namespace batchops {
+
+size_t group_norm_forward_workspace_cuda(const GroupNormShape& shape, int device) {
+  if (shape.numel() == 0 || shape.dtype == DType::f64) return 0;
+  cuda::group::Device found;
+  if (cuda::group::query(cuda::kOperation, device, found) != nullptr) return 0;
+  int64_t moments = 0;
+  for (const bool mask : {false, true}) {
+    const auto cut = cuda::group::make_cut(shape, cuda::purpose_of(shape, mask), 1, found);
+    moments = std::max(moments, cut.moments());
+  }
+  return static_cast<size_t>(moments) * sizeof(cuda::group::Moments);
+}
+
+const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspace, int device,
+                                    void* stream) {
+  if (args.shape.numel() == 0) return nullptr;
+  if (const char* error = cuda::group::validate(cuda::kOperation, args.shape, args.mask)) {
+    return error;
+  }
+  if (args.x == nullptr || args.y == nullptr || args.stats == nullptr || workspace == nullptr) {
+    return cuda::message("%s: x, y, stats and workspace must not be null", cuda::kOperation);
+  }
+  if (const char* error = cuda::set_device(cuda::kOperation, device)) return error;
+  return cuda::forward(args, workspace, device, stream);
+}
+
+}  // namespace batchops

@@ -1,0 +1,349 @@
+// channels_first, or HxW = 1: groups are slices of consecutive elements.
+//
+//   elements  base … base + end, of which begin … end are the part's; base is a multiple of 8, so
+//             that units of every width are aligned wherever the part begins
+//   planes    the HxW elements of a channel; the first may begin before the part
+//
+// The part lies in shared memory as it does in the tensor, and any thread may read any of it.
+#pragma once
+#include "kernels/cuda/group_norm.cuh"
+
+namespace batchops::cuda::group {
+
+struct Slices {
+  static constexpr bool kPixels = false;
+  const Cut& cut;
+  int64_t base;
+  int begin, end;
+  int64_t first_group;
+  int groups;
+  int64_t first_sum;  // of `begin`'s channel among the backward's sums [N · parts, C]
+  int64_t column;     // of `begin` in its plane
+  unsigned channel;   // of `begin`
+  int channels;
+  int64_t mask_row, mask_column;  // of `begin`
+
+  BATCHOPS_DEVICE Slices(const Cut& c, int64_t piece) : cut(c) {
+    int64_t from = 0, to = 0;  // in the group
+    int64_t slot = 0;
+    if (cut.parts == 1) {
+      first_group = piece * cut.whole;
+      const int64_t left = cut.groups - first_group;
+      groups = static_cast<int>(left < cut.whole ? left : cut.whole);
+      to = groups * cut.M;
+    } else {
+      first_group = piece / cut.parts;
+      slot = piece - first_group * cut.parts;
+      groups = 1;
+      from = unpadded(slot * cut.chunk);
+      to = slot + 1 == cut.parts ? cut.M : unpadded((slot + 1) * cut.chunk);
+    }
+    const int64_t n = first_group / cut.G;
+    const int64_t first = first_group * cut.M + from;
+    base = first & ~int64_t{7};
+    begin = static_cast<int>(first - base);
+    end = begin + static_cast<int>(to - from);
+    const int64_t plane = from / cut.HxW;
+    column = from - plane * cut.HxW;
+    channel = static_cast<unsigned>((first_group - n * cut.G) * cut.D + plane);
+    first_sum = (n * cut.parts + slot) * cut.C + channel;
+    channels = static_cast<int>((to - 1) / cut.HxW - plane + 1);
+    mask_row = first / cut.mask_row;
+    mask_column = first - mask_row * cut.mask_row;
+  }
+
+  // Of a position in the group, in which rows of the mask are padded to whole bytes.
+  BATCHOPS_DEVICE int64_t unpadded(int64_t position) const {
+    if (!cut.padded) return position;
+    const int64_t rows = position / cut.padded_row;
+    const int64_t rest = position - rows * cut.padded_row;
+    return rows * cut.mask_row + (rest < cut.mask_row ? rest : cut.mask_row);
+  }
+
+  BATCHOPS_DEVICE int64_t channel_of(int r) const {
+    const unsigned c = channel + static_cast<unsigned>(r);
+    return c - cut.by_C.quotient(c) * cut.by_C.divisor;
+  }
+  BATCHOPS_DEVICE int group_of_channel(int r) const {
+    return cut.parts > 1 ? 0 : static_cast<int>(cut.by_D.quotient(static_cast<unsigned>(r)));
+  }
+
+  // A unit of which some may lie past the tensor's end.
+  template <class T, int W>
+  BATCHOPS_DEVICE Unit<T, W> load_at(const T* from, int64_t at) const {
+    if (W == 1 || at + W <= cut.numel) return load_unit<T, W>(from + at);
+    T elements[W];
+    memset(static_cast<void*>(elements), 0, sizeof elements);
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      if (at + j < cut.numel) elements[j] = from[at + j];
+    }
+    Unit<T, W> unit;
+    memcpy(&unit.bits, elements, sizeof elements);
+    return unit;
+  }
+
+  template <class T, int W>
+  BATCHOPS_DEVICE void keep(T* to, const T* __restrict__ from) const {
+    const int units = (end + W - 1) / W;
+    for (int first = threadIdx.x; first < units; first += kBlock * kInFlight) {
+      Unit<T, W> held[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int t = first + u * kBlock;
+        if (t < units) held[u] = load_at<T, W>(from, base + t * W);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int t = first + u * kBlock;
+        if (t < units) *reinterpret_cast<Unit<T, W>*>(to + t * W) = held[u];
+      }
+    }
+  }
+
+  // ---- sums over the part
+
+  BATCHOPS_DEVICE Range range_of_group(int r) const {
+    if (cut.parts > 1) return {begin, end};
+    const int M = static_cast<int>(cut.M);
+    return {begin + r * M, begin + (r + 1) * M};
+  }
+  BATCHOPS_DEVICE Range range_of_channel(int r) const {
+    const int64_t from = begin - column + r * cut.HxW;
+    const int64_t to = from + cut.HxW;
+    return {from < begin ? begin : static_cast<int>(from), to > end ? end : static_cast<int>(to)};
+  }
+
+  // moments[r] of each group.
+  template <class T, int W>
+  BATCHOPS_DEVICE void moments(const T* x, const Arena& arena) const {
+    if (cut.whole_groups) {
+      moments_by<T, W, W>(x, arena);
+    } else {
+      moments_by<T, W, 1>(x, arena);
+    }
+  }
+
+  template <class T, int W, int kRead>
+  BATCHOPS_DEVICE void moments_by(const T* x, const Arena& arena) const {
+    const auto range = [this](int r) { return range_of_group(r); };
+    float2* sums = arena.sums();
+    Moments* found = arena.moments();
+    sum_rows<kRead>(
+        groups, cut.over_groups, range,
+        [x](int) {
+          return [x](auto width, int i, float2& sum) {
+            constexpr int kWidth = decltype(width)::value;
+            float v[kWidth];
+            to_float<T, kWidth>(load_unit<T, kWidth>(x + i), v);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) sum.x += v[j];
+          };
+        },
+        arena.slots(), sums);
+    for (int r = threadIdx.x; r < groups; r += kBlock) {
+      const Range of = range(r);
+      const float count = static_cast<float>(of.end - of.begin);
+      found[r] = {sums[r].x / count, 0.0f, 0.0f, count};
+    }
+    __syncthreads();
+    sum_rows<kRead>(
+        groups, cut.over_groups, range,
+        [x, found](int r) {
+          const float shift = found[r].shift;
+          return [x, shift](auto width, int i, float2& sum) {
+            constexpr int kWidth = decltype(width)::value;
+            float v[kWidth];
+            to_float<T, kWidth>(load_unit<T, kWidth>(x + i), v);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+              const float d = v[j] - shift;
+              sum.x += d;
+              sum.y += d * d;
+            }
+          };
+        },
+        arena.slots(), sums);
+    for (int r = threadIdx.x; r < groups; r += kBlock) {
+      found[r].sum = sums[r].x;
+      const float rest = sums[r].y - sums[r].x * sums[r].x / found[r].count;
+      found[r].square = rest < 0.0f ? 0.0f : rest;  // a NaN stays
+    }
+    __syncthreads();
+  }
+
+  // channels[r] = what the job adds over each channel.
+  template <class T, int W, class Job>
+  BATCHOPS_DEVICE void sum_channels(const Job& job, const Arena& arena) const {
+    if (cut.whole_channels) {
+      channels_by<T, W>(job, arena);
+    } else {
+      channels_by<T, 1>(job, arena);
+    }
+  }
+  template <class T, int kRead, class Job>
+  BATCHOPS_DEVICE void channels_by(const Job& job, const Arena& arena) const {
+    sum_rows<kRead>(
+        channels, cut.over_channels, [this](int r) { return range_of_channel(r); },
+        [this, &job](int r) {
+          const auto k = job.make(channel_of(r), group_of_channel(r));
+          return [this, &job, k](auto width, int i, float2& sum) {
+            constexpr int kWidth = decltype(width)::value;
+            typename Job::template Held<kWidth> held;
+            job.template load<kWidth>(held, i);
+            const unsigned bits = job.masked() ? mask_bits(job.mask, i) : 0u;
+            job.template add<kWidth>(held, Same{k}, bits, [&](int, float a, float b) {
+              sum.x += a;
+              sum.y += b;
+            });
+          };
+        },
+        arena.slots(), arena.channels());
+  }
+
+  BATCHOPS_DEVICE Range channels_of_group(int r) const {
+    if (cut.parts > 1) return {0, channels};
+    const int D = static_cast<int>(cut.D);
+    return {r * D, (r + 1) * D};
+  }
+
+  // Bit j belongs to element i + j.
+  BATCHOPS_DEVICE unsigned mask_bits(const uint8_t* mask, int i) const {
+    if (!cut.padded) {
+      const int64_t at = base + i;
+      return mask[at / 8] >> (at % 8);
+    }
+    unsigned rows;
+    int64_t at;
+    cut.mask_rows.step(mask_column, static_cast<unsigned>(i - begin), rows, at);
+    return mask[(mask_row + rows) * cut.mask_row_bytes + at / 8] >> (at % 8);
+  }
+
+  // ---- element by element
+
+  template <class T, int W, class Job>
+  BATCHOPS_DEVICE void apply(const Job& job) const {
+    if (W == 1 || cut.padded) {
+      apply_elements(job);
+    } else if constexpr (W > 1) {
+      apply_units<W>(job);
+    }
+  }
+
+  template <int W, class Job>
+  BATCHOPS_DEVICE void apply_units(const Job& job) const {
+    constexpr int kAhead = Job::kAhead;
+    const int units = (end + W - 1) / W;
+#pragma unroll 1
+    for (int first = 0; first < units; first += kBlock * kAhead) {
+      typename Job::template Held<W> held[kAhead];
+      unsigned bits[kAhead] = {};
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = (first + u * kBlock + static_cast<int>(threadIdx.x)) * W;
+        if (i >= end || i + W <= begin) continue;
+        job.template load_outer<W>(*this, held[u], base + i, i);
+        if (job.masked()) bits[u] = mask_bits(job.mask, i);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = (first + u * kBlock + static_cast<int>(threadIdx.x)) * W;
+        unsigned found = 0;
+        if (i < end && i + W > begin) {
+          const Range valid{i < begin ? begin - i : 0, i + W > end ? end - i : W};
+          typename Job::Coefficients k[W];
+          coefficients<W>(job, i, valid, k);
+          found = job.template run<W>(held[u], base + i, valid, Each{k}, bits[u]);
+        }
+        if (job.writes_mask()) {
+          store_mask_byte<W>(job.mask_to + (base + i) / 8,
+                             i < end && i >= begin && (base + i) % 8 == 0, found);
+        }
+      }
+    }
+  }
+
+  template <int W, class Job>
+  BATCHOPS_DEVICE void coefficients(const Job& job, int i, const Range& valid,
+                                    typename Job::Coefficients (&k)[W]) const {
+    unsigned r;
+    int64_t at;
+    cut.plane.step(column, static_cast<unsigned>(i + valid.begin - begin), r, at);
+    if (cut.contiguous) {
+      job.template make_row<W>(channel_of(r), group_of_channel(r), k);
+      return;
+    }
+    auto current = job.make(channel_of(r), group_of_channel(r));
+    if (cut.one_channel) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) k[j] = current;
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      if (j >= valid.begin && j < valid.end) {
+        if (at == cut.HxW) {
+          ++r;
+          at = 0;
+          current = job.make(channel_of(r), group_of_channel(r));
+        }
+        ++at;
+      }
+      k[j] = current;
+    }
+  }
+
+  // Walks rows of the mask padded to whole bytes, an element a thread.
+  template <class Job>
+  BATCHOPS_DEVICE void apply_elements(const Job& job) const {
+    constexpr int kAhead = Job::kAhead;
+    const int64_t last = mask_column + (end - begin);
+    const int64_t rows = last / cut.mask_row;
+    const int length =
+        static_cast<int>(rows * cut.padded_row + (last - rows * cut.mask_row) - mask_column);
+#pragma unroll 1
+    for (int first = 0; first < length; first += kBlock * kAhead) {
+      typename Job::template Held<1> held[kAhead];
+      unsigned bits[kAhead] = {};
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const Place place = element(first + u * kBlock + static_cast<int>(threadIdx.x), length);
+        if (!place.valid) continue;
+        job.template load_outer<1>(*this, held[u], base + place.offset,
+                                   static_cast<int>(place.offset));
+        if (job.masked()) {
+          bits[u] =
+              job.mask[place.row * cut.mask_row_bytes + place.column / 8] >> (place.column % 8);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const Place place = element(first + u * kBlock + static_cast<int>(threadIdx.x), length);
+        unsigned found = 0;
+        if (place.valid) {
+          const int i = static_cast<int>(place.offset);
+          unsigned r;
+          int64_t at;
+          cut.plane.step(column, static_cast<unsigned>(i - begin), r, at);
+          const auto k = job.make(channel_of(r), group_of_channel(r));
+          found = job.template run<1>(held[u], base + i, Range{0, 1}, Same{k}, bits[u]);
+        }
+        if (job.writes_mask()) {
+          store_mask_byte<1>(job.mask_to + place.row * cut.mask_row_bytes + place.column / 8,
+                             place.valid && place.column % 8 == 0, found);
+        }
+      }
+    }
+  }
+
+  // The t-th element of the padded walk; its offset is local.
+  BATCHOPS_DEVICE Place element(int t, int length) const {
+    unsigned rows;
+    int64_t at;
+    cut.padded_rows.step(mask_column, static_cast<unsigned>(t), rows, at);
+    const int64_t i = begin - mask_column + rows * cut.mask_row + at;
+    return {i, mask_row + rows, at, t < length && at < cut.mask_row && i < end};
+  }
+};
+
+}  // namespace batchops::cuda::group

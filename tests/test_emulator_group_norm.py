@@ -1,0 +1,404 @@
+"""Group norm's CUDA kernels, run by the emulator against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from .emulator import build, emulator, group_norm
+from .emulator.group_norm import ACTIVATIONS, MASKABLE, Problem
+from .emulator.numbers import Numbers
+from .emulator.recording import record
+from .emulator.traffic import Passes, assert_traffic
+from .test_activation import SLOPE, derivative_of, value_of
+from .tolerances import UNIT, elementwise
+
+DTYPES = ("f32", "f16", "bf16")
+TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+LAYOUTS = ("channels_first", "channels_last")
+
+SHAPES = {  # N, C, HxW, G
+    (2, 8, 64, 2): "groups of whole 16-byte units in both layouts",
+    (3, 6, 49, 3): "7 x 7: units that lie in two channels and in two groups; odd counts",
+    (2, 12, 196, 2): "14 x 14, 6 channels a group: units of 8 that lie in two channels",
+    (3, 5, 7, 5): "instance norm, rows of less than a byte of mask, single elements in last",
+    (2, 40, 20, 4): "10 channels a group: in channels_last units lie in two groups",
+    (5, 48, 1, 1): "layer norm",
+    (7, 33, 1, 1): "layer norm of an odd length",
+    (203, 64, 1, 1): "layer norm of many samples: several to a part and several parts to a block",
+    (3, 24, 1, 4): "groups of 6 single elements: units in two groups, mask bytes in two groups",
+    (3, 32, 1, 4): "groups of 8 single elements: mask bytes of their own",
+    (1, 16, 700, 2): "one large group of 5600 elements for each block",
+    (2, 4, 3, 1): "fewer elements than a warp",
+}
+LARGE = {  # which no block of the small devices holds
+    (1, 6, 5000, 2): "15000 elements a group",
+    (1, 20, 1111, 2): "10 channels of an odd length: parts begin within units and channels",
+    (1, 8000, 1, 1): "layer norm beyond a block; more channels than elements of a part",
+    (1, 2000, 9, 2): "tiles of parts of a group in channels_last; many channels to a part",
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return group_norm.library()
+
+
+@pytest.fixture(scope="module")
+def watched() -> ctypes.CDLL:
+    return group_norm.library(instrument=True)
+
+
+class Reference:
+    """By definition, in float64; x is (N, C, HxW)."""
+
+    def __init__(self, p: Problem) -> None:
+        x = p.arrays["x"]
+        self.p = p
+        groups = x.reshape(p.N, p.G, -1)
+        self.mean = groups.mean(2)
+        self.rstd = 1 / np.sqrt(((groups - self.mean[..., None]) ** 2).mean(2) + p.eps)
+        self.xhat = ((groups - self.mean[..., None]) * self.rstd[..., None]).reshape(x.shape)
+        self.weight = p.arrays.get("weight", np.ones(p.C))[:, None]
+        self.z = self.xhat * self.weight + p.arrays.get("bias", np.zeros(p.C))[:, None]
+        self.z = self.z + p.arrays.get("residual", 0.0)
+        self.y = value_of(p.activation, self.z)[0]
+
+    def backward(self, derivative: np.ndarray) -> dict[str, np.ndarray]:
+        p = self.p
+        dz = p.arrays["dy"] * derivative
+        dxhat = dz * self.weight
+        grouped, xhat = (a.reshape(p.N, p.G, -1) for a in (dxhat, self.xhat))
+        inner = grouped - grouped.mean(2, keepdims=True)
+        inner = inner - xhat * (grouped * xhat).mean(2, keepdims=True)
+        dx = (inner * self.rstd[..., None]).reshape(dz.shape)
+        return {
+            "dx": dx,
+            "dresidual": dz,
+            "dweight": (dz * self.xhat).sum((0, 2)),
+            "dbias": dz.sum((0, 2)),
+        }
+
+
+def run(library: ctypes.CDLL, problem: Problem) -> dict[str, np.ndarray]:
+    outputs = group_norm.forward(library, problem)
+    return outputs | group_norm.backward(library, problem, outputs)
+
+
+def close(got: np.ndarray, expected: np.ndarray, dtype: str, length: int, what: str) -> None:
+    assert not np.isnan(got).any(), f"{what}: not written, or NaN"
+    bound = elementwise(TORCH[dtype], length) * max(1.0, float(np.abs(expected).max()))
+    worst = float(np.abs(got - expected).max())
+    assert worst <= bound, f"{what}: error {worst:.3e}, bound {bound:.3e}"
+
+
+def check(p: Problem, outputs: dict[str, np.ndarray]) -> None:
+    """Every output against float64, within bounds from the dtype and the reduction's length."""
+    expected = Reference(p)
+    elements, params = Numbers(p.dtype), Numbers(p.param_dtype)
+    M = p.C // p.G * p.HxW
+
+    y = p.from_layout(elements.decode(outputs["y"]))
+    close(y, expected.y, p.dtype, M, "y")
+    derivative = derivative_of(p.activation, expected.z)[0]
+    if p.activation in MASKABLE:
+        # Which side of 0 a z within rounding of it falls on is the kernel's to say; the backward
+        # has to agree with its own forward.
+        positive = y > 0
+        wrong = positive != (expected.z > 0)
+        assert np.abs(expected.z[wrong]).max(initial=0.0) <= elementwise(TORCH["f32"], M) * 8
+        derivative = np.where(positive, 1.0, SLOPE if p.activation == "leaky_relu" else 0.0)
+        if p.masked:
+            rows, row = p.rows
+            bits = p.to_layout(positive).reshape(rows, row)
+            packed = np.packbits(bits, axis=1, bitorder="little")
+            np.testing.assert_array_equal(outputs["mask"].reshape(packed.shape), packed)
+
+    stats = outputs["stats"].view(np.float32).reshape(3, p.N, p.G).astype(np.float64)
+    # High and low part together hold the mean to more than float32 can.
+    assert np.abs(stats[0] + stats[1] - expected.mean).max() <= 1e-6 * (1 / expected.rstd).max()
+    assert np.abs(stats[2] / expected.rstd - 1).max() <= elementwise(TORCH["f32"], M)
+
+    gradients = expected.backward(derivative)
+    # What the terms of a sum could amount to.
+    largest = (
+        np.abs(gradients["dresidual"] * np.maximum(1, np.abs(expected.xhat))).sum((0, 2)).max()
+    )
+    for name in ("dweight", "dbias"):
+        if name in outputs:
+            got, value = params.decode(outputs[name]), gradients[name]
+            assert not np.isnan(got).any(), f"{name}: not written, or NaN"
+            bound = UNIT[TORCH[p.param_dtype]] * np.abs(value) + 8 * UNIT[torch.float32] * largest
+            assert (np.abs(got - value) <= bound).all(), name
+    for name in ("dx", "dresidual"):
+        if name in outputs:
+            got = p.from_layout(elements.decode(outputs[name]))
+            close(got, gradients[name], p.dtype, M, name)
+
+
+def check_under_all_schedules(library: ctypes.CDLL, problem: Problem) -> None:
+    """Correct, and the same bits whatever the order of threads and blocks."""
+    first = None
+    for order, seed in emulator.SCHEDULES:
+        with emulator.schedule(library, order, seed):
+            outputs = run(library, problem)
+        if first is None:
+            first = outputs
+            check(problem, outputs)
+        for name, value in outputs.items():
+            np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
+
+
+VARIANTS = (("none", False), ("silu", False), ("relu", False), ("relu", True), ("silu", True))
+
+
+def name_of(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_matches_float64(library, shape, dtype, layout):
+    for activation, residual in VARIANTS:
+        problem = Problem(
+            *shape, layout=layout, dtype=dtype, activation=activation, residual=residual
+        )
+        check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", group_norm.DEVICES)
+@pytest.mark.parametrize("shape", LARGE, ids=name_of)
+def test_groups_beyond_a_block(library, shape, device, layout):
+    variants = (("f32", "none", False), ("bf16", "silu", True), ("f16", "relu", True))
+    with group_norm.device(library, device):
+        for dtype, activation, residual in variants:
+            problem = Problem(
+                *shape, layout=layout, dtype=dtype, activation=activation, residual=residual
+            )
+            check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(library, activation, dtype, layout):
+    for residual, wants_mask in ((False, False), (True, True), (True, False)):
+        problem = Problem(
+            *(2, 24, 28, 4),
+            layout=layout,
+            dtype=dtype,
+            activation=activation,
+            residual=residual,
+            wants_mask=wants_mask,
+        )
+        check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("misaligned", [1, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_tensors(library, dtype, layout, misaligned):
+    # 1: only element accesses are aligned; 4: 16 bytes of float32 and 8 of the others; 8: all.
+    for activation, residual in (("silu", False), ("relu", True)):
+        problem = Problem(
+            *(2, 16, 64, 2),
+            layout=layout,
+            dtype=dtype,
+            activation=activation,
+            residual=residual,
+            misaligned=misaligned,
+        )
+        check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("param_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 6, 10, 2), (5, 48, 1, 1)], ids=name_of)
+def test_parameter_dtypes(library, shape, dtype, param_dtype):
+    for affine in (True, False):
+        problem = Problem(
+            *shape, dtype=dtype, param_dtype=param_dtype, activation="silu", affine=affine
+        )
+        check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("device", ["Hopper", "small"])
+@pytest.mark.parametrize("shape", [(2, 6, 1500, 2), (5, 48, 1, 1)], ids=name_of)
+def test_every_choice_of_gradients(library, shape, device):
+    names = ("dx", "dresidual", "dweight", "dbias")
+    given = {"activation": "relu", "residual": True}
+    with group_norm.device(library, device):
+        full = run(library, Problem(*shape, **given))
+        for count in range(1, len(names) + 1):
+            for without in itertools.combinations(names, count):
+                some = Problem(*shape, **given, without=without)
+                outputs = group_norm.backward(library, some, full)
+                assert set(outputs) == set(names) - set(without)
+                for name, value in outputs.items():
+                    np.testing.assert_array_equal(value, full[name], name)
+
+
+def norm_error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", group_norm.DEVICES)
+def test_large_offset(library, device, layout):
+    # |mean| / std = 1e4: E[x^2] - E[x]^2 would leave nothing, a mean rounded to float32 a dweight
+    # 1.75 % off.
+    problem = Problem(*(2, 8, 2500, 2), layout=layout, mean=1e4, std=1.0)
+    with group_norm.device(library, device):
+        outputs = run(library, problem)
+    expected = Reference(problem)
+    gradients = expected.backward(1.0)
+    numbers = Numbers("f32")
+    for name, value in (("y", expected.y), ("dx", gradients["dx"])):
+        assert norm_error(problem.from_layout(numbers.decode(outputs[name])), value) <= 1e-5, name
+    assert norm_error(numbers.decode(outputs["dweight"]), gradients["dweight"]) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_bfloat16_far_from_zero(library, layout):
+    # At 50 σ statistics rounded to bfloat16 would leave only noise.
+    problem = Problem(
+        *(4, 32, 256, 4), layout=layout, dtype="bf16", param_dtype="f32", mean=50.0, std=1.0
+    )
+    outputs = run(library, problem)
+    dweight = Reference(problem).backward(1.0)["dweight"]
+    assert norm_error(Numbers("f32").decode(outputs["dweight"]), dweight) <= 2e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["outlier first", "trend", "constant"])
+@pytest.mark.parametrize("device", ["Hopper", "small"])
+def test_statistics_of_awkward_data(library, device, case, layout):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 6, 4096))
+    if case == "outlier first":
+        x[0, :, 0] = 1e6  # where a shift by the first element would ruin the sums
+    elif case == "trend":
+        x[..., 2048:] += 1e4  # the parts' means lie far apart
+    else:
+        x[:] = 12345.678  # the variance is 0, and rounding must not make it negative
+    x = Numbers("f32").rounded(x)
+    problem = Problem(*(1, 6, 4096, 2), layout=layout, arrays={"x": x})
+    with group_norm.device(library, device):
+        outputs = run(library, problem)
+    expected = Reference(problem)
+    y = problem.from_layout(Numbers("f32").decode(outputs["y"]))
+    stats = outputs["stats"].view(np.float32).reshape(3, 2).astype(np.float64)
+    if case == "constant":
+        np.testing.assert_allclose(stats[2], 1 / np.sqrt(problem.eps), rtol=1e-6)
+        np.testing.assert_allclose(y, expected.y, atol=1e-6 * np.abs(x).max())
+    else:
+        np.testing.assert_allclose(stats[2], expected.rstd[0], rtol=1e-5)
+        assert norm_error(y, expected.y) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_infinity_stay_in_their_group(library, layout):
+    x = np.random.default_rng(0).standard_normal((2, 6, 10))
+    x[0, 1, 3] = np.nan
+    x[1, 4, 2] = np.inf
+    problem = Problem(*(2, 6, 10, 3), layout=layout, activation="relu", arrays={"x": x})
+    y = problem.from_layout(Numbers("f32").decode(run(library, problem)["y"]))
+    assert np.isnan(y).any(2).tolist() == [
+        [True, True, False, False, False, False],
+        [False, False, False, False, True, True],
+    ]
+
+
+# ---- memory
+
+TRAFFIC = {  # N, C, HxW, G; device: passes over the inputs, and why
+    ((2, 64, 64, 8), "Hopper"): (1, "several groups to a block"),
+    ((1, 8, 4096, 2), "Hopper"): (1, "a group to a cluster"),
+    ((1, 8, 4096, 2), "small"): (2, "a group streamed"),
+    ((66, 64, 1, 1), "Hopper"): (1, "layer norm"),
+    ((8, 32, 49, 32), "Hopper"): (1, "instance norm of 7 x 7"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("shape", "device"), TRAFFIC, ids=name_of)
+def test_passes_over_memory_without_races(watched, shape, device, dtype, layout):
+    """Each tensor exactly as often as meant, in and out of bounds counted, and no race."""
+    times, _ = TRAFFIC[shape, device]
+    for activation, residual in (("none", False), ("silu", True), ("relu", True)):
+        p = Problem(*shape, layout=layout, dtype=dtype, activation=activation, residual=residual)
+        with group_norm.device(watched, device), emulator.schedule(watched, "random", 1):
+            with record(watched, races=True) as forward:
+                saved = group_norm.forward(watched, p)
+            with record(watched, races=True) as backward:
+                group_norm.backward(watched, p, saved)
+        numel = p.N * p.C * p.HxW
+        passes = {"x": Passes(read=times), "y": Passes(written=1)}
+        if residual:
+            passes["residual"] = Passes(read=1)
+        if p.masked:
+            passes["mask"] = Passes(written=1)
+        # weight, bias, statistics and sums by part: small beside the tensors.
+        small = 64 * (p.C + p.N * p.G) + numel // 2
+        assert_traffic(forward, passes, other=small, efficiency={})
+        passes = {name: Passes(read=times) for name in ("x", "dy")} | {"dx": Passes(written=1)}
+        if activation != "none":
+            passes["dresidual"] = Passes(written=1)
+        if p.masked:
+            # Its bytes are not kept: layer norm reads them for sums by sample and by channel.
+            passes["mask"] = Passes(read=3 if p.HxW == p.G == 1 else 2, bits=True)
+        elif residual:
+            passes["residual"] = Passes(read=times)
+        by_channel = 2 * 8 * p.N * p.C * (1 if times == 1 else 16)
+        assert_traffic(backward, passes, other=small + by_channel, efficiency={})
+        for recording in (forward, backward):
+            recording.assert_in_bounds()
+            recording.assert_race_free()
+        for name in ("y", "stats"):
+            forward.assert_written(name)
+        for name in ("dx", "dweight", "dbias"):
+            backward.assert_written(name)
+
+
+# ---- what is refused
+
+
+def test_refuses_float64(library):
+    with pytest.raises(emulator.Refused, match=r"group_norm_forward_cuda.*float64.*expected"):
+        group_norm.forward(library, Problem(2, 4, 4, 2, dtype="f64"))
+
+
+def test_refuses_groups_that_do_not_divide_the_channels(library):
+    problem = Problem(2, 6, 4, 3)
+    problem.G = 4
+    with pytest.raises(emulator.Refused, match=r"expected G that divides C, got G = 4 and C = 6"):
+        group_norm.forward(library, problem)
+
+
+def test_refuses_a_mask_without_use(library, monkeypatch):
+    monkeypatch.setattr(Problem, "masked", True)
+    with pytest.raises(emulator.Refused, match="expected no mask"):
+        group_norm.forward(library, Problem(2, 4, 4, 2))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2), (2, 4, 0, 2)], ids=["N=0", "HxW=0"])
+def test_empty_writes_nothing(library, shape):
+    outputs = run(library, Problem(*shape))
+    assert (outputs["stats"] == 0xFF).all()
+    assert (outputs["dweight"] == 0xFF).all()
+
+
+@pytest.mark.sanitizer
+def test_under_sanitizers():
+    """Out-of-bounds and misaligned accesses, in global and shared memory; undefined behaviour."""
+    path = build.build("group_norm", group_norm.KERNELS, group_norm.API, sanitize=True)
+    result = build.run_sanitized("tests.emulator.sanitized_group_norm", str(path))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.startswith("ran 96 problems"), result.stdout
