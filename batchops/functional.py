@@ -27,7 +27,6 @@ _SLOPE = 0.01  # torch's default for leaky_relu
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_CUDA_GROUP_NORM = False  # nor layer norm and instance norm: torch's own operators there
 _CUDA = _binding.core.built_with_cuda()
 
 
@@ -172,8 +171,6 @@ def _casts(cast_output: bool, input: Tensor) -> bool:
 
 
 def _takes_kernel(input: Tensor, residual: Tensor | None) -> bool:
-    if input.is_cuda and not _CUDA_GROUP_NORM:
-        return False
     return _has_kernel(input) and (residual is None or residual.dtype == input.dtype)
 
 

@@ -6,6 +6,7 @@ The kernels are in emulator/faults.cu.
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +108,18 @@ def test_names_kernel_block_thread_and_line(library, name, message, marker, orde
     ],
 )
 def test_limits(library, name, message):
-    with pytest.raises(emulator.EmulatorError, match=message):
+    with pytest.raises(emulator.EmulatorError, match=message) as caught:
         run(library, name)
+    text = str(caught.value)
+    assert text.startswith(name)
+    if "cudaFuncSetAttribute" in text:
+        return  # a call of the host, which knows no thread
+    assert "block (0, 0, 0)" in text
+    assert "thread (0, 0, 0)" in text
+    (line,) = re.findall(r"faults\.cu:(\d+)", text)
+    near = SOURCE.read_text().splitlines()[int(line) - 3 : int(line) + 1]
+    # refused before it ran: where the kernel is defined
+    assert any("__global__" in text or "BATCHOPS_SHARED" in text for text in near), near
 
 
 def test_largest_shared_memory_fits(library):

@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "streams.h"
+#include "trap.h"
 
 namespace cuda_emulator {
 namespace {
@@ -12,8 +13,10 @@ std::string text(dim3 d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
 
+// No thread has run: the line is that of the kernel's definition.
 [[noreturn]] void refuse(const Grid& grid, const std::string& what) {
-  throw Error(grid.kernel + ": " + what + " " + schedule_text());
+  throw Error(grid.kernel + ": " + what + ", before thread (0, 0, 0) of block (0, 0, 0), at " +
+              source_of(grid.function) + " " + schedule_text());
 }
 
 void check_sizes(const Grid& grid, const Kernel& kernel) {
