@@ -47,6 +47,10 @@ def _any(blocks: int, reads: int, writes: int = 0) -> Limits:
     return Limits(blocks, reads, writes, 0, frozenset({128, 32, 8}) if writes else None)
 
 
+def _norm(blocks: int, reads: int, writes: int) -> Limits:
+    return Limits(blocks, reads, writes, unit=0)
+
+
 # The key is the kernel's name, its layout and whether its units are of 16 bytes, as far as its
 # template arguments say so, and "any" for AnyActivation where that has an entry of its own.
 LIMITS = {
@@ -82,6 +86,28 @@ LIMITS = {
     "batch_norm_backward_apply channels_first narrow any": _any(3, reads=3 * 2, writes=2 * 2),
     "batch_norm_backward_apply channels_last wide any": _any(2, reads=3, writes=2),
     "batch_norm_backward_apply channels_last narrow any": _any(2, reads=3 * 2, writes=2 * 2),
+    # group_norm_forward and _backward keep what they load in shared memory: kInFlight units of each
+    # tensor at a time, then the elementwise half. AnyActivation goes one unit at a time there. On
+    # Blackwell the wide backward takes more than 128 registers.
+    "group_norm_forward channels_first wide": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward channels_first narrow": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward channels_last wide": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward channels_last narrow": _norm(2, reads=IN_FLIGHT, writes=1),
+    "group_norm_forward_finish": Limits(2),
+    "group_norm_forward_apply channels_first wide": _norm(2, reads=2, writes=1),
+    "group_norm_forward_apply channels_first narrow": _norm(2, reads=2, writes=1),
+    "group_norm_forward_apply channels_last wide": _norm(2, reads=2, writes=1),
+    "group_norm_forward_apply channels_last narrow": _norm(2, reads=2, writes=1),
+    "group_norm_backward channels_first wide": _norm(1, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward channels_first narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward channels_last wide": _norm(1, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward channels_last narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "group_norm_backward_finish": Limits(2),
+    "group_norm_backward_parameters": Limits(2),
+    "group_norm_backward_apply channels_first wide": _norm(2, reads=2, writes=2),
+    "group_norm_backward_apply channels_first narrow": _norm(2, reads=2, writes=2),
+    "group_norm_backward_apply channels_last wide": _norm(2, reads=2, writes=2),
+    "group_norm_backward_apply channels_last narrow": _norm(2, reads=2, writes=2),
     # One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3
     # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
     # 16-bit p and g, which narrows those accesses but keeps all four tensors in step.
