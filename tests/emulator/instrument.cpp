@@ -49,6 +49,7 @@ void touch_range(const void* data, size_t bytes, bool write, const void* code) {
 void touch_volatile(const void* data, size_t bytes, bool write, const void* code) {
   if (the_recorder == nullptr) return;
   const InRuntime in_runtime;
+  InRuntime::told_of_volatile = true;
   give_way_if_overdue(code);
   the_recorder->touch_atomic(
       {data, bytes, !write, write, MemoryOrder::relaxed, Scope::system, code});

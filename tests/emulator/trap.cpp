@@ -15,6 +15,7 @@ namespace cuda_emulator {
 
 volatile bool InRuntime::inside = false;
 volatile bool InRuntime::overdue = false;
+volatile bool InRuntime::told_of_volatile = false;
 
 namespace {
 
@@ -48,7 +49,8 @@ void on_tick(int, siginfo_t*, void* context) {
   const bool same_turn = turns() == turn_at_last_tick;
   turn_at_last_tick = turns();
   if (!same_turn || !in_kernel()) return;
-  if (InRuntime::inside) {
+  const bool can_wait = InRuntime::told_of_volatile && !InRuntime::overdue;
+  if (InRuntime::inside || can_wait) {
     InRuntime::overdue = true;
   } else {
     give_way_by_force(interrupted_at(context));

@@ -25,6 +25,9 @@ class InRuntime {
   // A thread was to be made to give way, but was in here: it does so when it comes out
   // (instrument.cpp).
   static volatile bool overdue;
+  // Volatile accesses are told of (instrument.cpp), and a thread gives way before the next one.
+  // Between the telling and the access it must not: what it reads would be newer than recorded.
+  static volatile bool told_of_volatile;
 
  private:
   bool before_;
