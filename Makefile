@@ -45,9 +45,12 @@ build: env
 	  $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e . -C build-dir=build/dev
 	$(BIN)/python -c 'import batchops; print(batchops.show_config())'
 
+# Most tests keep one core busy. Meanwhile nvcc compiles for the tests of machine code, which come
+# late and find its results in build/machine_code; without nvcc they are skipped, and so is this.
 test: build
 	$(say) "tests"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,nice $(BIN)/python -m tests.machine_code --summary > build/machine_code.log 2>&1 &) \
+	  status=0; $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; wait; exit $$status
 
 lint: env
 	$(say) "formatting and static checks"
