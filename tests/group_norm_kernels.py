@@ -8,38 +8,17 @@ from pathlib import Path
 
 import torch
 
+from .emulator.group_norm import Backward, Forward, Shape
+from .emulator.norm import LAYOUTS
+from .reference import ACTIVATIONS, MASKABLE
+from .tensors import channels_last
+
+# The numbers of csrc/kernels/common.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-LAYOUTS = ("channels_first", "channels_last")
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
-MASKABLE = ("relu", "leaky_relu")
 
 pointer = ctypes.c_void_p
 BODY = ctypes.CFUNCTYPE(None, pointer, ctypes.c_int64, ctypes.c_int64)
 RUN = ctypes.CFUNCTYPE(None, pointer, ctypes.c_int64, BODY, pointer)
-
-
-class Shape(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("N", "C", "HxW", "G")],
-        *[(name, ctypes.c_int32) for name in ("layout", "dtype", "param_dtype", "activation")],
-        ("slope", ctypes.c_double),
-    ]
-
-
-class Forward(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        *[(p, pointer) for p in ("x", "residual", "weight", "bias", "y", "stats", "mask")],
-        ("eps", ctypes.c_double),
-    ]
-
-
-class Backward(ctypes.Structure):
-    _fields_ = [
-        ("shape", Shape),
-        *[(p, pointer) for p in ("dy", "x", "residual", "weight", "bias", "stats", "mask")],
-        *[(p, pointer) for p in ("dx", "dresidual", "dweight", "dbias")],
-    ]
 
 
 class Parallel(ctypes.Structure):
@@ -90,10 +69,10 @@ class GroupNorm:
             C,
             HxW,
             G,
-            LAYOUTS.index(layout),
+            LAYOUTS[layout],
             DTYPES[x.dtype],
             DTYPES[self.param_dtype],
-            ACTIVATIONS.index(activation),
+            list(ACTIVATIONS).index(activation),
             slope,
         )
         last = layout == "channels_last"
@@ -102,7 +81,7 @@ class GroupNorm:
         self.mask = torch.full((rows, (row + 7) // 8), 255, dtype=torch.uint8)
 
     def place(self, t):
-        return t.movedim(1, -1).contiguous().movedim(-1, 1) if self.layout == LAYOUTS[1] else t
+        return channels_last(t) if self.layout == "channels_last" else t
 
     def forward(self, threads=1):
         N, G = self.shape.N, self.shape.G

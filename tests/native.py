@@ -1,4 +1,4 @@
-"""Compiles the test programs that reach below the torch operators: CPU kernels through ctypes."""
+"""Reaches below the torch operators: CPU kernels through ctypes, and at every instruction set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ def instruction_sets() -> list[str]:
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     needs = {"avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"), "avx2": ("avx2", "fma")}
     return [isa for isa, need in needs.items() if all(n in flags for n in need)] + ["baseline"]
+
+
+def run_python(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """python at BATCHOPS_CPU_CAPABILITY, which is read once a process."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "BATCHOPS_CPU_CAPABILITY": capability},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def compile_library(folder: Path, *sources: str) -> ctypes.CDLL:

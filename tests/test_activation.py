@@ -11,75 +11,31 @@ import torch
 import torch.nn.functional as F
 
 from . import native
+from .reference import ACTIVATIONS, GATES, SLOPE, logistic, tanh_argument
 
-NAMES = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
-SLOPE = 0.1
-
-erfc = np.vectorize(math.erfc, otypes=[np.float64])
-tanh_scale, tanh_cubic = math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi)
+NAMES = tuple(ACTIVATIONS)
 
 
-def logistic(z):
-    e = np.exp(-np.abs(z))
-    return np.where(z > 0, 1, e) / (1 + e)
+# The oracle's errors, for finite z.
+def condition_of(name, z):
+    """How much a relative error of one in the inner argument changes the value."""
+    if name == "gelu_tanh":
+        u = tanh_argument(z)[0]
+        return np.abs(z * logistic(u) * u * logistic(-u))
+    if name == "hardswish":
+        return np.where(np.abs(z) < 3, np.abs(z) / 2, 0.0)
+    return np.zeros_like(z)
 
 
-def normal(z):
-    return 0.5 * erfc(-z / math.sqrt(2)), np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-
-
-def tanh_argument(z):
-    return tanh_scale * z + tanh_cubic * z**3, tanh_scale + 3 * tanh_cubic * z * z
-
-
-# By definition, in float64, for finite z: the value and the condition of the value (how much a
-# relative error of one in the inner argument changes it), then the same of the derivative as terms
-# that are added up.
-def value_of(name, z):
-    zero = np.zeros_like(z)
-    match name:
-        case "none":
-            return z, zero
-        case "relu":
-            return np.where(z > 0, z, 0.0), zero
-        case "leaky_relu":
-            return np.where(z > 0, z, SLOPE * z), zero
-        case "silu":
-            return z * logistic(z), zero
-        case "gelu":
-            return z * normal(z)[0], zero
-        case "gelu_tanh":
-            u = tanh_argument(z)[0]
-            y = z * logistic(u)
-            return y, np.abs(y * u * logistic(-u))
-        case "hardswish":
-            return z * np.clip(z + 3, 0, 6) / 6, np.where(np.abs(z) < 3, np.abs(z) / 2, 0.0)
-
-
-def derivative_of(name, z):
-    zero = np.zeros_like(z)
-    match name:
-        case "none":
-            return zero + 1, zero
-        case "relu":
-            return np.where(z <= 0, 0.0, 1.0), zero
-        case "leaky_relu":
-            return np.where(z > 0, 1.0, SLOPE), zero
-        case "silu":
-            terms = logistic(z), z * logistic(z) * logistic(-z)
-        case "gelu":
-            cdf, pdf = normal(z)
-            terms = cdf, z * pdf
-        case "gelu_tanh":
-            u, slope = tanh_argument(z)
-            s, c = logistic(u), logistic(-u)
-            terms = s, z * s * c * slope
-            size = np.abs(terms[0]) + np.abs(terms[1])
-            return sum(terms), size * (1 + np.abs(u))
-        case "hardswish":
-            between = (z > -3) & (z < 3)
-            return np.where(between, z / 3 + 0.5, z >= 3), np.where(between, 1.0, 0.0)
-    return sum(terms), np.abs(terms[0]) + np.abs(terms[1])
+def terms_of(name, z):
+    """How large the terms are that are added up to the derivative."""
+    if name in GATES:
+        gate, derivative = (f(z) for f in GATES[name])
+        size = np.abs(gate) + np.abs(z * derivative)
+        return size * (1 + np.abs(tanh_argument(z)[0])) if name == "gelu_tanh" else size
+    if name == "hardswish":
+        return np.where(np.abs(z) < 3, 1.0, 0.0)
+    return np.zeros_like(z)
 
 
 def oracle_condition(name, z):
@@ -153,8 +109,9 @@ def test_values_and_derivatives(library, isa, name, dtype, own):
     wide = z.astype(np.float64)
     ulps = ULPS[name]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        expected, condition = value_of(name, wide)
-        derivative, terms = derivative_of(name, wide)
+        value, differentiate = ACTIVATIONS[name]
+        expected, condition = value(wide), condition_of(name, wide)
+        derivative, terms = differentiate(wide), terms_of(name, wide)
     known = np.isfinite(expected) & np.isfinite(condition)
     size = np.abs(expected) + condition
     if dtype == np.float64:  # what the oracle's own rounding does to exponentials
@@ -252,7 +209,7 @@ def test_short_silu_is_exact_enough_for_16_bits(library, isa):
     """Forward 2^-14 and rounding of σ; backward 4e-6 of e^-z, times z where σ nears 1."""
     z = np.linspace(-60, 60, 200_001).astype(np.float32)
     wide = z.astype(np.float64)
-    value, derivative = value_of("silu", wide)[0], derivative_of("silu", wide)[0]
+    value, derivative = (f(wide) for f in ACTIVATIONS["silu"])
     forward = call(library, isa, "silu", z, own=3)
     assert (np.abs(forward - value) <= 7e-5 * np.abs(value)).all()
     backward = call(library, isa, "silu", z, np.ones_like(z), own=3)

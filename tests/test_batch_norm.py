@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from batchops import functional as BF
 
 from .reference import BatchNormReference, to_float64
-from .tolerances import assert_close, elementwise, norm_error
+from .tensors import (
+    DTYPES,
+    LAYOUTS,
+    channels_last,
+    leaf,
+    make,
+    parameters,
+    saved_bytes,
+    skip_unless_kernel,
+)
+from .tolerances import assert_close, before_rounding, elementwise, norm_error
 
 SHAPES = {
     "rows": (5, 7),  # 2-D, odd everything
@@ -27,37 +37,6 @@ SHAPES = {
     "tall": (300, 4, 6, 6),  # many samples: several chunks of partial sums
     "large": (3, 8, 96, 96),  # planes longer than one accumulator run
 }
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def channels_last(t: torch.Tensor) -> torch.Tensor:
-    """The same values with the channel innermost in memory, for any number of dimensions."""
-    order = [0, *range(2, t.dim()), 1]
-    back = [0, t.dim() - 1, *range(1, t.dim() - 1)]
-    return t.permute(order).contiguous().permute(back)
-
-
-LAYOUTS = {"contiguous": torch.Tensor.contiguous, "channels_last": channels_last}
-
-
-def make(shape, dtype, device, layout="contiguous", offset=0.5, scale=2.0):
-    x = (torch.randn(shape, device=device) * scale + offset).to(dtype)
-    return LAYOUTS[layout](x)
-
-
-def parameters(C, dtype, device):
-    weight = (torch.rand(C, device=device) + 0.5).to(dtype)
-    bias = torch.randn(C, device=device).to(dtype)
-    return weight, bias
-
-
-def skip_unless_kernel(device, dtype):
-    if device.type == "cuda" and dtype == torch.float64:
-        pytest.skip("CUDA float64 takes torch's operator; test_fallback checks it")
-
-
-def leaf(t):
-    return t.detach().requires_grad_()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -76,12 +55,8 @@ def test_forward_and_backward(shape, dtype, layout, activation, with_residual, t
     var = (torch.rand(C, device=device) + 0.5).to(dtype)
     mean64, var64 = to_float64(mean), to_float64(var)
     oracle = BatchNormReference(
-        to_float64(x),
-        to_float64(weight),
-        to_float64(bias),
-        None if residual is None else to_float64(residual),
-        None if training else mean64,
-        None if training else var64,
+        *map(to_float64, (x, weight, bias, residual)),
+        *((None, None) if training else (mean64, var64)),
         act=activation or "none",
     )
 
@@ -103,12 +78,8 @@ def test_forward_and_backward(shape, dtype, layout, activation, with_residual, t
     assert_close(mean, running_mean, bound, "running_mean")
     assert_close(var, running_var, bound, "running_var")
 
-    # Next to zero, rounding may put relu's gate the other way: take the gate the output shows.
-    gate = None
-    if activation == "relu":
-        near = np.abs(oracle.z) <= bound * max(1.0, np.abs(oracle.z).max())
-        gate = np.where(near, to_float64(y) > 0, oracle.z > 0).astype(np.float64)
-    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), gate)
+    derivative = oracle.derivative_shown(to_float64(y), before_rounding(dtype, length))
+    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), derivative)
     # dx = weight · rstd · (a sum that cancels): errors scale with its terms
     terms = float(np.abs(oracle.weight * oracle.rstd).max()) * 3 * max(1.0, np.abs(dz).max())
     assert_close(x.grad, dx, bound * max(1.0, terms), "dx")
@@ -130,12 +101,7 @@ def test_parameter_dtypes(dtype, parameter, device):
     bias = None if parameter in ("none", "weight only") else leaf(bias)
     y = BF.batch_norm(x, None, None, weight, bias, True, activation="relu")
     y.sum().backward()
-    oracle = BatchNormReference(
-        to_float64(x),
-        None if weight is None else to_float64(weight),
-        None if bias is None else to_float64(bias),
-        act="relu",
-    )
+    oracle = BatchNormReference(*map(to_float64, (x, weight, bias)), act="relu")
     assert_close(y, oracle.y, elementwise(dtype, 100))
     for p in (weight, bias):
         assert p is None or p.grad.dtype == p.dtype
@@ -159,7 +125,7 @@ def test_large_mean(shape, ratio, layout, device):
     y = BF.batch_norm(x, None, None, weight, bias, True)
     dy = make(y.shape, torch.float32, device, layout, offset=0.0, scale=1.0)
     y.backward(dy)
-    oracle = BatchNormReference(to_float64(x), to_float64(weight), to_float64(bias))
+    oracle = BatchNormReference(*map(to_float64, (x, weight, bias)))
     dx, _, dweight, _ = oracle.backward(to_float64(dy))
     assert norm_error(y, oracle.y) <= 1e-5
     assert norm_error(x.grad, dx) <= 1e-5
@@ -223,13 +189,7 @@ def test_layouts_may_differ(mixed, device):
     y = BF.batch_norm(x, None, None, training=True, activation="relu", residual=residual)
     dy = other if mixed == "dy" else channels_last(other)
     y.backward(dy)
-    oracle = BatchNormReference(
-        to_float64(x),
-        None,
-        None,
-        None if residual is None else to_float64(residual),
-        act="relu",
-    )
+    oracle = BatchNormReference(to_float64(x), None, None, to_float64(residual), act="relu")
     dx, dz, _, _ = oracle.backward(to_float64(dy))
     assert_close(y, oracle.y, elementwise(torch.float32, 72))
     assert_close(x.grad, dx, 3 * elementwise(torch.float32, 72))
@@ -293,17 +253,14 @@ def test_saved_memory(activation, with_residual):
     x = leaf(make(shape, torch.float32, "cpu"))
     residual = leaf(make(shape, torch.float32, "cpu")) if with_residual else None
     weight, bias = map(leaf, parameters(16, torch.float32, "cpu"))
-    storages: dict[int, int] = {}
-
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        BF.batch_norm(x, None, None, weight, bias, True, activation=activation, residual=residual)
+    kept = saved_bytes(
+        lambda: BF.batch_norm(
+            x, None, None, weight, bias, True, activation=activation, residual=residual
+        )
+    )
     bits = x.numel() // 8 if activation and with_residual else 0
     per_channel = 16 * 4 * (2 + 3)
-    assert sum(storages.values()) <= x.nbytes + bits + per_channel
+    assert kept <= x.nbytes + bits + per_channel
 
 
 def test_fallback_composes_torch_operators(device):

@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import batchops
+
+from .native import run_python
 
 CAPABILITIES = ("avx512", "avx2", "default")
 
@@ -63,31 +64,21 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 """
 
 
-def run(capability: str, body: str = BODY) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", body],
-        env={**os.environ, "BATCHOPS_CPU_CAPABILITY": capability},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-
-
 NAME = "import batchops._binding as binding; print(binding.core.cpu_capability())"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_batch_norm_is_exact_at(capability):
-    result = run(capability)
+    result = run_python(capability, "-c", BODY)
     assert result.returncode == 0, result.stderr
     chosen = result.stdout.split()[0]
-    best = run("", NAME).stdout.strip()
+    best = run_python("", "-c", NAME).stdout.strip()
     # Asking for more than the machine has gives what it has.
     assert CAPABILITIES.index(chosen) == max(map(CAPABILITIES.index, (capability, best)))
 
 
 def test_unknown_capability_is_reported_and_ignored():
-    best, odd = run("", NAME), run("sse9", NAME)
+    best, odd = run_python("", "-c", NAME), run_python("sse9", "-c", NAME)
     assert odd.stdout == best.stdout
     assert not best.stderr
     for word in ("BATCHOPS_CPU_CAPABILITY", '"sse9"', '"avx512", "avx2" or "default"'):

@@ -10,14 +10,11 @@ import pytest
 import torch
 
 from .emulator import batch_norm, build, emulator
-from .emulator.batch_norm import Problem
+from .emulator.batch_norm import LAYOUTS, Problem, run
+from .emulator.norm_checks import DTYPES, check, check_under_all_schedules, decoded, statistics
 from .emulator.numbers import Numbers
-from .reference import ACTIVATIONS, KINKS, SLOPE, BatchNormReference
-from .tolerances import UNIT, elementwise
-
-DTYPES = ("f32", "f16", "bf16")
-TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
-LAYOUTS = ("channels_first", "channels_last")
+from .reference import MASKABLE, BatchNormReference
+from .tolerances import assert_close, elementwise, norm_error
 
 SHAPES = {  # N, C, HxW
     (2, 8, 64): "rows of whole 16-byte units in both layouts",
@@ -44,121 +41,6 @@ ANY_SHAPES = {  # N, C, HxW
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     return batch_norm.library()
-
-
-def run(library: ctypes.CDLL, problem: Problem) -> dict[str, np.ndarray]:
-    outputs = batch_norm.forward(library, problem)
-    return outputs | batch_norm.backward(library, problem, outputs)
-
-
-def close(got: np.ndarray, expected: np.ndarray, dtype: str, length: int, what: str) -> None:
-    assert not np.isnan(got).any(), f"{what}: not written, or NaN"
-    bound = elementwise(TORCH[dtype], length) * max(1.0, float(np.abs(expected).max()))
-    worst = float(np.abs(got - expected).max())
-    assert worst <= bound, f"{what}: error {worst:.3e}, bound {bound:.3e}"
-
-
-def reference_of(problem: Problem) -> BatchNormReference:
-    assert problem.slope == SLOPE
-    given = problem.arrays
-    fixed = {}
-    if not problem.training:
-        fixed = {"mean": given["running_mean"], "var": given["running_var"]}
-    return BatchNormReference(
-        given["x"],
-        given.get("weight"),
-        given.get("bias"),
-        given.get("residual"),
-        eps=problem.eps,
-        act=problem.activation,
-        **fixed,
-    )
-
-
-def check(problem: Problem, outputs: dict[str, np.ndarray]) -> None:
-    """Every output against float64, within bounds from the dtype and the reduction's length."""
-    expected = reference_of(problem)
-    elements, params = Numbers(problem.dtype), Numbers(problem.param_dtype)
-    M = problem.N * problem.HxW
-
-    y = problem.from_layout(elements.decode(outputs["y"]))
-    close(y, expected.y, problem.dtype, M, "y")
-    derivative = derivative_at(problem, expected, y, outputs)
-    if problem.masked:
-        positive = y > 0
-        rows, row = problem.rows
-        bits = problem.to_layout(positive).reshape(rows, row)
-        packed = np.packbits(bits, axis=1, bitorder="little")
-        np.testing.assert_array_equal(outputs["mask"].reshape(packed.shape), packed)
-
-    stats = outputs["stats"].view(np.float32).reshape(3, problem.C).astype(np.float64)
-    mean, rstd = expected.batch_mean, expected.rstd
-    # High and low part together hold the mean to more than float32 can.
-    assert np.abs(stats[0] + stats[1] - mean).max() <= 1e-6 * (1 / rstd).max()
-    assert np.abs(stats[2] / rstd - 1).max() <= elementwise(TORCH["f32"], M)
-    if problem.training and problem.running:
-        running = Numbers(problem.running_dtype)
-        before = problem.arrays["running_mean"], problem.arrays["running_var"]
-        after = expected.running(*before, problem.momentum)
-        for name, value in zip(("running_mean", "running_var"), after, strict=True):
-            got = running.decode(outputs[name])
-            # The statistics themselves are float32 at best, whatever they are stored in.
-            coarser = max(problem.running_dtype, "f32", key=lambda d: UNIT[TORCH[d]])
-            close(got, value, coarser, M, name)
-
-    dx, dresidual, dweight, dbias = expected.backward(problem.arrays["dy"], derivative)
-    largest = np.abs(dresidual).sum((0, 2)).max()  # what the terms of a sum could amount to
-    for name, value, numbers in (("dweight", dweight, params), ("dbias", dbias, params)):
-        if name in outputs:
-            got = numbers.decode(outputs[name])
-            assert not np.isnan(got).any(), f"{name}: not written, or NaN"
-            bound = UNIT[TORCH[numbers.dtype]] * np.abs(value) + 8 * UNIT[torch.float32] * largest
-            assert (np.abs(got - value) <= bound).all(), name
-    if "dx" in outputs:
-        close(problem.from_layout(elements.decode(outputs["dx"])), dx, problem.dtype, M, "dx")
-    if "dresidual" in outputs:
-        got = problem.from_layout(elements.decode(outputs["dresidual"]))
-        if problem.activation in ("none", "relu"):
-            np.testing.assert_array_equal(got, dresidual)
-        else:
-            close(got, dresidual, problem.dtype, M, "dresidual")
-
-
-def derivative_at(
-    problem: Problem, expected: BatchNormReference, y: np.ndarray, outputs: dict[str, np.ndarray]
-) -> np.ndarray:
-    """activation'(z). Which side of a jump a z within rounding of it falls on is the kernel's to
-    say; of 0 the backward has to agree with its own forward."""
-    z, slopes = expected.z, expected.derivative(expected.z)
-    rounding = elementwise(TORCH["f32"], problem.N * problem.HxW) * 8
-    if problem.activation in batch_norm.MASKABLE:
-        positive = y > 0
-        wrong = positive != (z > 0)
-        assert np.abs(z[wrong]).max(initial=0.0) <= rounding
-        return np.where(positive, 1.0, SLOPE if problem.activation == "leaky_relu" else 0.0)
-    derivative = ACTIVATIONS[problem.activation][1]
-    for kink in KINKS.get(problem.activation, ()):
-        near = np.abs(z - kink) <= rounding
-        if near.any():
-            got = problem.from_layout(Numbers(problem.dtype).decode(outputs["dresidual"]))
-            left, right = (derivative(np.full_like(z, kink + s)) for s in (-rounding, rounding))
-            dy = problem.arrays["dy"]
-            of_left = np.abs(got - dy * left) < np.abs(got - dy * right)
-            slopes = np.where(near, np.where(of_left, left, right), slopes)
-    return slopes
-
-
-def check_under_all_schedules(library: ctypes.CDLL, problem: Problem) -> None:
-    """Correct, and the same bits whatever the order of threads and blocks."""
-    first = None
-    for order, seed in emulator.SCHEDULES:
-        with emulator.schedule(library, order, seed):
-            outputs = run(library, problem)
-        if first is None:
-            first = outputs
-            check(problem, outputs)
-        for name, value in outputs.items():
-            np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -198,7 +80,7 @@ def test_every_activation(library, activation, dtype, layout, residual):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activation", batch_norm.MASKABLE)
+@pytest.mark.parametrize("activation", MASKABLE)
 def test_the_mask_stands_for_z(library, activation, layout):
     # From the residual the backward must find what the mask says, bit for bit.
     problems = [
@@ -230,16 +112,18 @@ def test_any_activation_with_many_chunks(library, layout):
 
 
 @pytest.mark.parametrize("tensor", ["x", "residual"])
-def test_any_activation_with_misaligned_tensors(library, tensor, monkeypatch):
+def test_any_activation_with_misaligned_tensors(library, tensor):
     # One pointer that is less aligned than the others decides for all.
-    place = batch_norm._Buffers.tensor
-
-    def misplaced(self, name, *args):
-        self.problem.misaligned = 1 if name == tensor else 0
-        return place(self, name, *args)
-
-    monkeypatch.setattr(batch_norm._Buffers, "tensor", misplaced)
-    problem = Problem(2, 16, 64, dtype="bf16", activation="gelu", residual=True)
+    problem = Problem(
+        2,
+        16,
+        64,
+        dtype="bf16",
+        activation="gelu",
+        residual=True,
+        misaligned=1,
+        misaligned_tensors=(tensor,),
+    )
     check_under_all_schedules(library, problem)
 
 
@@ -252,11 +136,10 @@ def test_slopes(library, slope):
     assert np.abs(z).min() > 1e-5
     bits = np.unpackbits(outputs["mask"].reshape(18, 2), axis=1, bitorder="little")[:, :10]
     np.testing.assert_array_equal(bits.reshape(z.shape), z > 0)
-    numbers = Numbers("f32")
-    y, dz = (problem.from_layout(numbers.decode(outputs[k])) for k in ("y", "dresidual"))
-    close(y, np.where(z > 0, z, slope * z), "f32", 30, "y")
+    y, dz = (decoded(problem, outputs, name) for name in ("y", "dresidual"))
+    assert_close(y, np.where(z > 0, z, slope * z), elementwise(torch.float32, 30), "y")
     dy = problem.arrays["dy"]
-    np.testing.assert_array_equal(dz, np.where(z > 0, dy, numbers.rounded(slope * dy)))
+    np.testing.assert_array_equal(dz, np.where(z > 0, dy, Numbers("f32").rounded(slope * dy)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -343,10 +226,6 @@ def test_every_choice_of_gradients(library, training):
                 np.testing.assert_array_equal(value, full[name], name)
 
 
-def norm_error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "shape",
@@ -360,12 +239,10 @@ def test_large_offset(library, layout, shape):
     # 1.75 % off.
     problem = Problem(*shape, layout=layout, mean=1e4, std=1.0)
     outputs = run(library, problem)
-    expected = reference_of(problem)
+    expected = problem.reference()
     dx, _, dweight, _ = expected.backward(problem.arrays["dy"])
-    numbers = Numbers("f32")
-    for name, value in (("y", expected.y), ("dx", dx)):
-        assert norm_error(problem.from_layout(numbers.decode(outputs[name])), value) <= 1e-5, name
-    assert norm_error(numbers.decode(outputs["dweight"]), dweight) <= 1e-5
+    for name, value in (("y", expected.y), ("dx", dx), ("dweight", dweight)):
+        assert norm_error(decoded(problem, outputs, name), value) <= 1e-5, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -382,14 +259,13 @@ def test_statistics_of_awkward_data(library, layout, case):
     x = Numbers("f32").rounded(x)
     problem = Problem(5, 3, 4096, layout=layout, arrays={"x": x})
     outputs = run(library, problem)
-    expected = reference_of(problem)
-    y = problem.from_layout(Numbers("f32").decode(outputs["y"]))
-    stats = outputs["stats"].view(np.float32).reshape(3, 3).astype(np.float64)
+    expected = problem.reference()
+    y, rstd = decoded(problem, outputs, "y"), statistics(outputs, expected)[2]
     if case == "constant":
-        np.testing.assert_allclose(stats[2], 1 / np.sqrt(problem.eps), rtol=1e-6)
+        np.testing.assert_allclose(rstd, 1 / np.sqrt(problem.eps), rtol=1e-6)
         np.testing.assert_allclose(y, expected.y, atol=1e-6 * np.abs(x).max())
     else:
-        np.testing.assert_allclose(stats[2], expected.rstd, rtol=1e-5)
+        np.testing.assert_allclose(rstd, expected.rstd, rtol=1e-5)
         assert norm_error(y, expected.y) <= 1e-5
 
 
@@ -399,7 +275,7 @@ def test_nan_and_infinity_stay_in_their_channel(library, layout):
     x[0, 1, 3] = np.nan
     x[1, 4, 2] = np.inf
     problem = Problem(2, 6, 10, layout=layout, activation="relu", arrays={"x": x})
-    y = problem.from_layout(Numbers("f32").decode(run(library, problem)["y"]))
+    y = decoded(problem, run(library, problem), "y")
     assert np.isnan(y).all((0, 2)).tolist() == [False, True, False, False, True, False]
     assert np.isfinite(y[:, [0, 2, 3, 5]]).all()
 
@@ -410,7 +286,7 @@ def test_eval_gradient_ignores_infinite_x(library, layout):
     x = np.random.default_rng(0).standard_normal((2, 6, 10))
     x[1, 4, 2] = np.inf
     problem = Problem(2, 6, 10, layout=layout, activation="relu", training=False, arrays={"x": x})
-    dx = problem.from_layout(Numbers("f32").decode(run(library, problem)["dx"]))
+    dx = decoded(problem, run(library, problem), "dx")
     assert np.isfinite(dx).all()
     assert dx[1, 4, 2] != 0
 

@@ -7,19 +7,15 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 
 from .emulator import build, emulator, group_norm
-from .emulator.group_norm import ACTIVATIONS, MASKABLE, Problem
+from .emulator.group_norm import LAYOUTS, Problem, run
+from .emulator.norm_checks import DTYPES, check_under_all_schedules, decoded, statistics
 from .emulator.numbers import Numbers
 from .emulator.recording import record
 from .emulator.traffic import Passes, assert_traffic
-from .test_activation import SLOPE, derivative_of, value_of
-from .tolerances import UNIT, elementwise
-
-DTYPES = ("f32", "f16", "bf16")
-TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
-LAYOUTS = ("channels_first", "channels_last")
+from .reference import ACTIVATIONS
+from .tolerances import norm_error
 
 SHAPES = {  # N, C, HxW, G
     (2, 8, 64, 2): "groups of whole 16-byte units in both layouts",
@@ -51,106 +47,6 @@ def library() -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def watched() -> ctypes.CDLL:
     return group_norm.library(instrument=True)
-
-
-class Reference:
-    """By definition, in float64; x is (N, C, HxW)."""
-
-    def __init__(self, p: Problem) -> None:
-        x = p.arrays["x"]
-        self.p = p
-        groups = x.reshape(p.N, p.G, -1)
-        self.mean = groups.mean(2)
-        self.rstd = 1 / np.sqrt(((groups - self.mean[..., None]) ** 2).mean(2) + p.eps)
-        self.xhat = ((groups - self.mean[..., None]) * self.rstd[..., None]).reshape(x.shape)
-        self.weight = p.arrays.get("weight", np.ones(p.C))[:, None]
-        self.z = self.xhat * self.weight + p.arrays.get("bias", np.zeros(p.C))[:, None]
-        self.z = self.z + p.arrays.get("residual", 0.0)
-        self.y = value_of(p.activation, self.z)[0]
-
-    def backward(self, derivative: np.ndarray) -> dict[str, np.ndarray]:
-        p = self.p
-        dz = p.arrays["dy"] * derivative
-        dxhat = dz * self.weight
-        grouped, xhat = (a.reshape(p.N, p.G, -1) for a in (dxhat, self.xhat))
-        inner = grouped - grouped.mean(2, keepdims=True)
-        inner = inner - xhat * (grouped * xhat).mean(2, keepdims=True)
-        dx = (inner * self.rstd[..., None]).reshape(dz.shape)
-        return {
-            "dx": dx,
-            "dresidual": dz,
-            "dweight": (dz * self.xhat).sum((0, 2)),
-            "dbias": dz.sum((0, 2)),
-        }
-
-
-def run(library: ctypes.CDLL, problem: Problem) -> dict[str, np.ndarray]:
-    outputs = group_norm.forward(library, problem)
-    return outputs | group_norm.backward(library, problem, outputs)
-
-
-def close(got: np.ndarray, expected: np.ndarray, dtype: str, length: int, what: str) -> None:
-    assert not np.isnan(got).any(), f"{what}: not written, or NaN"
-    bound = elementwise(TORCH[dtype], length) * max(1.0, float(np.abs(expected).max()))
-    worst = float(np.abs(got - expected).max())
-    assert worst <= bound, f"{what}: error {worst:.3e}, bound {bound:.3e}"
-
-
-def check(p: Problem, outputs: dict[str, np.ndarray]) -> None:
-    """Every output against float64, within bounds from the dtype and the reduction's length."""
-    expected = Reference(p)
-    elements, params = Numbers(p.dtype), Numbers(p.param_dtype)
-    M = p.C // p.G * p.HxW
-
-    y = p.from_layout(elements.decode(outputs["y"]))
-    close(y, expected.y, p.dtype, M, "y")
-    derivative = derivative_of(p.activation, expected.z)[0]
-    if p.activation in MASKABLE:
-        # Which side of 0 a z within rounding of it falls on is the kernel's to say; the backward
-        # has to agree with its own forward.
-        positive = y > 0
-        wrong = positive != (expected.z > 0)
-        assert np.abs(expected.z[wrong]).max(initial=0.0) <= elementwise(TORCH["f32"], M) * 8
-        derivative = np.where(positive, 1.0, SLOPE if p.activation == "leaky_relu" else 0.0)
-        if p.masked:
-            rows, row = p.rows
-            bits = p.to_layout(positive).reshape(rows, row)
-            packed = np.packbits(bits, axis=1, bitorder="little")
-            np.testing.assert_array_equal(outputs["mask"].reshape(packed.shape), packed)
-
-    stats = outputs["stats"].view(np.float32).reshape(3, p.N, p.G).astype(np.float64)
-    # High and low part together hold the mean to more than float32 can.
-    assert np.abs(stats[0] + stats[1] - expected.mean).max() <= 1e-6 * (1 / expected.rstd).max()
-    assert np.abs(stats[2] / expected.rstd - 1).max() <= elementwise(TORCH["f32"], M)
-
-    gradients = expected.backward(derivative)
-    # What the terms of a sum could amount to.
-    largest = (
-        np.abs(gradients["dresidual"] * np.maximum(1, np.abs(expected.xhat))).sum((0, 2)).max()
-    )
-    for name in ("dweight", "dbias"):
-        if name in outputs:
-            got, value = params.decode(outputs[name]), gradients[name]
-            assert not np.isnan(got).any(), f"{name}: not written, or NaN"
-            bound = UNIT[TORCH[p.param_dtype]] * np.abs(value) + 8 * UNIT[torch.float32] * largest
-            assert (np.abs(got - value) <= bound).all(), name
-    for name in ("dx", "dresidual"):
-        if name in outputs:
-            got = p.from_layout(elements.decode(outputs[name]))
-            close(got, gradients[name], p.dtype, M, name)
-
-
-def check_under_all_schedules(library: ctypes.CDLL, problem: Problem) -> None:
-    """Correct, and the same bits whatever the order of threads and blocks."""
-    first = None
-    for order, seed in emulator.SCHEDULES:
-        with emulator.schedule(library, order, seed):
-            outputs = run(library, problem)
-        if first is None:
-            first = outputs
-            check(problem, outputs)
-        for name, value in outputs.items():
-            np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
 
 
 VARIANTS = (("none", False), ("silu", False), ("relu", False), ("relu", True), ("silu", True))
@@ -244,10 +140,6 @@ def test_every_choice_of_gradients(library, shape, device):
                     np.testing.assert_array_equal(value, full[name], name)
 
 
-def norm_error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("device", group_norm.DEVICES)
 def test_large_offset(library, device, layout):
@@ -256,12 +148,10 @@ def test_large_offset(library, device, layout):
     problem = Problem(*(2, 8, 2500, 2), layout=layout, mean=1e4, std=1.0)
     with group_norm.device(library, device):
         outputs = run(library, problem)
-    expected = Reference(problem)
-    gradients = expected.backward(1.0)
-    numbers = Numbers("f32")
-    for name, value in (("y", expected.y), ("dx", gradients["dx"])):
-        assert norm_error(problem.from_layout(numbers.decode(outputs[name])), value) <= 1e-5, name
-    assert norm_error(numbers.decode(outputs["dweight"]), gradients["dweight"]) <= 1e-5
+    expected = problem.reference()
+    dx, _, dweight, _ = expected.backward(problem.arrays["dy"])
+    for name, value in (("y", expected.y), ("dx", dx), ("dweight", dweight)):
+        assert norm_error(decoded(problem, outputs, name), value) <= 1e-5, name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -270,9 +160,8 @@ def test_all_bfloat16_far_from_zero(library, layout):
     problem = Problem(
         *(4, 32, 256, 4), layout=layout, dtype="bf16", param_dtype="f32", mean=50.0, std=1.0
     )
-    outputs = run(library, problem)
-    dweight = Reference(problem).backward(1.0)["dweight"]
-    assert norm_error(Numbers("f32").decode(outputs["dweight"]), dweight) <= 2e-3
+    got = decoded(problem, run(library, problem), "dweight")
+    assert norm_error(got, problem.reference().backward(problem.arrays["dy"])[2]) <= 2e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -291,14 +180,13 @@ def test_statistics_of_awkward_data(library, device, case, layout):
     problem = Problem(*(1, 6, 4096, 2), layout=layout, arrays={"x": x})
     with group_norm.device(library, device):
         outputs = run(library, problem)
-    expected = Reference(problem)
-    y = problem.from_layout(Numbers("f32").decode(outputs["y"]))
-    stats = outputs["stats"].view(np.float32).reshape(3, 2).astype(np.float64)
+    expected = problem.reference()
+    y, rstd = decoded(problem, outputs, "y"), statistics(outputs, expected)[2]
     if case == "constant":
-        np.testing.assert_allclose(stats[2], 1 / np.sqrt(problem.eps), rtol=1e-6)
+        np.testing.assert_allclose(rstd, 1 / np.sqrt(problem.eps), rtol=1e-6)
         np.testing.assert_allclose(y, expected.y, atol=1e-6 * np.abs(x).max())
     else:
-        np.testing.assert_allclose(stats[2], expected.rstd[0], rtol=1e-5)
+        np.testing.assert_allclose(rstd, expected.rstd, rtol=1e-5)
         assert norm_error(y, expected.y) <= 1e-5
 
 
@@ -308,7 +196,7 @@ def test_nan_and_infinity_stay_in_their_group(library, layout):
     x[0, 1, 3] = np.nan
     x[1, 4, 2] = np.inf
     problem = Problem(*(2, 6, 10, 3), layout=layout, activation="relu", arrays={"x": x})
-    y = problem.from_layout(Numbers("f32").decode(run(library, problem)["y"]))
+    y = decoded(problem, run(library, problem), "y")
     assert np.isnan(y).any(2).tolist() == [
         [True, True, False, False, False, False],
         [False, False, False, False, True, True],

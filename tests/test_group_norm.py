@@ -13,10 +13,15 @@ import torch.nn.functional as F
 from batchops import functional as BF
 from batchops import nn as bnn
 
-from .reference import activation_argument, to_float64
-from .test_batch_norm import LAYOUTS
-from .test_group_norm_kernels import Reference
-from .tolerances import assert_close, elementwise
+from .reference import (
+    ACTIVATIONS,
+    MASKABLE,
+    GroupNormReference,
+    activation_argument,
+    to_float64,
+)
+from .tensors import DTYPES, LAYOUTS, saved_bytes
+from .tolerances import assert_close, before_rounding, elementwise
 
 ops = torch.ops.batchops
 
@@ -44,8 +49,6 @@ NORMS = {
         lambda x: (x.reshape(4, 6, 15), 6),
     ),
 }
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def case(name, dtype=torch.float32, layout="contiguous", residual=False, grad=True):
@@ -84,17 +87,13 @@ def test_forward_and_backward(name, dtype, layout, activation, residual):
 
     groups = oracle(to_float64(x))[1]
     parameters = (to_float64(t).reshape(-1) for t in (w, b))
-    expected = Reference(flat(x), groups, *parameters, flat(r), activation)
-    bound = elementwise(dtype, expected.xhat[0].size)
+    expected = GroupNormReference(flat(x), groups, *parameters, flat(r), act=activation)
+    bound = elementwise(dtype, expected.count)
     size = x.shape
     assert y.dtype == dtype
     assert y.is_contiguous() if name == "layer_norm" else y.stride() == x.stride()
     assert_close(y, expected.y.reshape(size), bound, "y")
-    derivative = expected.derivative
-    if activation in ("relu", "leaky_relu"):  # y shows the side that rounding chose next to 0
-        near = np.abs(expected.z) <= 1e-4
-        other = 0.0 if activation == "relu" else 0.1
-        derivative = np.where(near, np.where(flat(y) > 0, 1.0, other), derivative)
+    derivative = expected.derivative_shown(flat(y), before_rounding(dtype, expected.count))
     dx, dz, dweight, dbias = expected.backward(flat(dy), derivative)
     terms = 3 * max(1.0, np.abs(expected.rstd).max() * np.abs(expected.weight).max())
     terms *= max(1.0, np.abs(dz).max())
@@ -242,19 +241,13 @@ def test_autocast_keeps_the_dtype_unless_told(name, device):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_saves_nothing_that_can_be_recomputed(name, activation, residual):
     (x, w, b, r), ours, _, oracle = case(name, residual=residual)
-    given = {t.untyped_storage().data_ptr() for t in (x, w, b, r) if t is not None}
-    saved: list[torch.Tensor] = []
-
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        ours(x, w, b, activation=activation_argument(activation), residual=r)
-    new = sum(t.nbytes for t in saved if t.untyped_storage().data_ptr() not in given)
+    new = saved_bytes(
+        lambda: ours(x, w, b, activation=activation_argument(activation), residual=r),
+        given=(x, w, b, r),
+    )
     flat, groups = oracle(x.detach())
     bits = 0
-    if residual and activation in ("relu", "leaky_relu"):
+    if residual and activation in MASKABLE:
         rows = (12, 30) if name == "layer_norm" else (24, 15)
         bits = rows[0] * ((rows[1] + 7) // 8)
     assert new == bits + 3 * 4 * flat.shape[0] * groups

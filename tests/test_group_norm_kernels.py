@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from .group_norm_kernels import LAYOUTS, GroupNorm
-from .tolerances import assert_close, elementwise, norm_error
+from . import native
+from .emulator.norm import LAYOUTS
+from .group_norm_kernels import GroupNorm
+from .reference import SLOPE, GroupNormReference, to_float64
+from .tensors import DTYPES
+from .tolerances import assert_close, before_rounding, elementwise, norm_error
 
-SLOPE = 0.1
 SHAPES = {  # N, C, HxW, G
     "planes": (3, 6, 49, 3),  # planes that end inside a vector, whatever its width
     "one plane a group": (2, 4, 300, 4),  # instance norm
@@ -31,73 +29,6 @@ SHAPES = {  # N, C, HxW, G
     "wide pixels": (2, 320, 150, 32),  # more rows than a flush
     "one value": (4, 6, 1, 6),  # var = 0
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def activation_of(name):
-    """forward(z) and derivative(z) in float64, from torch's own operators on tensors."""
-    F = torch.nn.functional
-    function = {
-        "none": lambda z: z * 1,
-        "relu": F.relu,
-        "leaky_relu": lambda z: F.leaky_relu(z, SLOPE),
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-        "hardswish": F.hardswish,
-    }[name]
-
-    def both(z):
-        leaf = torch.from_numpy(z).requires_grad_()
-        y = function(leaf)
-        (slope,) = torch.autograd.grad(y.sum(), leaf)
-        return y.detach().numpy(), slope.numpy()
-
-    return both
-
-
-class Reference:
-    """Group norm + residual + activation by definition, on float64 arrays (N, C, HxW)."""
-
-    def __init__(self, x, G, weight, bias, residual, activation, eps=1e-5):
-        N, C = x.shape[:2]
-        grouped = x.reshape(N, G, -1)
-        self.mean = grouped.mean(2, keepdims=True)
-        centred = grouped - self.mean
-        self.rstd = 1 / np.sqrt((centred**2).mean(2, keepdims=True) + eps)
-        self.G, self.xhat = G, (centred * self.rstd).reshape(x.shape)
-        self.weight = np.ones(C) if weight is None else weight
-        z = self.xhat * self.weight[:, None]
-        if bias is not None:
-            z = z + bias[:, None]
-        self.z = z if residual is None else z + residual
-        self.y, self.derivative = activation_of(activation)(self.z)
-
-    def backward(self, dy, derivative=None):
-        dz = dy * (self.derivative if derivative is None else derivative)
-        dbias, dweight = dz.sum((0, 2)), (dz * self.xhat).sum((0, 2))
-        weighted = (dz * self.weight[:, None]).reshape(len(dz), self.G, -1)
-        xhat = self.xhat.reshape(weighted.shape)
-        centred = weighted - weighted.mean(2, keepdims=True)
-        centred = centred - xhat * (weighted * xhat).mean(2, keepdims=True)
-        return (centred * self.rstd).reshape(dy.shape), dz, dweight, dbias
-
-
-def numbers(t):
-    return None if t is None else t.double().numpy()
-
-
-def gate(oracle, y, activation, bound):
-    """The derivative, with the gate that the output shows where rounding may put it either way."""
-    kinks = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}.get(activation, ())
-    derivative = oracle.derivative
-    scale = max(1.0, np.abs(oracle.z).max())
-    for kink in kinks:
-        near = np.abs(oracle.z - kink) <= bound * scale
-        if kink == 0.0:
-            off = SLOPE if activation == "leaky_relu" else 0.0
-            derivative = np.where(near, np.where(numbers(y) > 0, 1.0, off), derivative)
-    return derivative
 
 
 def inputs(shape, dtype, offset=0.5, scale=2.0):
@@ -107,27 +38,29 @@ def inputs(shape, dtype, offset=0.5, scale=2.0):
     return x, residual, dy, (torch.rand(C) + 0.5).to(dtype), torch.randn(C).to(dtype)
 
 
+def reference(x, G, *tensors, act="none"):
+    return GroupNormReference(to_float64(x), G, *map(to_float64, tensors), act=act)
+
+
 def check(shape, dtype, layout, activation, with_residual, threads=1, parameters=True):
     x, residual, dy, weight, bias = inputs(shape, dtype)
     if not with_residual:
         residual = None
     if not parameters:
         weight = bias = None
-    N, C, HxW, G = shape
+    N, _, HxW, G = shape
     kernel = GroupNorm(x, G, weight, bias, residual, layout, activation, SLOPE)
     y = kernel.forward(threads)
     got = kernel.backward(dy, threads)
-    oracle = Reference(*map(numbers, (x,)), G, *map(numbers, (weight, bias, residual)), activation)
-    length = C // G * HxW
+    oracle = reference(x, G, weight, bias, residual, act=activation)
     # A group of one value has x̂ = 0 and rstd = 1/√eps = 316, which all roundings of x meet.
-    bound = elementwise(dtype, length)
+    bound = elementwise(dtype, oracle.count)
     assert_close(y, oracle.y, bound, "y")
-    derivative = gate(oracle, y, activation, bound)
-    dx, dz, dweight, dbias = oracle.backward(numbers(dy), derivative)
-    jump = 1.5 if activation == "hardswish" else 0  # its derivative jumps by as much
-    terms = np.abs(oracle.weight[:, None]).max() * oracle.rstd.max() * 3 * max(1, np.abs(dz).max())
-    if jump and (np.abs(np.abs(oracle.z) - 3) <= bound * np.abs(oracle.z).max()).any():
-        return
+    if activation == "hardswish" and oracle.near_a_kink(bound).any():
+        return  # its derivative jumps there, and y does not show to which side
+    derivative = oracle.derivative_shown(to_float64(y), before_rounding(dtype, oracle.count))
+    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), derivative)
+    terms = np.abs(oracle.weight).max() * oracle.rstd.max() * 3 * max(1, np.abs(dz).max())
     assert_close(got[0], dx, bound * max(1.0, terms), "dx")
     if with_residual and activation != "none":
         assert_close(got[1], dz, bound, "dresidual")
@@ -191,8 +124,8 @@ def test_large_mean(shape, layout, ratio):
     kernel = GroupNorm(x, shape[3], weight, bias, None, layout, "none")
     y = kernel.forward()
     dx, _, dweight, _ = kernel.backward(dy)
-    oracle = Reference(numbers(x), shape[3], numbers(weight), numbers(bias), None, "none")
-    expected = oracle.backward(numbers(dy))
+    oracle = reference(x, shape[3], weight, bias)
+    expected = oracle.backward(to_float64(dy))
     for got, want in ((y, oracle.y), (dx, expected[0]), (dweight, expected[2])):
         assert norm_error(got, want) <= 1e-5
 
@@ -205,8 +138,8 @@ def test_bfloat16_far_from_zero(layout):
     kernel = GroupNorm(x, 8, weight.float(), bias.float(), None, layout, "none")
     kernel.forward()
     dweight = kernel.backward(dy)[2]
-    oracle = Reference(numbers(x), 8, numbers(weight), numbers(bias), None, "none")
-    assert norm_error(dweight, oracle.backward(numbers(dy))[2]) <= 2e-3
+    expected = reference(x, 8, weight, bias).backward(to_float64(dy))[2]
+    assert norm_error(dweight, expected) <= 2e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -257,7 +190,7 @@ def test_infinite_values_spoil_their_group_alone(shape, layout):
     assert y[0, D:].isfinite().all()
     assert y[1:].isfinite().all()
     y = GroupNorm(huge, G, weight, bias, None, layout, "none").forward()
-    oracle = Reference(numbers(huge), G, numbers(weight), numbers(bias), None, "none")
+    oracle = reference(huge, G, weight, bias)
     assert_close(y, oracle.y, elementwise(torch.float32, D * shape[2]), "y")
 
 
@@ -274,12 +207,8 @@ def test_nothing_is_written_for_no_elements(shape, layout):
 def test_the_other_instruction_sets(capability):
     """In a process of its own, since the choice is made once a process."""
     some = "test_forward_and_backward and (float32 or bfloat16) and (planes or few or groups)"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", some],
-        env={**os.environ, "BATCHOPS_CPU_CAPABILITY": capability},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
+    result = native.run_python(
+        capability, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", some
     )
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout

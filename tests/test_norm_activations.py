@@ -12,29 +12,20 @@ from batchops import nn as bnn
 
 from .reference import (
     ACTIVATIONS,
-    KINKS,
+    MASKABLE,
     SLOPE,
     BatchNormReference,
     activation_argument,
     to_float64,
 )
-from .test_batch_norm import DTYPES, LAYOUTS, leaf, make, parameters, skip_unless_kernel
-from .tolerances import assert_close, elementwise
+from .tensors import DTYPES, LAYOUTS, leaf, make, parameters, saved_bytes, skip_unless_kernel
+from .tolerances import assert_close, before_rounding, elementwise
 
 SHAPES = {
     "rows": (33, 7),  # 2-D, odd everything
     "seven": (3, 19, 7, 7),  # rows that end inside a vector
     "large": (2, 3, 40, 40),  # planes, which take the other kernel
 }
-
-
-def on_a_kink(name, oracle, bound):
-    """Where rounding may decide which of two derivatives an element has."""
-    reach = bound * max(1.0, np.abs(oracle.z).max())
-    near = np.zeros(oracle.z.shape, dtype=bool)
-    for kink in KINKS.get(name, ()):
-        near |= np.abs(oracle.z - kink) <= reach
-    return near
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -45,7 +36,6 @@ def on_a_kink(name, oracle, bound):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_batch_norm(shape, dtype, layout, name, with_residual, training, device):
     skip_unless_kernel(device, dtype)
-    inner = torch.float64 if dtype == torch.float64 else torch.float32  # what z is computed in
     for seed in range(100):
         torch.manual_seed(seed)
         C = shape[1]
@@ -55,17 +45,13 @@ def test_batch_norm(shape, dtype, layout, name, with_residual, training, device)
         mean = torch.randn(C, device=device).to(dtype)
         var = (torch.rand(C, device=device) + 0.5).to(dtype)
         oracle = BatchNormReference(
-            to_float64(x),
-            to_float64(weight),
-            to_float64(bias),
-            None if residual is None else to_float64(residual),
-            None if training else to_float64(mean),
-            None if training else to_float64(var),
+            *map(to_float64, (x, weight, bias, residual)),
+            *((None, None) if training else map(to_float64, (mean, var))),
             act=name,
         )
-        near = on_a_kink(name, oracle, elementwise(inner, oracle.count))
+        in_z = before_rounding(dtype, oracle.count)
         # y shows the side of 0, but not of hardswish's kinks
-        if name == "leaky_relu" or not near.any():
+        if name == "leaky_relu" or not oracle.near_a_kink(in_z).any():
             break
     else:
         pytest.fail("no seed without a value on a kink")
@@ -84,8 +70,7 @@ def test_batch_norm(shape, dtype, layout, name, with_residual, training, device)
 
     bound = elementwise(dtype, oracle.count)
     assert_close(y, oracle.y, bound, "y")
-    shown = oracle.derivative(np.where(to_float64(y) > 0, 1.0, -1.0))
-    derivative = np.where(near, shown, oracle.derivative(oracle.z))
+    derivative = oracle.derivative_shown(to_float64(y), in_z)
     dx, dz, dweight, dbias = oracle.backward(to_float64(dy), derivative)
     # dx = weight · rstd · (a sum that cancels): errors scale with its terms
     terms = float(np.abs(oracle.weight * oracle.rstd).max()) * 3 * max(1.0, np.abs(dz).max())
@@ -104,14 +89,9 @@ def test_saves_nothing_that_can_be_recomputed(name, with_residual):
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     residual = torch.randn(4, 8, 6, 6, requires_grad=True) if with_residual else None
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
-    saved: list[torch.Tensor] = []
 
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        BF.batch_norm(
+    def forward():
+        return BF.batch_norm(
             x,
             None,
             None,
@@ -121,14 +101,14 @@ def test_saves_nothing_that_can_be_recomputed(name, with_residual):
             activation=activation_argument(name),
             residual=residual,
         )
-    mine = [x.data_ptr(), weight.data_ptr(), bias.data_ptr()]
-    smooth = name in ("silu", "gelu", "gelu_tanh", "hardswish")
-    if with_residual and smooth:
-        assert residual.data_ptr() in [t.data_ptr() for t in saved]
-        mine.append(residual.data_ptr())
-    new = sum(t.nbytes for t in saved if t.data_ptr() not in mine)
-    bits = 4 * 8 * 5 if with_residual and name in ("relu", "leaky_relu") else 0  # 36 bits: 5 bytes
-    assert new == bits + 3 * 8 * 4  # and mean, its low part and rstd
+
+    bits = 4 * 8 * 5 if with_residual and name in MASKABLE else 0  # 36 bits: 5 bytes
+    new = bits + 3 * 8 * 4  # and mean, its low part and rstd
+    if with_residual and name not in ("none", *MASKABLE):
+        assert saved_bytes(forward, (x, weight, bias)) == new + residual.nbytes
+        assert saved_bytes(forward, (x, weight, bias, residual)) == new
+    else:
+        assert saved_bytes(forward, (x, weight, bias)) == new
 
 
 def test_slope_and_its_default():

@@ -1,0 +1,110 @@
+"""What a norm's CUDA kernels write, against its float64 reference."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+from ..reference import KINKS, MASKABLE, SLOPE, NormReference
+from ..tolerances import UNIT, assert_close, elementwise
+from . import emulator, norm
+from .norm import Problem
+from .numbers import Numbers
+
+DTYPES = ("f32", "f16", "bf16")
+TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
+
+
+def decoded(problem: Problem, outputs: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """An output in float64, big ones as (N, C, HxW)."""
+    values = Numbers(problem.placed(name)[0]).decode(outputs[name])
+    return problem.from_layout(values) if name in norm.BIG else values
+
+
+def statistics(outputs: dict[str, np.ndarray], expected: NormReference) -> np.ndarray:
+    """mean, its low part and rstd."""
+    stats = outputs["stats"].view(np.float32).astype(np.float64)
+    return stats.reshape(3, *expected.rstd.shape)
+
+
+def check(problem: Problem, outputs: dict[str, np.ndarray]) -> None:
+    """Every output against float64, within bounds from the dtype and the reduction's length."""
+    p, expected = problem, problem.reference()
+    assert p.slope == SLOPE
+    bound = elementwise(TORCH[p.dtype], expected.count)
+    in_float = elementwise(torch.float32, expected.count)
+
+    y = decoded(p, outputs, "y")
+    assert_close(y, expected.y, bound, "y")
+    if p.masked:
+        bits = p.to_layout(y > 0).reshape(p.rows)
+        packed = np.packbits(bits, axis=1, bitorder="little")
+        np.testing.assert_array_equal(outputs["mask"].reshape(packed.shape), packed)
+
+    mean, low, rstd = statistics(outputs, expected)
+    # High and low part together hold the mean to more than float32 can.
+    assert np.abs(mean + low - expected.mean).max() <= 1e-6 * (1 / expected.rstd).max()
+    assert np.abs(rstd / expected.rstd - 1).max() <= in_float
+    if "running_mean" in outputs and p.training:
+        names = ("running_mean", "running_var")
+        after = expected.running(*(p.arrays[name] for name in names), p.momentum)
+        # The statistics themselves are float32 at best, whatever they are stored in.
+        coarser = max(TORCH[p.running_dtype], torch.float32, key=UNIT.get)
+        for name, value in zip(names, after, strict=True):
+            assert_close(
+                decoded(p, outputs, name), value, elementwise(coarser, expected.count), name
+            )
+
+    derivative = _derivative_at(p, expected, outputs)
+    dx, dresidual, dweight, dbias = expected.backward(p.arrays["dy"], derivative)
+    largest = np.abs(dresidual).sum((0, 2)).max()  # what the terms of a sum could amount to
+    for name, value in (("dweight", dweight), ("dbias", dbias)):
+        if name in outputs:
+            error = np.abs(decoded(p, outputs, name) - value)
+            rounding = UNIT[TORCH[p.param_dtype]] * np.abs(value)
+            assert (error <= rounding + 8 * UNIT[torch.float32] * largest).all(), name
+    if "dx" in outputs:
+        assert_close(decoded(p, outputs, "dx"), dx, bound, "dx")
+    if "dresidual" in outputs:
+        # relu's is dy or 0
+        exact = p.activation == "relu"
+        assert_close(
+            decoded(p, outputs, "dresidual"), dresidual, 0 if exact else bound, "dresidual"
+        )
+
+
+def _derivative_at(
+    problem: Problem, expected: NormReference, outputs: dict[str, np.ndarray]
+) -> np.ndarray:
+    """activation'(z). Which side of a jump a z within rounding of it falls on is the kernel's to
+    say; of 0 the backward has to agree with its own forward."""
+    z, derivative = expected.z, expected.derivative
+    rounding = 8 * elementwise(torch.float32, expected.count)
+    if problem.activation in MASKABLE:
+        positive = decoded(problem, outputs, "y") > 0
+        assert np.abs(z[positive != (z > 0)]).max(initial=0.0) <= rounding
+        return derivative(np.where(positive, 1.0, -1.0))
+    slopes = derivative(z)
+    for kink in KINKS.get(problem.activation, ()):
+        near = np.abs(z - kink) <= rounding
+        if near.any():
+            left, right = (derivative(np.full_like(z, kink + s)) for s in (-rounding, rounding))
+            got, dy = decoded(problem, outputs, "dresidual"), problem.arrays["dy"]
+            of_left = np.abs(got - dy * left) < np.abs(got - dy * right)
+            slopes = np.where(near, np.where(of_left, left, right), slopes)
+    return slopes
+
+
+def check_under_all_schedules(library: ctypes.CDLL, problem: Problem) -> None:
+    """Correct, and the same bits whatever the order of threads and blocks."""
+    first = None
+    for order, seed in emulator.SCHEDULES:
+        with emulator.schedule(library, order, seed):
+            outputs = norm.run(library, problem)
+        if first is None:
+            first = outputs
+            check(problem, outputs)
+        for name, value in outputs.items():
+            np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
