@@ -17,7 +17,7 @@ import batchops
 from batchops import functional as BF
 from batchops import nn as bnn
 
-from . import models
+from . import models, tensors
 
 
 def small_net(layout=torch.contiguous_format, **options):
@@ -52,20 +52,8 @@ def assert_same_bits(model, x, forward=None):
 
 
 def saved_bytes(model, *inputs, context=contextlib.nullcontext):
-    """Bytes of all storages that one forward saves, each counted once; parameters not at all."""
-    storages = {}
-    skip = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in skip:
-            storages[storage.data_ptr()] = storage  # alive, so that no address is used again
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), context():
-        y = model(*inputs)
-    del y
-    return sum(storage.nbytes() for storage in storages.values())
+    """Of one forward; parameters are not counted."""
+    return tensors.saved_bytes(lambda: model(*inputs), model.parameters(), context)
 
 
 # ------------------------------------------------------------------------------------- bytes
