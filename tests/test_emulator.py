@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from .emulator import build, emulator
+from .emulator.planted import line_of
 
 SOURCE = Path(__file__).parent / "emulator" / "faults.cu"
 KERNELS = [SOURCE.relative_to(build.ROOT).as_posix()]
@@ -35,12 +36,6 @@ def run(library: ctypes.CDLL, name: str, order: str = "forward", seed: int = 0) 
             ctypes.c_void_p(target.pointer),
         )
     return target.bytes.view(np.float32).copy()
-
-
-def line_of(marker: str) -> int:
-    lines = SOURCE.read_text().splitlines()
-    (line,) = (i for i, text in enumerate(lines, 1) if text.endswith(f"// fault: {marker}"))
-    return line
 
 
 def test_sound_kernel_under_every_schedule(library):
@@ -96,7 +91,7 @@ def test_names_kernel_block_thread_and_line(library, name, message, marker, orde
         run(library, name, order, 1)
     text = str(caught.value)
     assert text.startswith(f"{name}: block (0, 0, 0) thread (")
-    assert any(f"faults.cu:{line_of(one)}" in text for one in marker), text
+    assert any(f"faults.cu:{line_of(SOURCE, one)}" in text for one in marker), text
 
 
 @pytest.mark.parametrize(
@@ -153,7 +148,7 @@ def test_sanitizers_name_the_line(name, report, marker):
     result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), name)
     assert result.returncode != 0
     assert "ran to the end" not in result.stdout
-    assert f"faults.cu:{line_of(marker)}" in result.stderr, result.stderr[-3000:]
+    assert f"faults.cu:{line_of(SOURCE, marker)}" in result.stderr, result.stderr[-3000:]
     assert any(text in result.stderr for text in report.split("|")), result.stderr[-3000:]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from .emulator import build, emulator
+from .emulator.planted import line_of
 
 SOURCE = Path(__file__).parent / "emulator" / "block_faults.cu"
 KERNELS = [SOURCE.relative_to(build.ROOT).as_posix()]
@@ -44,12 +45,6 @@ def run(
             library.emulator_set_resident_blocks(resident)
         emulator.call(getattr(library, entry), *names, *pointers)
     return target.bytes.view(np.float32).copy()
-
-
-def line_of(marker: str) -> int:
-    lines = SOURCE.read_text().splitlines()
-    (line,) = (i for i, text in enumerate(lines, 1) if text.endswith(f"// fault: {marker}"))
-    return line
 
 
 def error_of(library: ctypes.CDLL, name: str, *arguments: object, **settings: object) -> str:
@@ -91,7 +86,7 @@ def test_names_kernel_block_thread_and_line(library, name, message, markers, ord
     text = error_of(library, name, order, seed)
     assert re.match(rf"{name}: block \(\d+, 0, 0\) thread \(\d+, 0, 0\): ", text), text
     assert re.search(message, text), text
-    lines = [line_of(marker) for marker in markers]
+    lines = [line_of(SOURCE, marker) for marker in markers]
     # A stack may run out in the function's first line, before that of its call.
     if name == "too_deep":
         lines += range(lines[0] - 4, lines[0])
@@ -103,7 +98,7 @@ def test_names_kernel_block_thread_and_line(library, name, message, markers, ord
 def test_a_wait_that_needs_two_resident_blocks(library):
     text = error_of(library, "wait_for_a_later_block", resident=1)
     assert "deadlock: spins and nothing changes; 1 blocks are resident, 1 have not started" in text
-    assert f"block_faults.cu:{line_of('later block')} " in text
+    assert f"block_faults.cu:{line_of(SOURCE, 'later block')} " in text
     for order, seed in emulator.SCHEDULES:
         assert run(library, "wait_for_a_later_block", order, seed, resident=2)[0] == 1
     # With one at a time it is the order of blocks that decides.
@@ -115,7 +110,7 @@ def test_a_volatile_wait_is_interrupted(library):
     text = error_of(library, "volatile_wait_for_nobody")
     assert "deadlock: spins and nothing changes" in text
     # The line of the loop or of its condition.
-    lines = [line_of("volatile"), line_of("volatile") + 1]
+    lines = [line_of(SOURCE, "volatile"), line_of(SOURCE, "volatile") + 1]
     assert any(f"block_faults.cu:{line} " in text for line in lines), text
     assert time.perf_counter() - began < 30
 
@@ -131,7 +126,7 @@ def test_shared_memory_of_a_block_that_is_not_there(library, name):
     for order in ("forward", "reverse"):
         text = error_of(library, name, order)
         assert re.search(rf"touches shared memory of block \(\d, 0, 0\), which {state}", text), text
-        assert f"block_faults.cu:{line_of('neighbour')} " in text, text
+        assert f"block_faults.cu:{line_of(SOURCE, 'neighbour')} " in text, text
 
 
 @pytest.mark.parametrize(

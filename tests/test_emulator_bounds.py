@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .emulator import build
+from .emulator.planted import line_of
 
 SOURCE = Path(__file__).parent / "emulator" / "bounds_faults.cu"
 KERNELS = [SOURCE.relative_to(build.ROOT).as_posix()]
@@ -23,12 +24,6 @@ def library() -> Path:
     return build.build("bounds_faults", KERNELS, [], sanitize=True)
 
 
-def line_of(marker: str) -> int:
-    lines = SOURCE.read_text().splitlines()
-    (line,) = (i for i, text in enumerate(lines, 1) if text.endswith(f"// fault: {marker}"))
-    return line
-
-
 @pytest.mark.parametrize(
     ("where", "what", "side"),
     list(product(("global", "static", "dynamic"), ("read", "written"), ("before", "past"))),
@@ -39,7 +34,7 @@ def test_one_element_out_of_bounds(library, where, what, side):
     assert result.returncode != 0, name
     assert "ran to the end" not in result.stdout
     assert "AddressSanitizer" in result.stderr, result.stderr[-3000:]
-    assert f"bounds_faults.cu:{line_of(what)}" in result.stderr, result.stderr[-3000:]
+    assert f"bounds_faults.cu:{line_of(SOURCE, what)}" in result.stderr, result.stderr[-3000:]
 
 
 def test_misaligned_shared_access(library):
@@ -48,7 +43,9 @@ def test_misaligned_shared_access(library):
     )
     assert result.returncode != 0
     assert "misaligned address" in result.stderr, result.stderr[-3000:]
-    assert f"bounds_faults.cu:{line_of('misaligned')}" in result.stderr, result.stderr[-3000:]
+    assert f"bounds_faults.cu:{line_of(SOURCE, 'misaligned')}" in result.stderr, result.stderr[
+        -3000:
+    ]
 
 
 def test_within_bounds(library):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from .emulator import build, emulator, traffic_cases
+from .emulator.planted import line_of
 from .emulator.recording import Recording, record
 from .emulator.traffic import Passes, assert_traffic
 
@@ -68,12 +69,6 @@ def run(library: ctypes.CDLL, name: str, order: str = "forward") -> Recording:
             ctypes.c_int(BLOCKS),
         )
     return recording
-
-
-def line_of(marker: str) -> int:
-    lines = SOURCE.read_text().splitlines()
-    (line,) = (i for i, text in enumerate(lines, 1) if text.endswith(f"// fault: {marker}"))
-    return line
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
@@ -148,7 +143,7 @@ def test_finds_accesses_out_of_bounds(library, name, marker, where):
     recording = run(library, name)
     with pytest.raises(AssertionError, match=f"{name}: 4 bytes at byte {where}") as caught:
         recording.assert_in_bounds()
-    assert f"traffic_faults.cu:{line_of(marker)}" in str(caught.value)
+    assert f"traffic_faults.cu:{line_of(SOURCE, marker)}" in str(caught.value)
 
 
 def test_counts_memsets(library):
