@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .reference import to_float64
+
 MANTISSA_BITS = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7, torch.float64: 52}
 SMALLEST_EXPONENT = {
     torch.float32: -126,
@@ -117,6 +119,30 @@ def update(p: np.ndarray, m: np.ndarray, v: np.ndarray, x: Tensor64) -> np.ndarr
         if o.trust_clip:
             ratio = min(ratio, 1.0)
     return o.lr * ratio * u
+
+
+def assert_stepped(
+    x: Tensor64, p0: np.ndarray, p: torch.Tensor, m: torch.Tensor, v: torch.Tensor, what: str
+) -> None:
+    """p, m and v agree with `x`, both one step on from `p0`.
+
+    m and v: within 2 ulp of their largest addend. p, in ulp of max(|p|, |lr·r·u|): within 2 of the
+    oracle's update from the m and v that are stored now; from end to end within 2 where the update
+    is small beside p, and within 3 elsewhere. The difference is what rounding m and v to float32
+    does to u: half an ulp of m and a quarter of v's, each up to twice by the mantissas.
+    """
+    for name, got, want, addend in (("m", m, x.m, x.m_addend), ("v", v, x.v, x.v_addend)):
+        error = np.abs(to_float64(got) - want) / ulp(addend, got.dtype)
+        assert np.all(error <= 2), f"{what}: {name} off by {error.max()} ulp"
+    moved = update(p0, to_float64(m), to_float64(v), x)
+    small = np.abs(p0) >= 4 * np.abs(x.moved)
+    for label, by, bound in (
+        ("from the stored m and v", moved, 2),
+        ("from end to end", x.moved, np.where(small, 2, 3)),
+    ):
+        scale = ulp(np.maximum(np.abs(p0), np.abs(by)), p.dtype)
+        error = np.abs((to_float64(p) - p0) + by) / scale
+        assert np.all(error <= bound), f"{what}: p {label} off by {error.max()} ulp"
 
 
 def timm_lamb() -> Any:
