@@ -5,13 +5,13 @@ from __future__ import annotations
 import pathlib
 import re
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from batchops import functional as BF
 
+from .batch_norm_case import Case
 from .reference import BatchNormReference, to_float64
 from .tensors import (
     DTYPES,
@@ -23,7 +23,7 @@ from .tensors import (
     saved_bytes,
     skip_unless_kernel,
 )
-from .tolerances import assert_close, before_rounding, elementwise, norm_error
+from .tolerances import assert_close, elementwise, norm_error
 
 SHAPES = {
     "rows": (5, 7),  # 2-D, odd everything
@@ -41,54 +41,13 @@ SHAPES = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_forward_and_backward(shape, dtype, layout, activation, with_residual, training, device):
     skip_unless_kernel(device, dtype)
-    C = shape[1]
-    x = leaf(make(shape, dtype, device, layout))
-    residual = leaf(make(shape, dtype, device, layout)) if with_residual else None
-    weight, bias = map(leaf, parameters(C, dtype, device))
-    mean = torch.randn(C, device=device).to(dtype)
-    var = (torch.rand(C, device=device) + 0.5).to(dtype)
-    mean64, var64 = to_float64(mean), to_float64(var)
-    oracle = BatchNormReference(
-        *map(to_float64, (x, weight, bias, residual)),
-        *((None, None) if training else (mean64, var64)),
-        act=activation or "none",
-    )
-
-    y = BF.batch_norm(
-        x, mean, var, weight, bias, training, 0.3, activation=activation, residual=residual
-    )
-    dy = make(shape, dtype, device, layout, offset=0.2, scale=1.0)
-    y.backward(dy)
-
-    length = oracle.count
-    bound = elementwise(dtype, length)
-    assert y.dtype == dtype
-    assert y.stride() == x.stride()
-    assert_close(y, oracle.y, bound, "y")
-    if training:
-        running_mean, running_var = oracle.running(mean64, var64, 0.3)
-    else:
-        running_mean, running_var = mean64, var64
-    assert_close(mean, running_mean, bound, "running_mean")
-    assert_close(var, running_var, bound, "running_var")
-
-    derivative = oracle.derivative_shown(to_float64(y), before_rounding(dtype, length))
-    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), derivative)
-    # dx = weight · rstd · (a sum that cancels): errors scale with its terms
-    terms = float(np.abs(oracle.weight * oracle.rstd).max()) * 3 * max(1.0, np.abs(dz).max())
-    assert_close(x.grad, dx, bound * max(1.0, terms), "dx")
-    assert x.grad.stride() == x.stride()
-    if residual is not None:
-        assert_close(residual.grad, dz, bound, "dresidual")
-    # sums of `length` terms: their errors add up like a random walk
-    assert_close(weight.grad, dweight, bound * np.sqrt(length), "dweight")
-    assert_close(bias.grad, dbias, bound * np.sqrt(length), "dbias")
+    Case(shape, dtype, device, layout, with_residual, training, activation).check()
 
 
 @pytest.mark.parametrize("parameter", ["input", "float32", "none", "weight only", "bias only"])

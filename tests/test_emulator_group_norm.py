@@ -10,7 +10,13 @@ import pytest
 
 from .emulator import build, emulator, group_norm
 from .emulator.group_norm import LAYOUTS, Problem, run
-from .emulator.norm_checks import DTYPES, check_under_all_schedules, decoded, statistics
+from .emulator.norm_checks import (
+    DTYPES,
+    check_norm_wise,
+    check_statistics,
+    check_under_all_schedules,
+    decoded,
+)
 from .emulator.numbers import Numbers
 from .emulator.recording import record
 from .emulator.traffic import Passes, assert_traffic
@@ -148,10 +154,7 @@ def test_large_offset(library, device, layout):
     problem = Problem(*(2, 8, 2500, 2), layout=layout, mean=1e4, std=1.0)
     with group_norm.device(library, device):
         outputs = run(library, problem)
-    expected = problem.reference()
-    dx, _, dweight, _ = expected.backward(problem.arrays["dy"])
-    for name, value in (("y", expected.y), ("dx", dx), ("dweight", dweight)):
-        assert norm_error(decoded(problem, outputs, name), value) <= 1e-5, name
+    check_norm_wise(problem, outputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,14 +183,7 @@ def test_statistics_of_awkward_data(library, device, case, layout):
     problem = Problem(*(1, 6, 4096, 2), layout=layout, arrays={"x": x})
     with group_norm.device(library, device):
         outputs = run(library, problem)
-    expected = problem.reference()
-    y, rstd = decoded(problem, outputs, "y"), statistics(outputs, expected)[2]
-    if case == "constant":
-        np.testing.assert_allclose(rstd, 1 / np.sqrt(problem.eps), rtol=1e-6)
-        np.testing.assert_allclose(y, expected.y, atol=1e-6 * np.abs(x).max())
-    else:
-        np.testing.assert_allclose(rstd, expected.rstd, rtol=1e-5)
-        assert norm_error(y, expected.y) <= 1e-5
+    check_statistics(problem, outputs, case == "constant")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

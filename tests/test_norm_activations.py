@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,16 +9,9 @@ import torch.nn.functional as F
 from batchops import functional as BF
 from batchops import nn as bnn
 
-from .reference import (
-    ACTIVATIONS,
-    MASKABLE,
-    SLOPE,
-    BatchNormReference,
-    activation_argument,
-    to_float64,
-)
-from .tensors import DTYPES, LAYOUTS, leaf, make, parameters, saved_bytes, skip_unless_kernel
-from .tolerances import assert_close, before_rounding, elementwise
+from .batch_norm_case import Case
+from .reference import ACTIVATIONS, MASKABLE, SLOPE, activation_argument
+from .tensors import DTYPES, LAYOUTS, saved_bytes, skip_unless_kernel
 
 SHAPES = {
     "rows": (33, 7),  # 2-D, odd everything
@@ -38,48 +30,13 @@ def test_batch_norm(shape, dtype, layout, name, with_residual, training, device)
     skip_unless_kernel(device, dtype)
     for seed in range(100):
         torch.manual_seed(seed)
-        C = shape[1]
-        x = leaf(make(shape, dtype, device, layout))
-        residual = leaf(make(shape, dtype, device, layout)) if with_residual else None
-        weight, bias = map(leaf, parameters(C, dtype, device))
-        mean = torch.randn(C, device=device).to(dtype)
-        var = (torch.rand(C, device=device) + 0.5).to(dtype)
-        oracle = BatchNormReference(
-            *map(to_float64, (x, weight, bias, residual)),
-            *((None, None) if training else map(to_float64, (mean, var))),
-            act=name,
-        )
-        in_z = before_rounding(dtype, oracle.count)
+        case = Case(shape, dtype, device, layout, with_residual, training, name)
         # y shows the side of 0, but not of hardswish's kinks
-        if name == "leaky_relu" or not oracle.near_a_kink(in_z).any():
+        if name == "leaky_relu" or not case.oracle.near_a_kink(case.in_z).any():
             break
     else:
         pytest.fail("no seed without a value on a kink")
-    y = BF.batch_norm(
-        x,
-        mean,
-        var,
-        weight,
-        bias,
-        training,
-        activation=activation_argument(name),
-        residual=residual,
-    )
-    dy = make(shape, dtype, device, layout, offset=0.2, scale=1.0)
-    y.backward(dy)
-
-    bound = elementwise(dtype, oracle.count)
-    assert_close(y, oracle.y, bound, "y")
-    derivative = oracle.derivative_shown(to_float64(y), in_z)
-    dx, dz, dweight, dbias = oracle.backward(to_float64(dy), derivative)
-    # dx = weight · rstd · (a sum that cancels): errors scale with its terms
-    terms = float(np.abs(oracle.weight * oracle.rstd).max()) * 3 * max(1.0, np.abs(dz).max())
-    assert_close(x.grad, dx, bound * max(1.0, terms), "dx")
-    if residual is not None:
-        assert_close(residual.grad, dz, bound * max(1.0, terms), "dresidual")
-    length = np.sqrt(oracle.count)
-    assert_close(weight.grad, dweight, bound * length, "dweight")
-    assert_close(bias.grad, dbias, bound * length, "dbias")
+    case.check()
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..reference import KINKS, MASKABLE, SLOPE, NormReference
-from ..tolerances import UNIT, assert_close, elementwise
+from ..tolerances import UNIT, assert_close, elementwise, norm_error
 from . import emulator, norm
 from .norm import Problem
 from .numbers import Numbers
@@ -108,3 +108,23 @@ def check_under_all_schedules(library: ctypes.CDLL, problem: Problem) -> None:
             check(problem, outputs)
         for name, value in outputs.items():
             np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
+
+
+def check_norm_wise(problem: Problem, outputs: dict[str, np.ndarray]) -> None:
+    """Within 1e-5 where float32 would lose all if it went about it in the wrong way."""
+    expected = problem.reference()
+    dx, _, dweight, _ = expected.backward(problem.arrays["dy"])
+    for name, value in (("y", expected.y), ("dx", dx), ("dweight", dweight)):
+        assert norm_error(decoded(problem, outputs, name), value) <= 1e-5, name
+
+
+def check_statistics(problem: Problem, outputs: dict[str, np.ndarray], constant: bool) -> None:
+    """rstd and y of data that other ways to a variance fail on; `constant` data has none."""
+    expected, x = problem.reference(), problem.arrays["x"]
+    y, rstd = decoded(problem, outputs, "y"), statistics(outputs, expected)[2]
+    if constant:
+        np.testing.assert_allclose(rstd, 1 / np.sqrt(problem.eps), rtol=1e-6)
+        np.testing.assert_allclose(y, expected.y, atol=1e-6 * np.abs(x).max())
+    else:
+        np.testing.assert_allclose(rstd, expected.rstd, rtol=1e-5)
+        assert norm_error(y, expected.y) <= 1e-5
