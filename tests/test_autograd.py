@@ -13,6 +13,8 @@ import batchops
 from batchops import functional as BF
 from batchops import nn as bnn
 
+from .threads import run_in_threads
+
 ops = torch.ops.batchops
 VARIANTS = [(a, r) for a in (None, "relu", "silu", "leaky_relu") for r in (False, True)]
 
@@ -350,24 +352,12 @@ def test_inference_mode():
 
 
 def test_many_threads():
-    import threading
+    def work(_):
+        for _ in range(50):
+            x, weight, bias = case()
+            run(x, weight, bias, activation="relu").sum().backward()
 
-    errors = []
-
-    def work():
-        try:
-            for _ in range(50):
-                x, weight, bias = case()
-                run(x, weight, bias, activation="relu").sum().backward()
-        except Exception as error:
-            errors.append(error)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not errors
+    run_in_threads(work)
 
 
 def test_config_names_the_parts():

@@ -48,6 +48,8 @@ from batchops import _C
 from batchops.data import DataLoader
 from batchops.data.loader import _GatherIter, _WorkerGatherIter
 
+from .threads import run_in_threads
+
 NATIVE = (_GatherIter, _WorkerGatherIter)
 
 
@@ -1075,30 +1077,21 @@ def test_iterators_dropped_at_any_moment() -> None:
 
 def test_many_python_threads() -> None:
     pixels = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8)
-    failures = []
 
     def work(seed: int) -> None:
-        try:
-            g = torch.Generator().manual_seed(seed)
-            loader = DataLoader(
-                TensorDataset(pixels, torch.arange(512)),
-                64,
-                num_workers=seed % 3,
-                sampler=RandomSampler(range(512), generator=g),
-                generator=g,
-            )
-            for _ in range(5):
-                for x, y in loader:
-                    assert torch.equal(x, pixels[y])
-        except BaseException as error:
-            failures.append(error)
+        g = torch.Generator().manual_seed(seed)
+        loader = DataLoader(
+            TensorDataset(pixels, torch.arange(512)),
+            64,
+            num_workers=seed % 3,
+            sampler=RandomSampler(range(512), generator=g),
+            generator=g,
+        )
+        for _ in range(5):
+            for x, y in loader:
+                assert torch.equal(x, pixels[y])
 
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    run_in_threads(work, 8)
 
 
 def test_python_runs_while_a_batch_is_gathered() -> None:

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 import batchops
 from batchops import functional as BF
 
+from .threads import run_in_threads
+
 NAMES = ("batch_norm", "group_norm", "layer_norm", "instance_norm")
 STOCK = {name: getattr(F, name) for name in NAMES}
 
@@ -91,22 +93,12 @@ def test_threads_that_overlap():
 
 
 def test_many_threads_enter_and_leave():
-    errors = []
+    def work(_):
+        for _ in range(200):
+            with batchops.patch():
+                assert F.batch_norm is not STOCK["batch_norm"]
 
-    def work():
-        try:
-            for _ in range(200):
-                with batchops.patch():
-                    assert F.batch_norm is not STOCK["batch_norm"]
-        except BaseException as error:
-            errors.append(error)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not errors
+    run_in_threads(work)
 
 
 def call_stock_cases():

@@ -18,6 +18,7 @@ from batchops import functional as BF
 from batchops import nn as bnn
 
 from . import models, tensors
+from .threads import run_in_threads
 
 
 def small_net(layout=torch.contiguous_format, **options):
@@ -505,19 +506,11 @@ def test_blocks_belong_to_their_thread():
 
 def test_many_threads():
     model, x = small_net(momentum=0.0), image()
-    expected, errors = gradients(model, x), []
+    expected = gradients(model, x)
 
-    def work():
-        try:
-            for _ in range(10):
-                got = gradients(model, x, batchops.recompute)
-                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        except BaseException as error:
-            errors.append(error)
+    def work(_):
+        for _ in range(10):
+            got = gradients(model, x, batchops.recompute)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not errors
+    run_in_threads(work)
