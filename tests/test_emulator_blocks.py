@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +34,16 @@ def run(
     order: str = "forward",
     seed: int = 0,
     resident: int | None = None,
-    entry: str = "emulated_fault",
 ) -> np.ndarray:
     """What kernel `name` makes of 0.0, 0.1 ... 6.3; `resident` blocks at a time."""
     source, target, words = (emulator.Memory(256) for _ in range(3))
     source.bytes.view(np.float32)[:] = VALUES
     words.bytes[:] = 0
     pointers = [ctypes.c_void_p(memory.pointer) for memory in (source, target, words)]
-    names = [name.encode()] if entry == "emulated_fault" else []
     with emulator.schedule(library, order, seed):
         if resident is not None:
             library.emulator_set_resident_blocks(resident)
-        emulator.call(getattr(library, entry), *names, *pointers)
+        emulator.call(library.emulated_fault, name.encode(), *pointers)
     return target.bytes.view(np.float32).copy()
 
 
@@ -143,52 +143,121 @@ def test_a_source_that_changes_before_the_wait_shows(library):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "call", "marker"),
     [
-        ("grid_sync_too_large", "cudaErrorCooperativeLaunchTooLarge"),
-        ("cluster_of_seventeen", "cudaErrorInvalidClusterSize"),
-        ("cluster_that_does_not_divide", "cudaErrorInvalidClusterSize"),
+        (
+            "grid_sync_too_large",
+            "launch failed: .*cudaErrorCooperativeLaunchTooLarge",
+            "cudaLaunchKernelEx: grid_sync_too_large: 5000 blocks, of which the device holds 64",
+            "launch",
+        ),
+        (
+            "cluster_of_seventeen",
+            "launch failed: .*cudaErrorInvalidClusterSize",
+            "cudaLaunchKernelEx: cluster_of_seventeen: clusters of 17 blocks, expected 1 to 16",
+            "launch",
+        ),
+        (
+            "cluster_that_does_not_divide",
+            "launch failed: .*cudaErrorInvalidClusterSize",
+            r"cudaLaunchKernelEx: .*: clusters \(2, 1, 1\) do not divide \(7, 1, 1\)",
+            "launch",
+        ),
+        (
+            "occupancy_of_no_threads",
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor failed: .*cudaErrorInvalidValue",
+            "cudaOccupancyMaxActive.*: plain: block of 0 threads, expected 1 to 1024",
+            "no threads",
+        ),
+        (
+            "occupancy_of_wide_clusters",
+            "cudaOccupancyMaxActiveClusters failed: .*cudaErrorInvalidClusterSize",
+            "cudaOccupancyMaxActiveClusters: plain: clusters of 17 blocks, expected 1 to 16",
+            "wide clusters",
+        ),
+        (
+            "unknown_attribute",
+            "cudaDeviceGetAttribute failed: .*cudaErrorInvalidValue",
+            "cudaDeviceGetAttribute: attribute 11 is unknown",
+            "attribute",
+        ),
+        (
+            "launch_in_no_stream",
+            "launch failed: .*cudaErrorInvalidResourceHandle",
+            "cudaLaunchKernelEx: plain: the stream does not exist",
+            "no stream",
+        ),
     ],
 )
-def test_launches_the_runtime_refuses(library, name, message):
-    with pytest.raises(emulator.Refused, match=f"{name}: .*{message}"):
+def test_calls_the_runtime_refuses(library, name, message, call, marker):
+    """The message that a GPU's runtime would bring, then call, kernel, reason and host line."""
+    with pytest.raises(emulator.Refused) as caught:
         run(library, name)
+    text = str(caught.value)
+    said, _, more = text.partition(" [")
+    assert re.search(message, said), text
+    assert re.match(call, more), text
+    assert more.endswith(f"block_faults.cu:{line_of(SOURCE, marker)}]"), text
+
+
+def test_a_refusal_that_was_handled_is_not_the_reason(library):
+    with pytest.raises(emulator.Refused) as caught:
+        run(library, "a_refusal_that_is_handled")
+    assert str(caught.value) == "a_refusal_that_is_handled: something else"
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "marker"),
     [
-        ("bounded_by_fewer", "block of 160 threads, its __launch_bounds__ allow 128"),
-        ("block_of_none", r"bad block size \(0, 1, 1\)"),
-        ("grid_of_none", r"bad grid size \(0, 1, 1\)"),
+        ("bounded_by_fewer", "block of 160 threads, its __launch_bounds__ allow 128", "launch"),
+        (
+            "block_of_none",
+            r"bad block size \(0, 1, 1\), expected 1 to 1024 threads, at most 64 in z",
+            "launch",
+        ),
+        ("grid_of_none", r"bad grid size \(0, 1, 1\)", "launch"),
+        (
+            "shared_not_asked_for",
+            "too much shared memory: 49168 bytes dynamic, cudaFuncSetAttribute has allowed 49152",
+            "not asked",
+        ),
     ],
 )
-def test_launches_that_cannot_be_meant(library, name, message):
-    assert re.search(f"{name}: {message}", error_of(library, name))
+def test_launches_that_cannot_be_meant(library, name, message, marker):
+    text = error_of(library, name)
+    kernel = r"\w+" if name == "shared_not_asked_for" else name  # which has passed launch() by
+    assert re.match(f"{kernel}: {message}, before thread .* of block .*, at ", text), text
+    assert f"block_faults.cu:{line_of(SOURCE, marker)} (forward schedule" in text
 
 
 def test_launch_bounds_are_kept(library):
     np.testing.assert_array_equal(run(library, "bounded"), VALUES)
 
 
+@contextmanager
+def registers(library: ctypes.CDLL, count: int) -> Iterator[None]:
+    library.emulator_set_registers(b"plain", count)
+    try:
+        yield
+    finally:
+        library.emulator_set_registers(b"plain", 0)
+
+
 def test_registers_of_a_block(library):
-    np.testing.assert_array_equal(run(library, "plain"), VALUES)
-    library.emulator_set_registers(b"plain", 129)
-    try:
+    with registers(library, 128):  # 512 · 128 is all there are
+        np.testing.assert_array_equal(run(library, "plain"), VALUES)
+    with registers(library, 129):
         text = error_of(library, "plain")
-    finally:
-        library.emulator_set_registers(b"plain", 0)
     assert "plain: block of 512 threads with 129 registers each, a multiprocessor has 65536" in text
-    library.emulator_set_registers(b"plain", 128)
-    try:
-        run(library, "plain")
-    finally:
-        library.emulator_set_registers(b"plain", 0)
+    assert "before thread (0, 0, 0) of block (0, 0, 0), at " in text
+    assert f"block_faults.cu:{line_of(SOURCE, 'launch')} (forward schedule" in text
 
 
-def test_shared_memory_nobody_has_asked_for(library):
-    text = error_of(library, "", entry="emulated_shared_not_asked_for")
-    assert "too much shared memory: 49168 bytes dynamic, cudaFuncSetAttribute has allowed" in text
+def test_registers_without_launch_bounds(library):
+    # 255 registers, the most there may be, always fit 256 threads.
+    run(library, "plain_of_256")
+    text = error_of(library, "plain")
+    assert "plain: block of 512 threads without __launch_bounds__: the compiler may give" in text
 
 
 def test_goes_on_after_each_kind_of_error(library):

@@ -1,6 +1,6 @@
 """That the race detector finds each kind of missing order, and passes what is sound.
 
-The kernels are in emulator/race_faults.cu. What is found does not depend on the schedule: every
+The kernels are in emulator/race_faults*.cu. What is found does not depend on the schedule: every
 test runs under several.
 """
 
@@ -18,7 +18,11 @@ from .emulator.recording import Recording, record
 
 SOURCES = [
     Path(__file__).parent / "emulator" / name
-    for name in ("race_faults.cu", "race_faults_between_blocks.cu")
+    for name in (
+        "race_faults.cu",
+        "race_faults_between_blocks.cu",
+        "race_faults_between_streams.cu",
+    )
 ]
 KERNELS = [source.relative_to(build.ROOT).as_posix() for source in SOURCES]
 BLOCKS, THREADS = 4, 64
@@ -42,6 +46,8 @@ def run(
     resident = None
     if name in BETWEEN_BLOCKS:  # they wait for each other
         function, resident = library.emulated_race_between_blocks, BLOCKS
+    elif name in BETWEEN_STREAMS:
+        function = library.emulated_race_between_streams
     with record(library, traffic=traffic, races=True) as recording:
         data = [emulator.Memory(4 * count, name=n) for n in ("in", "out", "partial", "flags")]
         data[0].bytes.view(np.float32)[:] = np.arange(count)
@@ -71,11 +77,14 @@ SOUND = (
     "between_lanes",
     "tree",
     "double_buffer",
+    "three_readers",
     "neighbours",
     "own_elements",
     "last_block_thread_0_fences",
     "last_block_all_fence",
     "counting",
+    "counter_exchanged",
+    "volatile_look_and_count",
     "volatile_flag",
 )
 
@@ -124,7 +133,38 @@ BETWEEN_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", [*SOUND, *SOUND_BETWEEN_BLOCKS])
+SOUND_BETWEEN_STREAMS = (
+    "one_stream",
+    "event",
+    "stream_waited_for",
+    "event_waited_for",
+    "event_asked_for",
+    "device_waited_for",
+    "copy_to_host",
+    "by_a_third_stream",
+    "default_then_blocking",
+    "blocking_then_default",
+    "ended_then_default",
+    "both_read",
+    "both_count",
+    "memset_and_event",
+)
+FAULTY_BETWEEN_STREAMS = {
+    "two_streams": ("partial", "produced", "used"),
+    "consumer_before_producer": ("partial", "used", "produced"),
+    "event_before_the_work": ("partial", "produced", "used"),
+    "event_of_another_stream": ("partial", "produced", "used"),
+    "other_stream_waited_for": ("partial", "produced", "used"),
+    "default_then_not_blocking": ("partial", "produced", "used"),
+    "not_blocking_then_default": ("partial", "produced", "used"),
+    "both_count_in_block_scope": ("flags", "counted in block scope", "counted in block scope"),
+    "count_and_reset": ("flags", "counted in a stream", "reset"),
+    "memset_of_two_streams": ("partial", "the host", "used"),
+}
+BETWEEN_STREAMS = {*SOUND_BETWEEN_STREAMS, *FAULTY_BETWEEN_STREAMS}
+
+
+@pytest.mark.parametrize("name", [*SOUND, *SOUND_BETWEEN_BLOCKS, *SOUND_BETWEEN_STREAMS])
 def test_passes_sound_patterns(library, name):
     for order, seed in SCHEDULES:
         run(library, name, order, seed).assert_race_free()
@@ -152,6 +192,13 @@ def test_passes_sound_patterns(library, name):
         ("last_block_without_fence_after", "partial", ("partial written", "partial read")),
         ("block_fence", "partial", ("block fence written", "block fence read")),
         ("plain_read_of_an_atomic", "flags", ("counter added", "counter read")),
+        (
+            "three_readers_of_whom_two_meet_the_writer",
+            "word",
+            ("word read", "word overwritten"),
+        ),
+        ("counter_set_by_one", "flags", ("counter set", "counted")),
+        ("plain_look_and_count", "flags", ("looked", "then counted")),
         *((name, buffer, lines) for name, (buffer, *lines) in FAULTY_BETWEEN_BLOCKS.items()),
     ],
 )
@@ -169,6 +216,35 @@ def test_finds_missing_order(library, name, buffer, markers):
             ), str(race)
             assert sides[0] != sides[1]
             assert all(side.block < BLOCKS and side.thread < THREADS for side in sides)
+
+
+@pytest.mark.parametrize("name", FAULTY_BETWEEN_STREAMS)
+def test_finds_streams_that_nothing_orders(library, name):
+    buffer, *markers = FAULTY_BETWEEN_STREAMS[name]
+    wanted = {marker if marker == "the host" else line_of(marker) for marker in markers}
+    for order, seed in SCHEDULES:
+        (race,) = run(library, name, order, seed).races
+        assert race.buffer == buffer
+        assert {race.earlier.lines[-1], race.later.lines[-1]} == wanted, str(race)
+        assert "is in another stream, and nothing orders the two" in str(race)
+        kernels = {race.kernel, race.why.split(" is in ")[0]}
+        assert kernels == {"second", "cudaMemsetAsync" if "memset" in name else "first"}
+
+
+def test_what_the_host_has_waited_for_is_over(library):
+    # Two calls on the same memory, with nothing between them but the wait at the end of the first.
+    with record(library, traffic=False, races=True) as recording:
+        data = [emulator.Memory(1024, name=n) for n in ("in", "out", "partial", "flags")]
+        pointers = Data(*(memory.pointer for memory in data))
+        for name in ("event", "consumer_before_producer"):
+            emulator.call(
+                library.emulated_race_between_streams,
+                name.encode(),
+                ctypes.byref(pointers),
+                ctypes.c_int(1),
+            )
+    (race,) = recording.races
+    assert (race.earlier.what, race.later.what) == ("read", "write"), str(race)
 
 
 @pytest.mark.parametrize("name", REASONS)

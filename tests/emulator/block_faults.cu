@@ -281,11 +281,71 @@ const Entry kEntries[] = {
     {"too_deep", too_deep, shape(1)},
     {"misaligned_atomic", misaligned_atomic, shape(1)},
     {"plain", plain, shape(1, 512)},
+    {"plain_of_256", plain, shape(1, 256)},
     {"bounded", bounded, shape(1, 128)},
     {"bounded_by_fewer", bounded, shape(1, 160)},
     {"block_of_none", plain, shape(1, 0)},
     {"grid_of_none", plain, shape(0)},
 };
+
+// ---- calls of the host that the runtime refuses
+
+const char* shared_not_asked_for(float* out) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(kBlock);
+  config.dynamicSmemBytes = 48 * 1024 + 16;
+  unsigned* words = nullptr;
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, plain, out, out, words);  // fault: not asked
+  return check("plain", "launch", error);
+}
+
+const char* occupancy_of_no_threads(float*) {
+  int64_t blocks = 0;
+  return resident_blocks("plain", plain, shape(1, 0), 0, &blocks);  // fault: no threads
+}
+
+const char* occupancy_of_wide_clusters(float*) {
+  int clusters = 0;
+  return resident_clusters("plain", plain, clustered(34, 17), &clusters);  // fault: wide clusters
+}
+
+const char* unknown_attribute(float*) {
+  int value = 0;
+  const auto error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxPitch, 0);  // fault: attribute
+  return check("unknown_attribute", "cudaDeviceGetAttribute", error);
+}
+
+const char* launch_in_no_stream(float* out) {
+  static char nowhere;
+  unsigned* words = nullptr;
+  return launch("plain", plain, 1, kBlock, 0, &nowhere, out, out, words);  // fault: no stream
+}
+
+// One refused call is handled; what fails then is something else.
+const char* a_refusal_that_is_handled(float* out) {
+  if (launch_in_no_stream(out) == nullptr) return "not refused";
+  return "a_refusal_that_is_handled: something else";
+}
+
+struct HostEntry {
+  const char* name;
+  const char* (*function)(float*);
+};
+
+constexpr HostEntry kHostEntries[] = {
+    {"shared_not_asked_for", shared_not_asked_for},
+    {"occupancy_of_no_threads", occupancy_of_no_threads},
+    {"occupancy_of_wide_clusters", occupancy_of_wide_clusters},
+    {"unknown_attribute", unknown_attribute},
+    {"launch_in_no_stream", launch_in_no_stream},
+    {"a_refusal_that_is_handled", a_refusal_that_is_handled},
+};
+
+const char* run(const Entry& e, const float* in, float* out, unsigned* words) {
+  return launch(e.name, e.kernel, e.shape, nullptr, in, out, words);  // fault: launch
+}
 
 }  // namespace
 
@@ -293,22 +353,11 @@ EMULATOR_EXPORT int emulated_fault(const char* name, const float* in, float* out
                                    char* text, size_t size) {
   return cuda_emulator::guarded(text, size, [&]() -> const char* {
     for (const Entry& entry : kEntries) {
-      if (std::strcmp(entry.name, name) == 0) {
-        return launch(name, entry.kernel, entry.shape, nullptr, in, out, words);
-      }
+      if (std::strcmp(entry.name, name) == 0) return run(entry, in, out, words);
+    }
+    for (const HostEntry& entry : kHostEntries) {
+      if (std::strcmp(entry.name, name) == 0) return entry.function(out);
     }
     return "no such kernel";
-  });
-}
-
-// More than 48 KB of dynamic shared memory that nobody has asked for: past launch(), which asks.
-EMULATOR_EXPORT int emulated_shared_not_asked_for(const float* in, float* out, unsigned* words,
-                                                  char* text, size_t size) {
-  return cuda_emulator::guarded(text, size, [&]() -> const char* {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(1);
-    config.blockDim = dim3(kBlock);
-    config.dynamicSmemBytes = 48 * 1024 + 16;
-    return check("plain", "launch", cudaLaunchKernelEx(&config, plain, in, out, words));
   });
 }

@@ -32,6 +32,7 @@ CORE = (
     "atomics.cpp",
     "control.cpp",
     "fiber.cpp",
+    "host_call.cpp",
     "kernel.cpp",
     "launch.cpp",
     "runtime_api.cpp",
@@ -59,6 +60,7 @@ WATCHERS = (
     "memory_map.cpp",
     "race.cpp",
     "recorder.cpp",
+    "shadow.cpp",
     "traffic.cpp",
 )
 INSTRUMENTED = (

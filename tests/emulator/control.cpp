@@ -44,4 +44,9 @@ void emulator_set_registers(const char* kernel, int registers) {
   cuda_emulator::set_registers(kernel, registers);
 }
 
+// Whether kernels of which that has not been told may not be launched.
+void emulator_require_registers(bool required) {
+  cuda_emulator::settings().registers_required = required;
+}
+
 }  // extern "C"

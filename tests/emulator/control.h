@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <exception>
 
+#include "host_call.h"
 #include "settings.h"
 #include "streams.h"
 
@@ -19,15 +20,18 @@ namespace cuda_emulator {
 
 enum Outcome : int { succeeded = 0, refused = 1, failed = 2 };
 
-// `f` returns null or a message (refused); an emulator Error or other exception is `failed`. All
-// that `f` has put in streams has run at the end.
+// `f` returns null or a message (refused), to which is added what the emulated runtime knows of it;
+// an emulator Error or other exception is `failed`. All that `f` has put in streams has run at the
+// end.
 template <class F>
 int guarded(char* text, size_t size, F&& f) {
   try {
+    forget_refusals();
     const char* message = f();
     synchronize();
     if (message == nullptr) return succeeded;
-    std::snprintf(text, size, "%s", message);
+    const std::string more = refusal_behind(message);
+    std::snprintf(text, size, more.empty() ? "%s" : "%s [%s]", message, more.c_str());
     return refused;
   } catch (const std::exception& error) {
     forget_work();

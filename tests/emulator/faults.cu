@@ -153,15 +153,17 @@ constexpr Entry kEntries[] = {
     {"unwritten_shared", unwritten_shared},
 };
 
+const char* run(const Entry& e, const float* in, float* out) {
+  return launch(e.name, e.kernel, 1, e.threads, e.shared, nullptr, in, out);  // fault: launch
+}
+
 }  // namespace
 
 EMULATOR_EXPORT int emulated_fault(const char* name, const float* in, float* out, char* text,
                                    size_t size) {
   return cuda_emulator::guarded(text, size, [&]() -> const char* {
     for (const Entry& entry : kEntries) {
-      if (std::strcmp(entry.name, name) == 0) {
-        return launch(name, entry.kernel, 1, entry.threads, entry.shared, nullptr, in, out);
-      }
+      if (std::strcmp(entry.name, name) == 0) return run(entry, in, out);
     }
     return "no such kernel";
   });

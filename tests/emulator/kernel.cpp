@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <map>
 
+#include "host_call.h"
 #include "settings.h"
+#include "trap.h"
 
 // Section of the addresses that patchable_function_entry left, see launch_bounds.h.
 extern "C" {
@@ -34,6 +36,10 @@ int launch_bound(const void* function) {
     }
   }
   return 0;
+}
+
+int registers_of_warp(int registers_of_thread) {
+  return (registers_of_thread * 32 + 255) / 256 * 256;
 }
 
 int registers_of(const Kernel& kernel) {
@@ -67,14 +73,32 @@ void set_registers(const std::string& name, int registers) {
   }
 }
 
+void refuse(const void* function, const std::string& what) {
+  throw Error(kernel_of(function).name + ": " + what +
+              ", before thread (0, 0, 0) of block (0, 0, 0), at " + source_of(function) +
+              ", called at " + host_line() + " " + schedule_text());
+}
+
+bool registers_are_known(const Kernel& kernel) { return registers_by_name().contains(kernel.name); }
+
+int registers_of_block(int registers_of_thread, int threads) {
+  const int warps = (threads + 31) / 32;
+  return (warps + kQuarters - 1) / kQuarters * kQuarters * registers_of_warp(registers_of_thread);
+}
+
+unsigned most_blocks_of_cluster(const Kernel& kernel) {
+  return kernel.wide_clusters ? kMaxCluster : kPortableCluster;
+}
+
 int blocks_per_multiprocessor(const Kernel& kernel, int threads, size_t dynamic_shared) {
   if (settings().blocks_per_multiprocessor > 0) return settings().blocks_per_multiprocessor;
   const int rounded = (threads + 31) / 32 * 32;
   int blocks = std::min(kBlocksPerMultiprocessor, kThreadsPerMultiprocessor / rounded);
   if (kernel.registers > 0) {
-    // A warp's registers come in pieces of 256.
-    const int per_warp = (kernel.registers * 32 + 255) / 256 * 256;
-    blocks = std::min(blocks, kRegistersPerMultiprocessor / per_warp / (rounded / 32));
+    if (registers_of_block(kernel.registers, threads) > kRegistersPerMultiprocessor) return 0;
+    const int quarter = kRegistersPerMultiprocessor / kQuarters;
+    const int warps = quarter / registers_of_warp(kernel.registers) * kQuarters;
+    blocks = std::min(blocks, warps / (rounded / 32));
   }
   const size_t shared = kernel.static_shared + dynamic_shared + kSharedReservedPerBlock;
   const size_t all_shared = settings().shared_limit + kSharedReservedPerBlock;

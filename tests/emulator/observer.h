@@ -14,6 +14,8 @@
 #include <span>
 #include <string>
 
+#include "work_order.h"
+
 #define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
 
 namespace cuda_emulator {
@@ -28,7 +30,7 @@ struct GridEvent {
   uint64_t blocks;
   unsigned threads;         // of a block
   unsigned cluster_blocks;  // 1 without clusters
-  const void* stream;
+  const WorkOrder& order;   // in its stream and among the others
 };
 
 // An atomic operation, done at once. Plain CUDA atomics are relaxed and of device scope; *_block
@@ -95,7 +97,9 @@ class Observer {
 
   // cudaMemsetAsync, cudaMemcpyAsync: `from` is null for a memset. In stream order.
   virtual void memory_operation(void* /*to*/, const void* /*from*/, size_t /*bytes*/,
-                                const void* /*stream*/) {}
+                                const WorkOrder&) {}
+  // The host has waited for all that it has issued.
+  virtual void host_waited() {}
 };
 
 // Null when nobody looks.

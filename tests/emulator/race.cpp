@@ -18,27 +18,30 @@ bool RaceDetector::Sight::same_as(const Sight& other) const {
 }
 
 void RaceDetector::begin(const GridEvent& grid) {
-  kernel_ = grid.kernel;
-  threads_ = grid.threads;
+  work_ = {
+      grid.kernel, grid.threads, static_cast<uint32_t>(grid.blocks * grid.threads), grid.order, {}};
   cluster_blocks_ = std::max(1u, grid.cluster_blocks);
-  actors_.assign(grid.blocks * grid.threads, {});
-  agent_stamps_.assign(actors_.size(), 0);
+  actors_.assign(work_.actors, {});
+  agent_stamps_.assign(work_.actors, 0);
   barriers_.assign(grid.blocks, 0);
   asked_ = {};
 }
 
-// What another grid does comes after all of this one.
+void RaceDetector::begin_operation(const char* name, const WorkOrder& order) {
+  begin({name, 1, 1, 1, order});
+}
+
 void RaceDetector::end() {
-  shadows_.clear();
   released_.clear();
   objects_.clear();
   copies_.clear();
   actors_.clear();
-}
-
-Place RaceDetector::place_of(uint32_t actor) const {
-  const uint32_t thread = actor % static_cast<uint32_t>(actors_.size());
-  return {thread / threads_, thread % threads_};
+  std::erase_if(work_.touched, [](const auto& item) { return !item.second.region->global(); });
+  for (const Work& before : past_) {
+    if (!work_.order.comes_after(before.order)) compare(before, work_);
+  }
+  past_.push_back(std::move(work_));
+  work_ = {};
 }
 
 Done RaceDetector::done_by(Place place) const {
@@ -83,7 +86,7 @@ void RaceDetector::meet(const std::vector<uint32_t>& actors) {
 }
 
 void RaceDetector::barrier(uint64_t block, std::span<const unsigned> threads) {
-  if (threads.size() == threads_) {
+  if (threads.size() == work_.threads) {
     const uint64_t blocks[] = {block};
     blocks_sync(blocks);
     return;
@@ -106,7 +109,7 @@ void RaceDetector::blocks_sync(std::span<const uint64_t> blocks) {
   Sight all;
   for (const uint64_t block : blocks) {
     const Sight* last = nullptr;
-    for (unsigned t = 0; t < threads_; ++t) {
+    for (unsigned t = 0; t < work_.threads; ++t) {
       const Sight& sight = actors_[actor_of({block, t})].sight;
       if (last == nullptr || !sight.same_as(*last)) all.add(sight);
       last = &sight;
@@ -116,7 +119,7 @@ void RaceDetector::blocks_sync(std::span<const uint64_t> blocks) {
     all.known = Knowledge::with_floor(all.known, static_cast<uint32_t>(block), ++barriers_[block]);
   }
   for (const uint64_t block : blocks) {
-    for (unsigned t = 0; t < threads_; ++t) {
+    for (unsigned t = 0; t < work_.threads; ++t) {
       Actor& actor = actors_[actor_of({block, t})];
       actor.stamp = stamp_at_barrier(barriers_[block]);
       actor.sight = all;
@@ -203,19 +206,36 @@ bool RaceDetector::covers(uint32_t knower, const Mark& mark) {
     return asked_.covers;
   }
   const Known& known = actors_[knower].sight.known;
-  const uint32_t block = is_agent(mark.actor) ? kNobody : block_of(mark.actor);
+  const uint32_t block = work_.is_agent(mark.actor) ? kNobody : block_of(mark.actor);
   asked_ = {knower, mark.actor, mark.stamp,
             known != nullptr && known->covers(block, mark.actor, mark.stamp)};
   return asked_.covers;
 }
 
+bool RaceDetector::ordered(const Mark& before, uint32_t actor, uint32_t knower) {
+  return before.actor == actor || before.actor == knower || covers(knower, before);
+}
+
 bool RaceDetector::conflict(const Mark& before, const Mark& now, uint32_t knower) {
-  if (before.actor == kNobody || before.actor == now.actor || before.actor == knower) return false;
-  if (before.kind == Kind::atomic && now.kind == Kind::atomic) {
-    const Reach apart = distance(block_of(before.actor), block_of(now.actor));
-    if (reach_of(before.scope) >= apart && reach_of(now.scope) >= apart) return false;
+  if (before.actor == now.actor || before.actor == knower) return false;
+  return !reach_each_other(before, now) && !covers(knower, before);
+}
+
+bool RaceDetector::reach_each_other(const Mark& a, const Mark& b) const {
+  if (a.kind != Kind::atomic || b.kind != Kind::atomic) return false;
+  const Reach apart = distance(block_of(a.actor), block_of(b.actor));
+  return reach_of(a.scope) >= apart && reach_of(b.scope) >= apart;
+}
+
+// Updates of one byte that reach each other are in an order of their own: what comes after the last
+// comes after all of them, there. So the last block to count itself may reset the counter.
+bool RaceDetector::observed(std::span<const Mark> writes, size_t i, const Mark& now,
+                            uint32_t knower) {
+  for (const Mark& later : writes.subspan(i + 1)) {
+    if (!later.update || !reach_each_other(writes[i], later)) continue;
+    if (ordered(later, now.actor, knower)) return true;
   }
-  return !covers(knower, before);
+  return false;
 }
 
 void RaceDetector::access(const Access& access) {
@@ -226,40 +246,43 @@ void RaceDetector::access(const Access& access) {
 void RaceDetector::mark(const Access& access, uint32_t actor, Stamp stamp, uint32_t knower) {
   if (codes_.size() <= access.site) codes_.resize(access.site + 1);
   codes_[access.site] = access.code;
-  std::vector<Cell>& shadow = shadows_[access.region->index];
-  if (shadow.empty()) shadow.resize(access.region->bytes);
-  const Mark now{actor, static_cast<uint16_t>(access.site), access.kind, access.scope, stamp};
-
-  Cell before, after;  // of the last byte: mostly the next one's too
-  for (size_t i = access.offset; i < access.offset + access.bytes; ++i) {
-    Cell& cell = shadow[i];
-    if (i > access.offset && cell == before) {
-      cell = after;
-      continue;
-    }
-    before = cell;
-    if (conflict(cell.write, now, knower)) report(cell.write, true, access, now, i);
-    if (access.writes) {
-      for (const Mark& read : cell.reads) {
-        if (conflict(read, now, knower)) report(read, false, access, now, i);
-      }
-      cell.write = now;
-      cell.reads[0] = cell.reads[1] = {};
-    } else {
-      const auto replaceable = [&](const Mark& read) {
-        return read.actor == kNobody || read.actor == actor || covers(knower, read);
-      };
-      cell.reads[replaceable(cell.reads[0]) ? 0 : 1] = now;
-    }
-    after = cell;
+  auto touched = work_.touched.find(access.region->index);
+  if (touched == work_.touched.end()) {
+    Touched fresh{access.region, Shadow(access.region->bytes)};
+    touched = work_.touched.emplace(access.region->index, std::move(fresh)).first;
   }
+  const Mark now{actor,        static_cast<uint16_t>(access.site),
+                 access.kind,  access.kind == Kind::atomic && access.reads && access.writes,
+                 access.scope, stamp};
+
+  struct {
+    RaceDetector& detector;
+    const Access& access;
+    const Mark& now;
+    uint32_t knower;
+
+    void meets(std::span<const Mark> all, bool writes, size_t offset) {
+      for (size_t i = 0; i < all.size(); ++i) {
+        if (!detector.conflict(all[i], now, knower)) continue;
+        if (writes && detector.observed(all, i, now, knower)) continue;
+        detector.report(all[i], writes, access, now, offset);
+      }
+    }
+    bool replaces(const Mark& before) {
+      if (!now.outlasts(before)) return false;
+      const bool plain = now.kind == Kind::plain;
+      if (!plain && detector.block_of(now.actor) != detector.block_of(before.actor)) return false;
+      return detector.ordered(before, now.actor, knower);
+    }
+  } judge{*this, access, now, knower};
+  touched->second.shadow.access(access.offset, access.bytes, now, access.writes, judge);
 }
 
 void RaceDetector::copy_access(Access access, uint64_t id) {
   const uint32_t issuer = actor_of(access.place);
   const auto [place, added] = copies_.try_emplace(id);
   if (added) {
-    place->second = {static_cast<uint32_t>(actors_.size()) + issuer, ++agent_stamps_[issuer]};
+    place->second = {work_.actors + issuer, ++agent_stamps_[issuer]};
   }
   mark(access, place->second.agent, place->second.stamp, issuer);
 }
@@ -277,32 +300,80 @@ void RaceDetector::copy_completed(Place place, uint64_t id, const void* object) 
 
 // ---- reports
 
-RaceReport::Side RaceDetector::side(const Mark& mark, bool reads, bool writes) const {
+RaceReport::Side RaceDetector::side(const Work& work, const Mark& mark, bool reads,
+                                    bool writes) const {
   const bool atomic = mark.kind == Kind::atomic;
   const char* what = writes ? (reads ? "update" : "write") : "read";
   if (atomic) what = writes ? (reads ? "atomic update" : "atomic write") : "atomic read";
-  return {place_of(mark.actor), codes_[mark.site], what, is_agent(mark.actor)};
+  return {work.place_of(mark.actor), codes_[mark.site], what, work.is_agent(mark.actor)};
 }
 
 void RaceDetector::report(const Mark& before, bool before_writes, const Access& access,
                           const Mark& now, size_t offset) {
   if (reports_.size() == kMostReports) return;
   if (!seen_.insert({before.site, {now.site, access.region->name}}).second) return;
-  RaceReport race{kernel_,
+  RaceReport race{work_.name,
                   access.region->name,
                   offset,
-                  side(before, !before_writes, before_writes),
-                  side(now, access.reads, access.writes),
+                  side(work_, before, !before_writes, before_writes),
+                  side(work_, now, access.reads, access.writes),
                   ""};
   const auto text = [](Scope scope) { return scope == Scope::block ? "block" : "cluster"; };
   if (before.kind == Kind::atomic && now.kind == Kind::atomic) {
     const Mark& narrow = reach_of(before.scope) < reach_of(now.scope) ? before : now;
     race.why = std::string("an atomic of ") + text(narrow.scope) +
                " scope does not reach the other thread";
-  } else if (is_agent(before.actor)) {
+  } else if (work_.is_agent(before.actor)) {
     race.why = "the asynchronous copy has not been waited for";
   }
   reports_.push_back(race);
+}
+
+// ---- between streams
+
+namespace {
+
+// The one with which most can race, null when there is none.
+const Mark* farthest(std::span<const Mark> marks) {
+  const Mark* found = nullptr;
+  for (const Mark& mark : marks) {
+    if (found == nullptr || mark.outlasts(*found)) found = &mark;
+  }
+  return found;
+}
+
+}  // namespace
+
+void RaceDetector::compare(const Work& before, const Work& now) {
+  for (const auto& [index, here] : now.touched) {
+    const auto found = before.touched.find(index);
+    if (found != before.touched.end()) compare(before, found->second.shadow, now, here);
+  }
+}
+
+void RaceDetector::compare(const Work& before, const Shadow& then, const Work& now,
+                           const Touched& here) {
+  size_t then_ends = 0, here_ends = 0;
+  for (size_t i = 0; i < then.bytes(); i = std::min(then_ends, here_ends)) {
+    if (i == then_ends) then_ends = then.end_of_run(i);
+    if (i == here_ends) here_ends = here.shadow.end_of_run(i);
+    const auto check = [&](const Mark* one, bool one_writes, const Mark* other, bool other_writes) {
+      if (one == nullptr || other == nullptr || reports_.size() == kMostReports) return;
+      const bool reach =
+          reach_of(one->scope) == same_device && reach_of(other->scope) == same_device;
+      if (one->kind == Kind::atomic && other->kind == Kind::atomic && reach) return;
+      if (!seen_.insert({one->site, {other->site, here.region->name}}).second) return;
+      reports_.push_back({now.name, here.region->name, i,
+                          side(before, *one, !one_writes, one_writes),
+                          side(now, *other, !other_writes, other_writes),
+                          before.name + " is in another stream, and nothing orders the two"});
+    };
+    const Mark* written = farthest(then.writes(i));
+    const Mark* writes = farthest(here.shadow.writes(i));
+    check(written, true, writes, true);
+    check(written, true, farthest(here.shadow.reads(i)), false);
+    check(farthest(then.reads(i)), false, writes, true);
+  }
 }
 
 }  // namespace cuda_emulator

@@ -10,11 +10,13 @@
 //   from their atomic.
 //   arrival at an object and a wait for it; completion of an asynchronous copy; the end of a grid
 //
-// Atomics do not race with each other where their scopes reach; plain accesses race with them.
-// Volatile accesses are relaxed atomics. Of several unordered reads of a byte two are remembered.
+// Atomics do not race with each other where their scopes reach; plain accesses race with them, but
+// what comes after an atomic update of a byte also comes after the atomics whose work it found
+// there. Volatile accesses are relaxed atomics. Every read and write of a byte is remembered for as
+// long as something may race with it (shadow.h), across grids too: those of two streams are ordered
+// by what the host asked for (work_order.h), and by nothing that their kernels do.
 #pragma once
 #include <cstdint>
-#include <map>
 #include <set>
 #include <span>
 #include <string>
@@ -23,6 +25,8 @@
 
 #include "access.h"
 #include "knowledge.h"
+#include "shadow.h"
+#include "work_order.h"
 
 namespace cuda_emulator {
 
@@ -44,7 +48,10 @@ class RaceDetector {
  public:
   void begin(const GridEvent& grid);
   void end();
-  void region_ends(const Region& region) { shadows_.erase(region.index); }
+  // A copy or a memset of the host: work without threads, of one access to each buffer.
+  void begin_operation(const char* name, const WorkOrder& order);
+  // Whatever is issued from here on comes after all that has been.
+  void all_synchronized() { past_.clear(); }
 
   void access(const Access& access);
   // What an atomic makes known, beside being an access.
@@ -62,7 +69,7 @@ class RaceDetector {
   const std::vector<RaceReport>& reports() const { return reports_; }
 
  private:
-  static constexpr uint32_t kNobody = ~0u;
+  static constexpr uint32_t kNobody = Mark::kNobody;
   static constexpr unsigned kReach = 3;  // block, cluster, device (and system, which is no farther)
   static constexpr size_t kMostReports = 20;
 
@@ -84,20 +91,23 @@ class RaceDetector {
     Sight sight;
   };
 
-  struct Mark {  // an access that a byte remembers
-    uint32_t actor = kNobody;
-    uint16_t site = 0;
-    Kind kind = Kind::plain;
-    Scope scope = Scope::device;
-    Stamp stamp = 0;
-
-    bool operator==(const Mark&) const = default;
+  // A region, and what is known of its bytes.
+  struct Touched {
+    const Region* region;
+    Shadow shadow;
   };
-  struct Cell {
-    Mark write;
-    Mark reads[2];
+  // A grid, or an operation of the host.
+  struct Work {
+    std::string name;
+    unsigned threads = 0;  // of a block
+    uint32_t actors = 0;   // threads of the grid
+    WorkOrder order;
+    std::unordered_map<unsigned, Touched> touched;  // by the region's index
 
-    bool operator==(const Cell&) const = default;
+    bool is_agent(uint32_t actor) const { return actor >= actors; }
+    Place place_of(uint32_t actor) const {
+      return {actor % actors / threads, actor % actors % threads};
+    }
   };
 
   // What was released at an address, by the block and the reach of who released it.
@@ -108,13 +118,11 @@ class RaceDetector {
   };
 
   uint32_t actor_of(Place place) const {
-    return static_cast<uint32_t>(place.block) * threads_ + place.thread;
+    return static_cast<uint32_t>(place.block) * work_.threads + place.thread;
   }
-  bool is_agent(uint32_t actor) const { return actor >= actors_.size(); }
   uint32_t block_of(uint32_t actor) const {
-    return actor % static_cast<uint32_t>(actors_.size()) / threads_;
+    return static_cast<uint32_t>(work_.place_of(actor).block);
   }
-  Place place_of(uint32_t actor) const;
   Done done_by(Place place) const;
   Reach distance(uint32_t block, uint32_t other) const;
   static Reach reach_of(Scope scope);
@@ -122,18 +130,25 @@ class RaceDetector {
   void release(const void* address, uint32_t block, Reach reach, const Known& known);
   bool covers(uint32_t actor, const Mark& mark);
   void mark(const Access& access, uint32_t actor, Stamp stamp, uint32_t knower);
+  // Whether an actor who knows what `knower` does, or is it, comes after `before`.
+  bool ordered(const Mark& before, uint32_t actor, uint32_t knower);
+  bool reach_each_other(const Mark& a, const Mark& b) const;
+  // Whether `now` is ordered after a later update than the i-th write.
+  bool observed(std::span<const Mark> writes, size_t i, const Mark& now, uint32_t knower);
   // Whether the two may not both be: `now` by an actor who knows what `knower` does.
   bool conflict(const Mark& before, const Mark& now, uint32_t knower);
   void report(const Mark& before, bool before_writes, const Access& access, const Mark& now,
               size_t offset);
-  RaceReport::Side side(const Mark& mark, bool reads, bool writes) const;
+  // Nothing orders these two.
+  void compare(const Work& before, const Work& now);
+  void compare(const Work& before, const Shadow& then, const Work& now, const Touched& here);
+  RaceReport::Side side(const Work& work, const Mark& mark, bool reads, bool writes) const;
 
-  std::string kernel_;
-  unsigned threads_ = 0;
+  Work work_;               // that runs
+  std::vector<Work> past_;  // with which work to come may be concurrent
   unsigned cluster_blocks_ = 1;
   std::vector<Actor> actors_;
   std::vector<uint32_t> barriers_;  // of each block
-  std::unordered_map<unsigned, std::vector<Cell>> shadows_;
   std::unordered_map<const void*, std::vector<Released>> released_;
   struct Object {
     Sight sight;

@@ -81,6 +81,18 @@ __global__ void double_buffer(Data d) {
   d.out[position()] = sum;
 }
 
+// Three lanes read what a fourth overwrites; it has met all of them, or all but the one between.
+template <bool kSound>
+__global__ void three_readers(Data d) {
+  BATCHOPS_SHARED(word, float);
+  if (threadIdx.x == 3) word = d.in[position()];
+  __syncthreads();
+  if (threadIdx.x > 3) return;
+  if (threadIdx.x < 3) d.out[position()] = word;  // race: word read
+  if (kSound || threadIdx.x != 1) __syncwarp(kSound ? 0b1111u : 0b1101u);
+  if (threadIdx.x == 3) word = 1.0f;  // race: word overwritten
+}
+
 // Two neighbours write the halves of one word.
 __global__ void neighbours(Data d) {
   BATCHOPS_SHARED(halves, __half[kBlock]);
@@ -144,6 +156,34 @@ __global__ void plain_read_of_an_atomic(Data d) {
 
 __global__ void counting(Data d) { atomicAdd(d.flags, 1u); }
 
+// The block that sets the counter has gone on to count by the time another comes.
+template <bool kSound>
+__global__ void counter_set_by_one(Data d) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) {
+    if (kSound) {
+      atomicExch(d.flags, 0u);
+    } else {
+      d.flags[0] = 0;  // race: counter set
+    }
+  }
+  atomicAdd(d.flags, 1u);  // race: counted
+}
+
+// Each block looks before it counts, and must do so in a way that counts as looking.
+template <bool kSound>
+__global__ void look_and_count(Data d) {
+  if (threadIdx.x != 0) return;
+  unsigned seen = 0;
+  if (kSound) {
+    seen = *static_cast<volatile unsigned*>(d.flags);
+  } else {
+    seen = d.flags[0];  // race: looked
+  }
+  atomicAdd(d.flags, 1u);  // race: then counted
+  d.out[blockIdx.x] = static_cast<float>(seen);
+}
+
 // A flag behind a fence, as volatile accesses; blocks run in order here, so it is up when block 1
 // looks.
 template <bool kSound>
@@ -173,6 +213,8 @@ constexpr Entry kEntries[] = {
     {"tree_without_barriers", tree<false>},
     {"double_buffer", double_buffer<true>},
     {"single_buffer", double_buffer<false>},
+    {"three_readers", three_readers<true>},
+    {"three_readers_of_whom_two_meet_the_writer", three_readers<false>},
     {"neighbours", neighbours},
     {"own_elements", overlapping_blocks<true>},
     {"overlapping_blocks", overlapping_blocks<false>},
@@ -183,6 +225,10 @@ constexpr Entry kEntries[] = {
     {"block_fence", block_fence},
     {"plain_read_of_an_atomic", plain_read_of_an_atomic},
     {"counting", counting},
+    {"counter_exchanged", counter_set_by_one<true>},
+    {"counter_set_by_one", counter_set_by_one<false>},
+    {"volatile_look_and_count", look_and_count<true>},
+    {"plain_look_and_count", look_and_count<false>},
     {"volatile_flag", volatile_flag<true>},
     {"volatile_flag_without_fence", volatile_flag<false>},
 };

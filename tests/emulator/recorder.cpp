@@ -13,6 +13,7 @@ namespace cuda_emulator {
 Recorder* the_recorder = nullptr;
 
 Recorder::Recorder(bool traffic, bool races) : count_traffic_(traffic), find_races_(races) {
+  sites_.emplace(nullptr, 0);  // the host
   the_recorder = this;
   the_observer = this;
 }
@@ -153,15 +154,21 @@ void Recorder::copy_completed(uint64_t id, const void* object) {
   if (find_races_) races_.copy_completed(place_, id, object);
 }
 
-void Recorder::memory_operation(void* to, const void* from, size_t bytes, const void*) {
+void Recorder::memory_operation(void* to, const void* from, size_t bytes, const WorkOrder& order) {
   const char* name = from == nullptr ? "cudaMemsetAsync" : "cudaMemcpyAsync";
   kernel_ = name;
+  place_ = {};
+  if (find_races_) races_.begin_operation(name, order);
   const auto take = [&](const Access& access) {
-    if (!count_traffic_ || !access.region->global()) return;
-    traffic_.operation(name, access.region, access.offset, access.bytes, access.writes);
+    if (!access.region->global()) return;
+    if (count_traffic_) {
+      traffic_.operation(name, access.region, access.offset, access.bytes, access.writes);
+    }
+    if (find_races_) races_.access(access);
   };
   if (from != nullptr) with_access(from, bytes, true, false, nullptr, take);
   with_access(to, bytes, false, true, nullptr, take);
+  if (find_races_) races_.end();
 }
 
 // ---- the report

@@ -42,7 +42,8 @@ class Recorder final : public Observer {
   void atomic(const AtomicEvent& event) override { touch_atomic(event); }
   void copy_issued(const CopyEvent& copy) override;
   void copy_completed(uint64_t id, const void* object) override;
-  void memory_operation(void* to, const void* from, size_t bytes, const void* stream) override;
+  void memory_operation(void* to, const void* from, size_t bytes, const WorkOrder& order) override;
+  void host_waited() override { races_.all_synchronized(); }
 
  private:
   struct Outside {  // an access past a buffer's bounds

@@ -5,12 +5,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "host_call.h"
 #include "kernel.h"
 #include "observer.h"
 #include "settings.h"
 #include "streams.h"
 
 using cuda_emulator::Error;
+using cuda_emulator::refuse_call;
 using cuda_emulator::settings;
 
 namespace {
@@ -93,7 +95,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 1;
       return cudaSuccess;
     default:
-      return cudaErrorInvalidValue;
+      return refuse_call(cudaErrorInvalidValue, __func__,
+                         "attribute " + std::to_string(static_cast<int>(attribute)) +
+                             " is unknown to the emulator");
   }
 }
 
@@ -101,10 +105,10 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   cuda_emulator::Kernel& kernel = cuda_emulator::kernel_of(function);
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
-      if (static_cast<size_t>(value) > settings().shared_limit) {
-        throw Error(kernel.name +
-                    ": cudaFuncSetAttribute: too much shared memory: " + std::to_string(value) +
-                    " bytes, the limit is " + std::to_string(settings().shared_limit));
+      if (value < 0 || static_cast<size_t>(value) > settings().shared_limit) {
+        cuda_emulator::refuse(
+            function, "cudaFuncSetAttribute: too much shared memory: " + std::to_string(value) +
+                          " bytes, the limit is " + std::to_string(settings().shared_limit));
       }
       kernel.max_dynamic_shared = static_cast<size_t>(value);
       return cudaSuccess;
@@ -114,7 +118,10 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
       kernel.wide_clusters = value != 0;
       return cudaSuccess;
     default:
-      return cudaErrorInvalidValue;
+      return refuse_call(cudaErrorInvalidValue, __func__,
+                         kernel.name + ": attribute " +
+                             std::to_string(static_cast<int>(attribute)) +
+                             " is unknown to the emulator");
   }
 }
 
@@ -131,8 +138,14 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
                                                           int threads, size_t dynamic_shared) {
-  *blocks = cuda_emulator::blocks_per_multiprocessor(cuda_emulator::kernel_of(function), threads,
-                                                     dynamic_shared);
+  const cuda_emulator::Kernel& kernel = cuda_emulator::kernel_of(function);
+  if (threads < 1 || threads > cuda_emulator::kThreadsPerBlock) {
+    return refuse_call(cudaErrorInvalidValue, __func__,
+                       kernel.name + ": block of " + std::to_string(threads) +
+                           " threads, expected 1 to " +
+                           std::to_string(cuda_emulator::kThreadsPerBlock));
+  }
+  *blocks = cuda_emulator::blocks_per_multiprocessor(kernel, threads, dynamic_shared);
   return cudaSuccess;
 }
 
@@ -144,6 +157,13 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
     if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
     size = attribute.val.clusterDim.x * attribute.val.clusterDim.y * attribute.val.clusterDim.z;
   }
+  const cuda_emulator::Kernel& kernel = cuda_emulator::kernel_of(function);
+  if (size < 1 || size > cuda_emulator::most_blocks_of_cluster(kernel)) {
+    return refuse_call(cudaErrorInvalidClusterSize, __func__,
+                       kernel.name + ": clusters of " + std::to_string(size) +
+                           " blocks, expected 1 to " +
+                           std::to_string(cuda_emulator::most_blocks_of_cluster(kernel)));
+  }
   const dim3 threads = config->blockDim;
   int blocks = 0;
   const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
@@ -154,8 +174,10 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
 }
 
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
-  return cuda_emulator::submit(stream, [=] {
-    if (auto* o = cuda_emulator::observer()) o->memory_operation(data, nullptr, bytes, stream);
+  return cuda_emulator::submit(__func__, stream, [=] {
+    if (auto* o = cuda_emulator::observer()) {
+      o->memory_operation(data, nullptr, bytes, cuda_emulator::running_work());
+    }
     std::memset(data, value, bytes);
   });
 }
@@ -163,8 +185,10 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
 // As from page-locked memory: the source is read when the stream comes to it.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
-  return cuda_emulator::submit(stream, [=] {
-    if (auto* o = cuda_emulator::observer()) o->memory_operation(to, from, bytes, stream);
+  return cuda_emulator::submit(__func__, stream, [=] {
+    if (auto* o = cuda_emulator::observer()) {
+      o->memory_operation(to, from, bytes, cuda_emulator::running_work());
+    }
     std::memcpy(to, from, bytes);
   });
 }
@@ -176,7 +200,9 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) {
   *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (*data == nullptr) return cudaErrorMemoryAllocation;
+  if (*data == nullptr) {
+    return refuse_call(cudaErrorMemoryAllocation, __func__, std::to_string(bytes) + " bytes");
+  }
   std::memset(*data, 0xff, bytes);
   return cudaSuccess;
 }

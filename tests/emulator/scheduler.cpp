@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernel.h"
+#include "streams.h"
 #include "trap.h"
 
 uint3 threadIdx{};
@@ -632,19 +633,6 @@ void Block::fail_deadlock() const {
 
 namespace {
 
-void check(const Grid& grid) {
-  const auto size = [](dim3 d) { return text(make_uint3(d.x, d.y, d.z)); };
-  const uint64_t threads = uint64_t{grid.threads.x} * grid.threads.y * grid.threads.z;
-  if (threads == 0 || threads > 1024 || grid.threads.z > 64) {
-    throw Error(grid.kernel + ": bad block size " + size(grid.threads) +
-                ", expected 1 to 1024 threads, at most 64 in z");
-  }
-  if (grid.block_count() == 0 || grid.blocks.x > 0x7fffffffu || grid.blocks.y > 65535 ||
-      grid.blocks.z > 65535) {
-    throw Error(grid.kernel + ": bad grid size " + size(grid.blocks));
-  }
-}
-
 // Starts blocks as room comes free, gives each its turn, and ends with the last.
 class GridRun {
  public:
@@ -656,7 +644,7 @@ class GridRun {
     layout.begin(++grids, grid.dynamic_shared);
     if (Observer* o = observer()) {
       o->grid_starts({grid.kernel, grid.block_count(), grid.block_threads(), grid.cluster_blocks(),
-                      grid.stream});
+                      running_work()});
     }
     const unsigned size = grid.cluster_blocks();
     clusters_ = dim3(grid.blocks.x / grid.cluster.x, grid.blocks.y / grid.cluster.y,
@@ -775,7 +763,6 @@ class GridRun {
 
 void run(const Grid& grid) {
   if (now.grid != nullptr) throw Error(grid.kernel + ": launched from device code");
-  check(grid);
   const Traps traps;
   GridRun run_it(grid);
   run_it();

@@ -122,7 +122,6 @@ struct Grid {
   size_t dynamic_shared = 0;
   dim3 cluster{1, 1, 1};
   bool cooperative = false;
-  const void* stream = nullptr;
   std::function<void()> body;
 
   unsigned block_threads() const { return threads.x * threads.y * threads.z; }
@@ -201,7 +200,7 @@ class Block {
   std::exception_ptr failure_;
 };
 
-// Runs the whole grid before it returns. Throws Error.
+// Runs the whole grid, whose sizes launch() has checked, before it returns. Throws Error.
 void run(const Grid& grid);
 
 // The thread that is running now. Throws Error outside a kernel.

@@ -30,6 +30,7 @@ struct Settings {
   int resident_blocks = 1;
   int multiprocessors = 2;
   int blocks_per_multiprocessor = 0;  // what the occupancy calls answer; 0: computed (kernel.h)
+  bool registers_required = false;    // a kernel must be in the table of set_registers
   size_t static_shared_limit = 48 * 1024;
   size_t shared_limit = 227 * 1024;
   int compute_major = 9;  // what cudaDevAttrComputeCapabilityMajor answers
