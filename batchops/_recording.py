@@ -23,8 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 __all__ = ["block", "record"]
 
 _ops = torch.ops.batchops
-# Written in place of operators that change running statistics, to compute y once more.
-_WITHOUT_UPDATE = {_ops.batch_norm_update.default: _ops.batch_norm.default}
+_apply_batch = _ops.batch_norm_apply.default
+_apply_group = _ops.group_norm_apply.default
 
 # Whether any thread is in a block: what the norms look at before they call record().
 open_anywhere = False
@@ -73,25 +73,25 @@ def record(op: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
         return op(*args)[0]
     before, thread.packed = thread.packed, []
     try:
-        y = op(*args)[0]
+        y, stats, _ = op(*args)
         packed = thread.packed
     finally:
         thread.packed = before
-    again = _again(op, args)
-    place = _place(args[0]) if packed and again is not None else None
+    again = _again(op, args, stats) if packed else None
+    place = _place(args[0]) if again is not None else None
     kept = next((kept for at, kept in packed if at == place), None)
     at = _place(y) if place is not None and kept is not None else None
     if at is not None:
-        _remember(at, _Output(y, kept, *again))
+        _remember(at[0], _Output(y, kept, *again))
     return y
 
 
-def _remember(at: tuple[Any, ...], output: _Output) -> None:
+def _remember(at: int, output: _Output) -> None:
     known = _thread.known
     if len(known) >= 64 and len(known) & (len(known) - 1) == 0:
         for key in [key for key, other in known.items() if other.storage.expired()]:
             del known[key]
-    known[at[0]] = output
+    known[at] = output
 
 
 @functools.cache
@@ -99,27 +99,33 @@ def _names(op: Any) -> tuple[str, ...]:
     return tuple(argument.name for argument in op._schema.arguments)
 
 
-def _again(op: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
-    """The operator without side effects, and its arguments after the input; None with a residual,
-    which would have to be kept."""
+def _again(op: Any, args: tuple[Any, ...], stats: Tensor) -> tuple[Any, tuple[Any, ...]] | None:
+    """The operator that makes y from the input and ``stats``, and its arguments after the input;
+    None with a residual, which would have to be kept."""
     named = dict(zip(_names(op), args, strict=False))
-    if named.get("residual") is not None:
+    if named["residual"] is not None:
         return None
-    pure = _WITHOUT_UPDATE.get(op, op)
-    if pure is op:
-        return pure, args[1:]
-    return pure, tuple(named[name] for name in _names(pure)[1:] if name in named)
+    weight, bias = named["weight"], named["bias"]
+    activation = named["activation"], named["slope"]
+    if op is _ops.group_norm.default:
+        return _apply_group, (stats, named["num_groups"], weight, bias, None, *activation)
+    if op is _ops.layer_norm.default:
+        flat = (t if t is None else t.flatten() for t in (weight, bias))
+        return _apply_group, (stats, 1, *flat, None, *activation)
+    ghost = named.get("ghost_batch_size", 0)
+    return _apply_batch, (stats, weight, bias, None, *activation, ghost)
 
 
-def _place(t: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor lies; None where that cannot be told."""
+def _place(t: Tensor) -> tuple[int, int, int, torch.dtype] | None:
+    """Where a tensor's elements lie, in whatever shape (layer norm keeps its input as rows); None
+    where that cannot be told."""
     if not isinstance(t, Tensor) or t.layout is not torch.strided:
         return None
     try:
         storage = t.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # wrappers of functorch
         return None
-    return storage, t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
+    return storage, t.storage_offset(), t.numel(), t.dtype
 
 
 def _check_version(t: Tensor, version: int, size: tuple[int, ...]) -> None:
@@ -178,7 +184,9 @@ class _Output:
         def rebuild() -> Tensor:
             x = kept.get()
             with torch.no_grad():
-                y = op(x, *(a.get() if isinstance(a, _Kept) else a for a in rest))[0]
+                y = op(x, *(a.get() if isinstance(a, _Kept) else a for a in rest))
+                if y.size() != size:  # rows of layer norm
+                    y = y.view(size)
                 if y.stride() != stride:  # the input came back in another layout
                     y = torch.empty_strided(size, stride, dtype=y.dtype, device=y.device).copy_(y)
                 return y

@@ -61,6 +61,92 @@ def _call(op: Callable[..., Any], *args: Any) -> Tensor:
     return op(*args)[0]
 
 
+def _finish(y: Tensor, residual: Tensor | None, name: str, slope: float) -> Tensor:
+    """What a norm of torch's own lacks: the residual and the activation."""
+    return _activation(y if residual is None else y + residual, name, slope)
+
+
+def _takes_kernel(input: Tensor, residual: Tensor | None) -> bool:
+    return _has_kernel(input) and (residual is None or residual.dtype == input.dtype)
+
+
+def _cast(
+    cast_output: bool, input: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """float32 where torch's own operator runs in it: it is on autocast's list for CUDA alone."""
+    if (
+        cast_output
+        and input.device.type == "cuda"
+        and torch.is_autocast_enabled("cuda")
+        and input.dtype in (torch.float16, torch.bfloat16)
+    ):
+        return input.float(), None if residual is None else residual.float()
+    return input, residual
+
+
+def _check_tensor(op: str, input: Any) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}: expected input to be a Tensor, got {type(input).__name__}")
+
+
+def _one_running_statistic(
+    op: str, running_mean: Tensor | None, running_var: Tensor | None, alternative: str
+) -> RuntimeError:
+    def given(t: Tensor | None) -> str:
+        return "None" if t is None else "a tensor"
+
+    return RuntimeError(
+        f"{op}: expected running_mean and running_var both given{alternative}, but got "
+        f"running_mean={given(running_mean)} and running_var={given(running_var)}"
+    )
+
+
+def _ghost_size(ghost_batch_size: int | None) -> int:
+    """As the operators take it: 0 for the whole batch."""
+    if ghost_batch_size is None:
+        return 0
+    if isinstance(ghost_batch_size, bool) or not isinstance(ghost_batch_size, int):
+        raise TypeError(
+            "batch_norm: expected ghost_batch_size to be an int or None, got "
+            f"{type(ghost_batch_size).__name__}"
+        )
+    if ghost_batch_size <= 0:
+        raise ValueError(
+            f"batch_norm: expected ghost_batch_size to be positive or None, got {ghost_batch_size}"
+        )
+    return ghost_batch_size
+
+
+def _stock_ghosts(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    ghost: int,
+) -> Tensor:
+    """Ghost batches by torch's operators, where there is no kernel."""
+    ends = list(range(ghost, input.size(0), ghost))
+    values = input[0].numel() // input.size(1)
+    if ends and (input.size(0) - ends[-1]) * values == 1:
+        ends.pop()
+    y = torch.cat(
+        [
+            F.batch_norm(part, None, None, weight, bias, True, momentum, eps)
+            for part in input.tensor_split(ends)
+        ]
+    )
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            dims = [0, *range(2, input.dim())]
+            var, mean = torch.var_mean(input, dims, correction=1)
+            for running, batch in ((running_mean, mean), (running_var, var)):
+                running.lerp_(batch.to(running.dtype), momentum)
+    return y
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -73,6 +159,7 @@ def batch_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    ghost_batch_size: int | None = None,
 ) -> Tensor:
     """``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, per channel.
 
@@ -93,6 +180,11 @@ def batch_norm(
             ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``.
         residual: of ``input``'s size and dtype, added before the activation. Where its dtype
             differs, torch's own operators compute the sum with torch's type promotion.
+        ghost_batch_size: samples that share statistics when ``training``; None for all of them.
+            Each ``ghost_batch_size`` samples in turn are normalised with their own ``mean`` and
+            ``var``; the last ones may be fewer, and where they hold a single value a channel they
+            join those before. The running statistics take one step, towards the mean and the
+            variance of the whole batch. No effect in evaluation.
 
     Returns:
         Tensor of ``input``'s size, dtype and layout. An empty input gives an empty output and
@@ -102,13 +194,14 @@ def batch_norm(
         ``residual`` itself for the smooth activations.
 
     Raises:
-        ValueError: one value per channel when training; unknown ``activation``; ``eps`` out of
-            range.
+        ValueError: one value per channel (of a ghost batch) when training; unknown ``activation``;
+            ``eps`` or ``ghost_batch_size`` out of range.
         RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
 
     A device or dtype without a kernel here (CUDA float64, MPS, ...) takes torch's operators.
 
-    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2.
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, algorithms 1 and 2; ghost batches: Hoffer,
+    Hubara and Soudry 2017, arXiv:1705.08741.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         return handle_torch_function(
@@ -124,54 +217,39 @@ def batch_norm(
             eps=eps,
             activation=activation,
             residual=residual,
+            ghost_batch_size=ghost_batch_size,
         )
-    if not isinstance(input, Tensor):
-        raise TypeError(f"batch_norm: expected input to be a Tensor, got {type(input).__name__}")
+    _check_tensor("batch_norm", input)
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
     name, slope = _activation_of(activation)
-    if not _has_kernel(input) or (residual is not None and residual.dtype != input.dtype):
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _activation(y if residual is None else y + residual, name, slope)
+    ghost = _ghost_size(ghost_batch_size) if training else 0
+    if not _takes_kernel(input, residual):
+        if 0 < ghost < input.size(0):
+            stats = running_mean, running_var
+            y = _stock_ghosts(input, *stats, weight, bias, momentum, eps, ghost)
+        else:
+            y = F.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        return _finish(y, residual, name, slope)
+    # left out where it is 0: every argument costs time
+    ghosts = (False, ghost) if ghost else ()
     if training:
         if running_mean is None and running_var is None:
-            return _call(_train, input, weight, bias, residual, eps, name, slope)
+            return _call(_train, input, weight, bias, residual, eps, name, slope, *ghosts)
         if running_mean is not None and running_var is not None:
-            statistics = running_mean, running_var
-            return _call(
-                _update, input, *statistics, weight, bias, residual, momentum, eps, name, slope
-            )
+            stats = running_mean, running_var
+            rest = momentum, eps, name, slope
+            return _call(_update, input, *stats, weight, bias, residual, *rest, *ghosts)
     elif running_mean is not None and running_var is not None:
         if eps < 0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
         return _call(
             _eval, input, running_mean, running_var, weight, bias, residual, eps, name, slope
         )
-    raise RuntimeError(
-        "batch_norm: expected running_mean and running_var both given"
-        f"{' or both None when training' if training else ', since training is False'}, but got "
-        f"running_mean={'None' if running_mean is None else 'a tensor'} and "
-        f"running_var={'None' if running_var is None else 'a tensor'}"
-    )
-
-
-def _finish(y: Tensor, residual: Tensor | None, name: str, slope: float) -> Tensor:
-    """What a norm of torch's own lacks: the residual and the activation."""
-    return _activation(y if residual is None else y + residual, name, slope)
-
-
-def _casts(cast_output: bool, input: Tensor) -> bool:
-    """Where torch's own operator runs in float32: it is on autocast's list for CUDA alone."""
-    return (
-        cast_output
-        and input.device.type == "cuda"
-        and torch.is_autocast_enabled("cuda")
-        and input.dtype in (torch.float16, torch.bfloat16)
-    )
-
-
-def _takes_kernel(input: Tensor, residual: Tensor | None) -> bool:
-    return _has_kernel(input) and (residual is None or residual.dtype == input.dtype)
+    alternative = " or both None when training" if training else ", since training is False"
+    raise _one_running_statistic("batch_norm", running_mean, running_var, alternative)
 
 
 def group_norm(
@@ -230,8 +308,7 @@ def group_norm(
             residual=residual,
             cast_output=cast_output,
         )
-    if not isinstance(input, Tensor):
-        raise TypeError(f"group_norm: expected input to be a Tensor, got {type(input).__name__}")
+    _check_tensor("group_norm", input)
     if input.dim() < 2:
         raise RuntimeError(
             f"Expected at least 2 dimensions for input tensor but received {input.dim()}"
@@ -242,9 +319,7 @@ def group_norm(
     # torch's own check, which counts the values of a group over the whole batch
     F._verify_batch_size([size[0] * size[1] // num_groups, num_groups, *size[2:]])
     name, slope = _activation_of(activation)
-    if _casts(cast_output, input):
-        input = input.float()
-        residual = residual if residual is None else residual.float()
+    input, residual = _cast(cast_output, input, residual)
     if not _takes_kernel(input, residual):
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), residual, name, slope)
     return _call(_group, input, num_groups, weight, bias, residual, eps, name, slope)
@@ -296,16 +371,13 @@ def layer_norm(
             residual=residual,
             cast_output=cast_output,
         )
-    if not isinstance(input, Tensor):
-        raise TypeError(f"layer_norm: expected input to be a Tensor, got {type(input).__name__}")
+    _check_tensor("layer_norm", input)
     name, slope = _activation_of(activation)
-    if _casts(cast_output, input):
-        input = input.float()
-        residual = residual if residual is None else residual.float()
+    input, residual = _cast(cast_output, input, residual)
     if not _takes_kernel(input, residual):
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
         return _finish(y, residual, name, slope)
-    return _layer(input, normalized_shape, weight, bias, residual, eps, name, slope)
+    return _call(_layer, input, normalized_shape, weight, bias, residual, eps, name, slope)
 
 
 def instance_norm(
@@ -364,23 +436,16 @@ def instance_norm(
             residual=residual,
             cast_output=cast_output,
         )
-    if not isinstance(input, Tensor):
-        raise TypeError(f"instance_norm: expected input to be a Tensor, got {type(input).__name__}")
+    _check_tensor("instance_norm", input)
     if (running_mean is None) != (running_var is None) or (
         running_mean is None and not use_input_stats
     ):
-        raise RuntimeError(
-            "instance_norm: expected running_mean and running_var both given"
-            f"{' or both None' if use_input_stats else ', since use_input_stats is False'}, but got"
-            f" running_mean={'None' if running_mean is None else 'a tensor'} and "
-            f"running_var={'None' if running_var is None else 'a tensor'}"
-        )
+        alternative = " or both None" if use_input_stats else ", since use_input_stats is False"
+        raise _one_running_statistic("instance_norm", running_mean, running_var, alternative)
     if use_input_stats:
         F._verify_spatial_size(input.size())
     name, slope = _activation_of(activation)
-    if _casts(cast_output, input):
-        input = input.float()
-        residual = residual if residual is None else residual.float()
+    input, residual = _cast(cast_output, input, residual)
     if not _takes_kernel(input, residual):
         y = F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps

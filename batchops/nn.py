@@ -41,6 +41,8 @@ class _Activated(nn.Module):
 
 
 class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
+    ghost_batch_size: int | None = None  # as `activation`
+
     def __init__(
         self,
         num_features: int,
@@ -52,12 +54,20 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: BF.Activation = None,
+        ghost_batch_size: int | None = None,
         **kwargs: bool,  # bias=, in the torch versions that have it
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
         )
         self.activation = _checked(activation)
+        BF._ghost_size(ghost_batch_size)
+        self.ghost_batch_size = ghost_batch_size
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        size = self.ghost_batch_size
+        return text if size is None else f"{text}, ghost_batch_size={size}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -85,6 +95,7 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
             self.eps,
             activation=self.activation,
             residual=residual,
+            ghost_batch_size=self.ghost_batch_size,
         )
         if counter is not None:  # last, so that a batch that was refused is not counted
             counter.add_(1)
@@ -92,12 +103,14 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
 
 
 def _document(name: str, shape: str, stock: type, form: str = "batch_norm") -> str:
+    ghosts = "``ghost_batch_size``: samples that share statistics in training, None for all."
     return f"""``y = activation({form}(x) + residual)`` for ``{shape}`` inputs.
 
     A subclass of ``torch.nn.{stock.__name__}`` with its arguments, buffers and state_dict.
     ``activation`` is ``None``, a name (``"relu"``, ``"silu"``, ...) or ``("leaky_relu", slope)``.
     Call it as ``{name}(...)(x)`` or ``{name}(...)(x, residual=z)``. Formula, dtypes and errors:
     :func:`batchops.functional.{form}`.
+    {ghosts if form == "batch_norm" else ""}
     """
 
 

@@ -20,19 +20,19 @@ def recompute() -> contextlib.AbstractContextManager[None]:
         y.sum().backward()
 
     A convolution after a norm saves its input, the norm's output ``y``. In the block it saves how
-    to compute ``y`` from the norm's input, which the norm's own backward keeps anyway: one
-    activation less to keep, for one pass over the input in the backward. Gradients are the same bit
-    for bit. Views of ``y`` are found too. Kept as they are: outputs with a residual, outputs that
-    something has written to, and copies of outputs (of another dtype under autocast, say).
+    to compute ``y`` from the norm's input and statistics, which the norm's own backward keeps
+    anyway: one activation less to keep, for one pass over the input in the backward. Gradients are
+    the same bit for bit. Views of ``y`` are found too. Kept as they are: outputs with a residual,
+    outputs that something has written to, and copies of outputs (of another dtype under autocast,
+    say).
 
     Only the forward needs to be in the block; it concerns the calling thread. Blocks nest, with
     each other, with ``torch.utils.checkpoint`` and with
     ``torch.autograd.graph.saved_tensors_hooks`` around them, which get every tensor that is not
     rebuilt. A tensor that is changed in place between its use and the backward raises torch's
-    ``RuntimeError``, as without the block; so does a change of the running statistics that an
-    output in eval mode was computed from. In ``torch.compile``d functions the compiler decides what
-    is saved: nothing is rebuilt there, and a block inside of them does nothing. ``torch.func``'s
-    gradients refuse saved-tensor hooks and so raise in the block.
+    ``RuntimeError``, as without the block. In ``torch.compile``d functions the compiler decides
+    what is saved: nothing is rebuilt there, and a block inside of them does nothing.
+    ``torch.func``'s gradients refuse saved-tensor hooks and so raise in the block.
     """
     if torch.compiler.is_compiling():
         return contextlib.nullcontext()

@@ -97,6 +97,7 @@ class GroupNorm:
             _data(self.y),
             _data(self.stats),
             _data(self.mask) if self.masked else None,
+            False,
             self.eps,
         )
         _call("group_norm_forward_cpu", "GroupNormForward", args, threads)

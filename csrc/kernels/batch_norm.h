@@ -9,6 +9,10 @@
 //   dbias_c = Σ dz,   dweight_c = Σ dz · x̂,   dresidual = dz
 //   training:  dx = weight_c · rstd_c · (dz - dbias_c / M - x̂ · dweight_c / M)
 //   eval:      dx = weight_c · rstd_c · dz
+//
+// Ghost batches: training statistics over `ghost` samples each instead of all N. The means and
+// variances above, and dbias and dweight inside dx, are then those of the ghost batch that a sample
+// belongs to, M its number of values; the outputs dbias and dweight are sums over all samples.
 #pragma once
 #include <cstddef>
 
@@ -16,7 +20,8 @@
 
 namespace batchops {
 
-// `stats` carries what the backward needs of the statistics: three rows of C values,
+// `stats` carries what the backward needs of the statistics: three rows of ghosts · C values, for
+// ghost batch k and channel c in column k · C + c,
 //   stats[0] = mean rounded, stats[1] = mean - stats[0] (its low part), stats[2] = rstd,
 // in float for f32/f16/bf16 inputs and in double for f64. The low part matters: at |mean|/std = 1e4
 // a mean rounded to float puts x̂ off by 4.8e-4.
@@ -36,8 +41,18 @@ struct BatchNormShape {
   DType running_dtype = DType::f32;
   Activation activation = Activation::none;
   double slope = 0.01;  // leaky_relu's
+  // Samples that share statistics; 0, or N and more: all. The last ghost batch takes what is left
+  // over, and a single value left over joins the ghost batch before it.
+  int64_t ghost = 0;
 
   int64_t numel() const { return N * C * HxW; }
+  int64_t ghosts() const {
+    if (ghost <= 0 || ghost >= N) return 1;
+    const int64_t full = N / ghost, left = N % ghost;
+    return full + (left * HxW > 1);
+  }
+  // Ghost batch k is samples [first_sample(k), first_sample(k + 1)).
+  int64_t first_sample(int64_t k) const { return k < ghosts() ? k * ghost : N; }
   int64_t mask_bytes() const {
     return layout == Layout::channels_first ? N * C * ((HxW + 7) / 8) : N * HxW * ((C + 7) / 8);
   }
@@ -50,10 +65,14 @@ struct BatchNormForward {
   const void* weight = nullptr;    // may be null: 1
   const void* bias = nullptr;      // may be null: 0
   void* y = nullptr;
-  void* stats = nullptr;    // [3, C], always written
+  void* stats = nullptr;    // [3, ghosts · C], written unless have_stats
   uint8_t* mask = nullptr;  // may be null: not wanted
-  // Training: null, or updated as running += momentum · (batch - running), with the unbiased
-  // variance. Eval: the statistics to normalise with (required).
+  // `stats` is what an earlier call wrote for the same x: it is read, and y alone (and the mask)
+  // comes out, bit for bit as it did then. The running statistics are left alone.
+  bool have_stats = false;
+  // Training: null, or updated as running += momentum · (batch - running), with the mean and the
+  // unbiased variance of all N samples, ghost batches pooled. Eval: the statistics to normalise
+  // with (required).
   void* running_mean = nullptr;
   void* running_var = nullptr;
   bool training = true;
@@ -68,7 +87,7 @@ struct BatchNormBackward {
   const void* residual = nullptr;  // read to recompute z where no mask can stand for it
   const void* weight = nullptr;    // may be null
   const void* bias = nullptr;      // may be null; read only to recompute z for the activation
-  const void* stats = nullptr;     // [3, C] from the forward
+  const void* stats = nullptr;     // [3, ghosts · C] from the forward
   const uint8_t* mask =
       nullptr;                // given exactly when the forward wrote one; then z is not recomputed
   void* dx = nullptr;         // each output may be null: not wanted

@@ -54,8 +54,11 @@ struct GroupNormForward {
   const void* weight = nullptr;    // [C]; may be null: 1
   const void* bias = nullptr;      // [C]; may be null: 0
   void* y = nullptr;
-  void* stats = nullptr;    // [3, N * G], always written
+  void* stats = nullptr;    // [3, N * G], written unless have_stats
   uint8_t* mask = nullptr;  // may be null: not wanted
+  // `stats` is what an earlier call wrote for the same x: it is read, and y alone (and the mask)
+  // comes out, bit for bit as it did then.
+  bool have_stats = false;
   double eps = 1e-5;
 };
 

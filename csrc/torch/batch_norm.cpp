@@ -1,8 +1,5 @@
 // torch.ops.batchops.batch_norm*: schemas, checks, allocation and launch; autograd in
-// batch_norm_autograd.cpp.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
+// norm_autograd.cpp.
 #include <torch/library.h>
 
 #include <sstream>
@@ -23,12 +20,21 @@ void check_running(const Tensor& input, const OptionalTensor& running_mean,
   check_per_channel(kOp, "running_var", running_var, input, type);
 }
 
-void check_training(const Tensor& input, double eps) {
+// Ghost batches of one value have no variance either.
+void check_training(const Tensor& input, double eps, int64_t ghost) {
   TORCH_CHECK_VALUE(eps > 0, kOp, " eps must be positive during training, but got ", eps);
-  c10::SymInt values = input.sym_size(0);
+  TORCH_CHECK_VALUE(ghost >= 0, kOp,
+                    ": expected ghost_batch_size to be positive, or 0 for the whole batch, got ",
+                    ghost);
+  c10::SymInt values = 1;
   for (int64_t d = 2; d < input.dim(); d++) values = values * input.sym_size(d);
+  const bool one_value = ghost == 1 && values == 1 && input.sym_size(0) > 1;
+  TORCH_CHECK_VALUE(!one_value, kOp,
+                    ": expected more than 1 value per channel in a ghost batch when training, got "
+                    "ghost_batch_size=1 and input of size ",
+                    input.sym_sizes());
   // torch's words, so that what matches on them goes on working.
-  if (values == 1) {
+  if (values * input.sym_size(0) == 1) {
     std::ostringstream sizes;
     sizes << input.sym_sizes();
     TORCH_CHECK_VALUE(false,
@@ -38,45 +44,35 @@ void check_training(const Tensor& input, double eps) {
   }
 }
 
-void raise_on(const char* message) { TORCH_CHECK(message == nullptr, kOp, ": ", message); }
+// Columns of `stats`: BatchNormShape::ghosts() times C, for sizes that may be symbols.
+c10::SymInt stats_columns(const Tensor& input, int64_t ghost) {
+  const c10::SymInt N = input.sym_size(0), C = input.sym_size(1);
+  if (ghost <= 0 || N <= ghost) return C;
+  c10::SymInt left = N % ghost;
+  for (int64_t d = 2; d < input.dim(); d++) left = left * input.sym_size(d);
+  return (N / ghost + (left > 1 ? 1 : 0)) * C;
+}
 
 ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
                        const OptionalTensor& running_var, const OptionalTensor& weight,
                        const OptionalTensor& bias, const OptionalTensor& residual, bool training,
-                       double momentum, double eps, std::string_view activation_name, double slope,
-                       bool save_mask) {
-  const Activation activation = parse_activation(kOp, activation_name);
+                       double momentum, double eps, std::string_view activation, double slope,
+                       bool save_mask, int64_t ghost, const OptionalTensor& stats) {
+  const NormForwardCall call{
+      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
   check_norm_input(kOp, input, weight, bias, residual);
   check_running(input, running_mean, running_var);
-  if (training) check_training(input, eps);
+  if (training && !stats) check_training(input, eps, ghost);
+  NormForwardTensors tensors(call, stats_columns(input, ghost).expect_int(), stats);
+  if (input.numel() == 0) return tensors.outputs();
 
-  const Dense x = to_dense(input);
-  Tensor y = empty_like_dense(x.tensor);
-  const auto stats_type = accumulate_type(input);
-  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
-  Tensor mask = empty_mask(x, mask_wanted && input.numel() != 0);
-  if (input.numel() == 0) {
-    const auto options = input.options().dtype(stats_type).memory_format(std::nullopt);
-    return {y, at::zeros({3, input.size(1)}, options), mask};
-  }
-
-  BatchNormForward args;
-  args.shape = norm_shape<BatchNormShape>(x, weight, bias, activation, slope);
-  Tensor stats = empty_on(input, {3, args.shape.C}, stats_type);
-
-  const Parameter w(weight), b(bias);
-  const Tensor z = residual ? in_layout_of(*residual, x) : Tensor();
   Tensor mean = running_mean ? running_mean->contiguous() : Tensor();
   Tensor var = running_var ? running_var->contiguous() : Tensor();
+  BatchNormForward args;
+  args.shape = norm_shape<BatchNormShape>(tensors.x, weight, bias, call.activation, slope);
+  args.shape.ghost = ghost;
   if (mean.defined()) args.shape.running_dtype = *dtype_of(mean.scalar_type());
-
-  args.x = x.tensor.const_data_ptr();
-  args.residual = data_or_null(z);
-  args.weight = w.data;
-  args.bias = b.data;
-  args.y = y.mutable_data_ptr();
-  args.stats = stats.mutable_data_ptr();
-  args.mask = mask_wanted ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  tensors.fill(args);
   const auto running_pointer = [&](const Tensor& t) {
     return !t.defined() ? nullptr
            : training   ? t.mutable_data_ptr()
@@ -84,37 +80,32 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
   };
   args.running_mean = running_pointer(mean);
   args.running_var = running_pointer(var);
+  args.have_stats = stats.has_value();
   args.training = training;
   args.momentum = momentum;
   args.eps = eps;
-
-  if (input.is_cpu()) {
-    raise_on(batch_norm_forward_cpu(args, torch_threads()));
-  } else {
-    const c10::DeviceGuard guard(input.device());
-    const int device = input.device().index();
-    const auto bytes = static_cast<int64_t>(batch_norm_forward_workspace_cuda(args.shape, device));
-    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
-    raise_on(batch_norm_forward_cuda(args, workspace.mutable_data_ptr(), device,
-                                     current_stream(input.device())));
-  }
+  launch(kOp, input, args, batch_norm_forward_cpu, batch_norm_forward_workspace_cuda,
+         batch_norm_forward_cuda);
   if (training && running_mean && !mean.is_same(*running_mean)) running_mean->copy_(mean);
   if (training && running_var && !var.is_same(*running_var)) running_var->copy_(var);
-  return {y, stats, mask};
+  return tensors.outputs();
 }
 
 ForwardOutputs batch_norm(const Tensor& input, const OptionalTensor& weight,
                           const OptionalTensor& bias, const OptionalTensor& residual, double eps,
-                          std::string_view activation, double slope, bool save_mask) {
-  return forward(input, {}, {}, weight, bias, residual, true, 0, eps, activation, slope, save_mask);
+                          std::string_view activation, double slope, bool save_mask,
+                          int64_t ghost) {
+  return forward(input, {}, {}, weight, bias, residual, true, 0, eps, activation, slope, save_mask,
+                 ghost, {});
 }
 
 ForwardOutputs batch_norm_update(const Tensor& input, Tensor& running_mean, Tensor& running_var,
                                  const OptionalTensor& weight, const OptionalTensor& bias,
                                  const OptionalTensor& residual, double momentum, double eps,
-                                 std::string_view activation, double slope, bool save_mask) {
+                                 std::string_view activation, double slope, bool save_mask,
+                                 int64_t ghost) {
   return forward(input, running_mean, running_var, weight, bias, residual, true, momentum, eps,
-                 activation, slope, save_mask);
+                 activation, slope, save_mask, ghost, {});
 }
 
 ForwardOutputs batch_norm_eval(const Tensor& input, const Tensor& running_mean,
@@ -123,7 +114,14 @@ ForwardOutputs batch_norm_eval(const Tensor& input, const Tensor& running_mean,
                                double eps, std::string_view activation, double slope,
                                bool save_mask) {
   return forward(input, running_mean, running_var, weight, bias, residual, false, 0, eps,
-                 activation, slope, save_mask);
+                 activation, slope, save_mask, 0, {});
+}
+
+Tensor batch_norm_apply(const Tensor& input, const Tensor& stats, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& residual,
+                        std::string_view activation, double slope, int64_t ghost) {
+  return std::get<0>(forward(input, {}, {}, weight, bias, residual, true, 0, 0, activation, slope,
+                             false, ghost, stats));
 }
 
 BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
@@ -131,31 +129,24 @@ BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
                                     const OptionalTensor& bias, const Tensor& stats,
                                     const OptionalTensor& mask, bool training, double eps,
                                     std::string_view activation, double slope,
-                                    std::array<bool, 4> output_mask) {
+                                    std::array<bool, 4> output_mask, int64_t ghost) {
   (void)eps;  // only the derivative of this operator needs it
   constexpr const char* op = "batch_norm_backward";
   const NormBackwardCall call{op,       dy,         input,
                               residual, weight,     bias,
                               stats,    mask,       parse_activation(op, activation),
                               slope,    output_mask};
-  call.check(input.sym_size(1).expect_int());
+  call.check(stats_columns(input, ghost).expect_int());
   NormBackwardTensors tensors(call);
   if (tensors.done) return tensors.outputs();
   const Parameter w(weight), b(bias);
   BatchNormBackward args;
   args.shape = norm_shape<BatchNormShape>(tensors.x, weight, bias, call.activation, slope);
+  args.shape.ghost = ghost;
   args.training = training;
   tensors.fill(args, call, w, b);
-  if (input.is_cpu()) {
-    raise_on(batch_norm_backward_cpu(args, torch_threads()));
-  } else {
-    const c10::DeviceGuard guard(input.device());
-    const int device = input.device().index();
-    const auto bytes = static_cast<int64_t>(batch_norm_backward_workspace_cuda(args.shape, device));
-    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
-    raise_on(batch_norm_backward_cuda(args, workspace.mutable_data_ptr(), device,
-                                      current_stream(input.device())));
-  }
+  launch(op, input, args, batch_norm_backward_cpu, batch_norm_backward_workspace_cuda,
+         batch_norm_backward_cuda);
   return tensors.outputs();
 }
 
@@ -164,34 +155,31 @@ BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
 ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& running_mean,
                             const OptionalTensor& running_var, const OptionalTensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& residual,
-                            bool training, double eps, std::string_view activation_name, double,
-                            bool save_mask) {
-  const Activation activation = parse_activation(kOp, activation_name);
+                            bool training, double eps, std::string_view activation, double slope,
+                            bool save_mask, int64_t ghost) {
+  const NormForwardCall call{
+      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
   check_norm_input(kOp, input, weight, bias, residual);
   check_running(input, running_mean, running_var);
-  if (training) check_training(input, eps);
-  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
-  const auto options = input.options().memory_format(std::nullopt);
-  return {empty_like_meta(input),
-          at::empty_symint({3, input.sym_size(1)}, options.dtype(accumulate_type(input))),
-          empty_mask_meta(input, mask_wanted && input.sym_numel() != 0)};
+  if (training) check_training(input, eps, ghost);
+  return norm_forward_meta(call, stats_columns(input, ghost));
 }
 
 ForwardOutputs batch_norm_meta(const Tensor& input, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& residual,
                                double eps, std::string_view activation, double slope,
-                               bool save_mask) {
+                               bool save_mask, int64_t ghost) {
   return forward_meta(input, {}, {}, weight, bias, residual, true, eps, activation, slope,
-                      save_mask);
+                      save_mask, ghost);
 }
 
 ForwardOutputs batch_norm_update_meta(const Tensor& input, Tensor& running_mean,
                                       Tensor& running_var, const OptionalTensor& weight,
                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                       double, double eps, std::string_view activation, double slope,
-                                      bool save_mask) {
+                                      bool save_mask, int64_t ghost) {
   return forward_meta(input, running_mean, running_var, weight, bias, residual, true, eps,
-                      activation, slope, save_mask);
+                      activation, slope, save_mask, ghost);
 }
 
 ForwardOutputs batch_norm_eval_meta(const Tensor& input, const Tensor& running_mean,
@@ -200,14 +188,21 @@ ForwardOutputs batch_norm_eval_meta(const Tensor& input, const Tensor& running_m
                                     double eps, std::string_view activation, double slope,
                                     bool save_mask) {
   return forward_meta(input, running_mean, running_var, weight, bias, residual, false, eps,
-                      activation, slope, save_mask);
+                      activation, slope, save_mask, 0);
+}
+
+Tensor batch_norm_apply_meta(const Tensor& input, const Tensor&, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const OptionalTensor& residual,
+                             std::string_view activation, double slope, int64_t) {
+  return std::get<0>(
+      forward_meta(input, {}, {}, weight, bias, residual, false, 0, activation, slope, false, 0));
 }
 
 BackwardOutputs batch_norm_backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
                                          const OptionalTensor& weight, const OptionalTensor& bias,
                                          const Tensor&, const OptionalTensor&, bool, double,
-                                         std::string_view, double,
-                                         std::array<bool, 4> output_mask) {
+                                         std::string_view, double, std::array<bool, 4> output_mask,
+                                         int64_t) {
   return norm_backward_meta(input, weight, bias, output_mask);
 }
 
@@ -218,16 +213,17 @@ Tensor activation_op(const Tensor& z, std::string_view name, double slope) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(batchops, m) {
-  // y, and what the backward needs: statistics [3, C], and a bit mask or an empty tensor.
+  // y, and what the backward needs: statistics [3, ghost batches * C], and a bit mask or an empty
+  // tensor.
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-      "str activation, float slope=0.01, bool save_mask=False) -> (Tensor y, Tensor stats, Tensor "
-      "mask)");
+      "str activation, float slope=0.01, bool save_mask=False, int ghost_batch_size=0) "
+      "-> (Tensor y, Tensor stats, Tensor mask)");
   m.def(
       "batch_norm_update(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, "
       "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, "
-      "str activation, float slope=0.01, bool save_mask=False) -> (Tensor y, Tensor stats, Tensor "
-      "mask)");
+      "str activation, float slope=0.01, bool save_mask=False, int ghost_batch_size=0) "
+      "-> (Tensor y, Tensor stats, Tensor mask)");
   m.def(
       "batch_norm_eval(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight, "
       "Tensor? bias, Tensor? residual, float eps, str activation, float slope=0.01, bool "
@@ -237,8 +233,12 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
       "batch_norm_backward(Tensor dy, Tensor input, Tensor? residual, Tensor? weight, Tensor? "
       "bias, "
       "Tensor stats, Tensor? mask, bool training, float eps, str activation, float slope, "
-      "bool[4] output_mask) "
+      "bool[4] output_mask, int ghost_batch_size=0) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  // y once more, from the statistics that one of the above returned for the same input.
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor stats, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, str activation, float slope=0.01, int ghost_batch_size=0) -> Tensor");
   m.def("activation(Tensor z, str name, float slope=0.01) -> Tensor");
 }
 
@@ -246,6 +246,7 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
   (m).impl("batch_norm", &batch_norm##suffix);               \
   (m).impl("batch_norm_update", &batch_norm_update##suffix); \
   (m).impl("batch_norm_eval", &batch_norm_eval##suffix);     \
+  (m).impl("batch_norm_apply", &batch_norm_apply##suffix);   \
   (m).impl("batch_norm_backward", &batch_norm_backward##suffix)
 
 TORCH_LIBRARY_IMPL(batchops, CPU, m) { BATCHOPS_IMPLEMENT(m, ); }

@@ -1,7 +1,5 @@
 // torch.ops.batchops.group_norm and layer_norm: schemas, checks, allocation and launch; autograd in
 // norm_autograd.cpp.
-#include <ATen/ops/zeros.h>
-#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -23,51 +21,38 @@ void check_groups(const char* op, const Tensor& input, int64_t num_groups) {
               input.sym_sizes(), " and num_groups=", num_groups);
 }
 
-void raise_on(const char* message) { TORCH_CHECK(message == nullptr, kOp, ": ", message); }
+ForwardOutputs forward(const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual, double eps,
+                       std::string_view activation, double slope, bool save_mask,
+                       const OptionalTensor& stats) {
+  const NormForwardCall call{
+      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
+  check_norm_input(kOp, input, weight, bias, residual);
+  check_groups(kOp, input, num_groups);
+  NormForwardTensors tensors(call, input.size(0) * num_groups, stats);
+  if (input.numel() == 0) return tensors.outputs();
+  GroupNormForward args;
+  args.shape = norm_shape<GroupNormShape>(tensors.x, weight, bias, call.activation, slope);
+  args.shape.G = num_groups;
+  args.have_stats = stats.has_value();
+  args.eps = eps;
+  tensors.fill(args);
+  launch(kOp, input, args, group_norm_forward_cpu, group_norm_forward_workspace_cuda,
+         group_norm_forward_cuda);
+  return tensors.outputs();
+}
 
 ForwardOutputs group_norm(const Tensor& input, int64_t num_groups, const OptionalTensor& weight,
                           const OptionalTensor& bias, const OptionalTensor& residual, double eps,
-                          std::string_view activation_name, double slope, bool save_mask) {
-  const Activation activation = parse_activation(kOp, activation_name);
-  check_norm_input(kOp, input, weight, bias, residual);
-  check_groups(kOp, input, num_groups);
+                          std::string_view activation, double slope, bool save_mask) {
+  return forward(input, num_groups, weight, bias, residual, eps, activation, slope, save_mask, {});
+}
 
-  const Dense x = to_dense(input);
-  Tensor y = empty_like_dense(x.tensor);
-  const auto stats_type = accumulate_type(input);
-  const int64_t columns = input.size(0) * num_groups;
-  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
-  Tensor mask = empty_mask(x, mask_wanted && input.numel() != 0);
-  if (input.numel() == 0) {
-    const auto options = input.options().dtype(stats_type).memory_format(std::nullopt);
-    return {y, at::zeros({3, columns}, options), mask};
-  }
-  Tensor stats = empty_on(input, {3, columns}, stats_type);
-  const Parameter w(weight), b(bias);
-  const Tensor r = residual ? in_layout_of(*residual, x) : Tensor();
-
-  GroupNormForward args;
-  args.shape = norm_shape<GroupNormShape>(x, weight, bias, activation, slope);
-  args.shape.G = num_groups;
-  args.x = x.tensor.const_data_ptr();
-  args.residual = data_or_null(r);
-  args.weight = w.data;
-  args.bias = b.data;
-  args.y = y.mutable_data_ptr();
-  args.stats = stats.mutable_data_ptr();
-  args.mask = mask_wanted ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  args.eps = eps;
-  if (input.is_cpu()) {
-    raise_on(group_norm_forward_cpu(args, torch_threads()));
-  } else {
-    const c10::DeviceGuard guard(input.device());
-    const int device = input.device().index();
-    const auto bytes = static_cast<int64_t>(group_norm_forward_workspace_cuda(args.shape, device));
-    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
-    raise_on(group_norm_forward_cuda(args, workspace.mutable_data_ptr(), device,
-                                     current_stream(input.device())));
-  }
-  return {y, stats, mask};
+Tensor group_norm_apply(const Tensor& input, const Tensor& stats, int64_t num_groups,
+                        const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, std::string_view activation, double slope) {
+  return std::get<0>(
+      forward(input, num_groups, weight, bias, residual, 0, activation, slope, false, stats));
 }
 
 BackwardOutputs group_norm_backward(const Tensor& dy, const Tensor& input,
@@ -91,30 +76,28 @@ BackwardOutputs group_norm_backward(const Tensor& dy, const Tensor& input,
   args.shape = norm_shape<GroupNormShape>(tensors.x, weight, bias, call.activation, slope);
   args.shape.G = num_groups;
   tensors.fill(args, call, w, b);
-  if (input.is_cpu()) {
-    raise_on(group_norm_backward_cpu(args, torch_threads()));
-  } else {
-    const c10::DeviceGuard guard(input.device());
-    const int device = input.device().index();
-    const auto bytes = static_cast<int64_t>(group_norm_backward_workspace_cuda(args.shape, device));
-    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
-    raise_on(group_norm_backward_cuda(args, workspace.mutable_data_ptr(), device,
-                                      current_stream(input.device())));
-  }
+  launch(op, input, args, group_norm_backward_cpu, group_norm_backward_workspace_cuda,
+         group_norm_backward_cuda);
   return tensors.outputs();
 }
 
 ForwardOutputs group_norm_meta(const Tensor& input, int64_t num_groups,
                                const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& residual, double,
-                               std::string_view activation_name, double, bool save_mask) {
-  const Activation activation = parse_activation(kOp, activation_name);
+                               const OptionalTensor& residual, double, std::string_view activation,
+                               double slope, bool save_mask) {
+  const NormForwardCall call{
+      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
   check_norm_input(kOp, input, weight, bias, residual);
   check_groups(kOp, input, num_groups);
-  const bool mask_wanted = save_mask && residual && traits_of(activation).maskable;
-  const auto options = input.options().memory_format(std::nullopt).dtype(accumulate_type(input));
-  return {empty_like_meta(input), at::empty_symint({3, input.sym_size(0) * num_groups}, options),
-          empty_mask_meta(input, mask_wanted && input.sym_numel() != 0)};
+  return norm_forward_meta(call, input.sym_size(0) * num_groups);
+}
+
+Tensor group_norm_apply_meta(const Tensor& input, const Tensor&, int64_t num_groups,
+                             const OptionalTensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& residual, std::string_view activation,
+                             double slope) {
+  return std::get<0>(
+      group_norm_meta(input, num_groups, weight, bias, residual, 0, activation, slope, false));
 }
 
 BackwardOutputs group_norm_backward_meta(const Tensor&, const Tensor& input, const OptionalTensor&,
@@ -126,10 +109,10 @@ BackwardOutputs group_norm_backward_meta(const Tensor&, const Tensor& input, con
 }
 
 // A group of all channels over a (rows, values) view; each value is a channel.
-Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape,
-                  const OptionalTensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& residual, double eps, std::string_view activation,
-                  double slope) {
+ForwardOutputs layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual, double eps, std::string_view activation,
+                          double slope) {
   constexpr const char* op = "layer_norm";
   const auto sizes = input.sym_sizes();
   const auto dims = static_cast<int64_t>(normalized_shape.size());
@@ -168,9 +151,10 @@ Tensor layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_shape,
                                 .findSchemaOrThrow("batchops::group_norm", "")
                                 .typed<decltype(group_norm)>();
   const OptionalTensor r = residual ? OptionalTensor(as_rows(*residual)) : residual;
-  const Tensor y = std::get<0>(
-      group.call(as_rows(input), 1, flat(weight), flat(bias), r, eps, activation, slope, false));
-  return is_view ? y : y.view_symint(sizes);
+  auto outputs =
+      group.call(as_rows(input), 1, flat(weight), flat(bias), r, eps, activation, slope, false);
+  if (!is_view) std::get<0>(outputs) = std::get<0>(outputs).view_symint(sizes);
+  return outputs;
 }
 
 }  // namespace
@@ -189,11 +173,17 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
       "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, "
-      "Tensor? residual, float eps, str activation, float slope=0.01) -> Tensor");
+      "Tensor? residual, float eps, str activation, float slope=0.01) "
+      "-> (Tensor y, Tensor stats, Tensor mask)");
+  // y once more, from the statistics that group_norm returned for the same input.
+  m.def(
+      "group_norm_apply(Tensor input, Tensor stats, int num_groups, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, str activation, float slope=0.01) -> Tensor");
 }
 
-#define BATCHOPS_IMPLEMENT(m, suffix)          \
-  (m).impl("group_norm", &group_norm##suffix); \
+#define BATCHOPS_IMPLEMENT(m, suffix)                      \
+  (m).impl("group_norm", &group_norm##suffix);             \
+  (m).impl("group_norm_apply", &group_norm_apply##suffix); \
   (m).impl("group_norm_backward", &group_norm_backward##suffix)
 
 TORCH_LIBRARY_IMPL(batchops, CPU, m) { BATCHOPS_IMPLEMENT(m, ); }

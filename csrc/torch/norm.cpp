@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 
+#include "torch/activation.h"
 #include "torch/pages.h"
 
 namespace batchops::binding {
@@ -93,6 +94,48 @@ Tensor empty_mask_meta(const Tensor& x, bool wanted) {
   return at::empty_symint({sizes[0], sizes[1], (spatial + 7) / 8}, options);
 }
 
+namespace {
+
+void check_stats(const char* op, const Tensor& input, const Tensor& stats, int64_t columns) {
+  TORCH_CHECK(stats.sizes() == at::IntArrayRef({3, columns}) &&
+                  stats.scalar_type() == accumulate_type(input) && stats.is_contiguous() &&
+                  stats.device() == input.device(),
+              op, ": expected stats as the forward returned them, of size [3, ", columns, "], got ",
+              stats.sizes(), " ", stats.scalar_type());
+}
+
+}  // namespace
+
+bool NormForwardCall::mask_wanted() const {
+  return save_mask && residual && traits_of(activation).maskable && input.sym_numel() != 0;
+}
+
+NormForwardTensors::NormForwardTensors(const NormForwardCall& call, int64_t columns,
+                                       const OptionalTensor& given)
+    : x(to_dense(call.input)),
+      y(empty_like_dense(x.tensor)),
+      mask(empty_mask(x, call.mask_wanted())),
+      weight(call.weight),
+      bias(call.bias) {
+  const auto type = accumulate_type(call.input);
+  if (given) {
+    check_stats(call.op, call.input, *given, columns);
+    stats = *given;
+  } else if (call.input.numel() == 0) {
+    stats = at::zeros({3, columns}, call.input.options().dtype(type).memory_format(std::nullopt));
+  } else {
+    stats = empty_on(call.input, {3, columns}, type);
+  }
+  if (call.residual) residual = in_layout_of(*call.residual, x);
+}
+
+ForwardOutputs norm_forward_meta(const NormForwardCall& call, const c10::SymInt& columns) {
+  const auto options = call.input.options().memory_format(std::nullopt);
+  return {empty_like_meta(call.input),
+          at::empty_symint({3, columns}, options.dtype(accumulate_type(call.input))),
+          empty_mask_meta(call.input, call.mask_wanted())};
+}
+
 void NormBackwardCall::check(int64_t columns) const {
   check_norm_input(op, input, weight, bias, residual);
   TORCH_CHECK(dy.sizes() == input.sizes() && dy.scalar_type() == input.scalar_type() &&
@@ -100,11 +143,7 @@ void NormBackwardCall::check(int64_t columns) const {
               op, ": expected dy of size ", input.sizes(), ", ", input.scalar_type(), ", on ",
               input.device(), ", like input, but got ", dy.sizes(), ", ", dy.scalar_type(), ", on ",
               dy.device());
-  TORCH_CHECK(stats.sizes() == at::IntArrayRef({3, columns}) &&
-                  stats.scalar_type() == accumulate_type(input) && stats.is_contiguous() &&
-                  stats.device() == input.device(),
-              op, ": expected stats as the forward returned them, of size [3, ", columns, "], got ",
-              stats.sizes(), " ", stats.scalar_type());
+  check_stats(op, input, stats, columns);
   TORCH_CHECK(!mask || (mask->scalar_type() == at::kByte && mask->is_contiguous() &&
                         mask->device() == input.device()),
               op, ": expected mask as the forward returned it, contiguous Byte on ", input.device(),

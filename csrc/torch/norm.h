@@ -1,6 +1,7 @@
 // What the operators of all norms share: argument checks, outputs, the bit mask, the backward.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <array>
 #include <optional>
@@ -82,6 +83,64 @@ Shape norm_shape(const Dense& x, const OptionalTensor& weight, const OptionalTen
   shape.slope = slope;
   return shape;
 }
+
+// Runs a kernel where `input` is: on torch's threads, or with a workspace on the current stream.
+template <class Args, class Shape>
+void launch(const char* op, const Tensor& input, const Args& args,
+            const char* (*cpu)(const Args&, const Parallel&),
+            size_t (*workspace_cuda)(const Shape&, int),
+            const char* (*cuda)(const Args&, void*, int, void*)) {
+  const char* error = nullptr;
+  if (input.is_cpu()) {
+    error = cpu(args, torch_threads());
+  } else {
+    const c10::DeviceGuard guard(input.device());
+    const int device = input.device().index();
+    const auto bytes = static_cast<int64_t>(workspace_cuda(args.shape, device));
+    const Tensor workspace = empty_on(input, {bytes}, at::kByte);
+    error = cuda(args, workspace.mutable_data_ptr(), device, current_stream(input.device()));
+  }
+  TORCH_CHECK(error == nullptr, op, ": ", error);
+}
+
+// The arguments of a forward operator, whichever the norm.
+struct NormForwardCall {
+  const char* op;
+  const Tensor& input;
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& residual;
+  Activation activation;
+  double slope;
+  bool save_mask;
+
+  bool mask_wanted() const;
+};
+
+// The tensors that a forward's kernel reads and writes.
+struct NormForwardTensors {
+  Dense x;
+  Tensor y, residual, stats, mask;
+  Parameter weight, bias;
+
+  // `stats`, three rows of `columns`, are new and zero for an empty input, or those `given`.
+  NormForwardTensors(const NormForwardCall& call, int64_t columns, const OptionalTensor& given);
+  ForwardOutputs outputs() const { return {y, stats, mask}; }
+
+  // Fills the fields of `Args` that both norms have.
+  template <class Args>
+  void fill(Args& args) {
+    args.x = x.tensor.const_data_ptr();
+    args.residual = residual.defined() ? residual.const_data_ptr() : nullptr;
+    args.weight = weight.data;
+    args.bias = bias.data;
+    args.y = y.mutable_data_ptr();
+    args.stats = stats.mutable_data_ptr();
+    args.mask = mask.numel() != 0 ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  }
+};
+
+ForwardOutputs norm_forward_meta(const NormForwardCall& call, const c10::SymInt& columns);
 
 // The arguments of a backward operator, whichever the norm.
 struct NormBackwardCall {

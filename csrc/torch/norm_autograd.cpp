@@ -1,6 +1,7 @@
 // Autograd of the norms: a hand-written node for the backward, and one for the double backward.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/rsqrt.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -10,6 +11,7 @@
 
 #include <mutex>
 
+#include "kernels/batch_norm.h"
 #include "torch/activation.h"
 #include "torch/common.h"
 #include "torch/norm.h"
@@ -20,10 +22,11 @@ namespace {
 namespace ag = torch::autograd;
 
 using Train = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, double, std::string_view, double, bool);
+                             const OptionalTensor&, double, std::string_view, double, bool,
+                             int64_t);
 using Update = ForwardOutputs(const Tensor&, Tensor&, Tensor&, const OptionalTensor&,
                               const OptionalTensor&, const OptionalTensor&, double, double,
-                              std::string_view, double, bool);
+                              std::string_view, double, bool, int64_t);
 using Eval = ForwardOutputs(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                             const OptionalTensor&, const OptionalTensor&, double, std::string_view,
                             double, bool);
@@ -32,7 +35,7 @@ using Group = ForwardOutputs(const Tensor&, int64_t, const OptionalTensor&, cons
 using BatchBackward = BackwardOutputs(const Tensor&, const Tensor&, const OptionalTensor&,
                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                       const OptionalTensor&, bool, double, std::string_view, double,
-                                      std::array<bool, 4>);
+                                      std::array<bool, 4>, int64_t);
 using GroupBackward = BackwardOutputs(const Tensor&, const Tensor&, const OptionalTensor&,
                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                       const OptionalTensor&, int64_t, double, std::string_view,
@@ -50,6 +53,7 @@ struct Norm {
   double eps = 0;
   Activation activation = Activation::none;
   double slope = 0;
+  int64_t ghost = 0;  // of batch norm in training
 
   const char* name() const { return groups == 0 ? "batch_norm" : "group_norm"; }
 };
@@ -105,12 +109,12 @@ Tensor unpack_mask(const Tensor& mask, const Tensor& like) {
   return shaped.reshape(like.sizes()).to(at::kBool);
 }
 
-// The backward once more, by torch operations that are differentiable in dy, x, residual, weight
-// and bias.
-BackwardOutputs differentiable_backward(const Tensor& dy, const Tensor& input,
-                                        const Tensor& residual, const Tensor& weight,
-                                        const Tensor& bias, const Tensor& stats, const Tensor& mask,
-                                        const Norm& norm) {
+// The backward of samples that share statistics (of each sample, for group norm) by torch
+// operations that are differentiable in dy, x, residual, weight and bias. `bits`: the unpacked
+// mask. The sums dweight and dbias stay in the precision of `stats`.
+BackwardOutputs differentiable_part(const Tensor& dy, const Tensor& input, const Tensor& residual,
+                                    const Tensor& weight, const Tensor& bias, const Tensor& stats,
+                                    const Tensor& bits, const Norm& norm) {
   const auto type = stats.scalar_type();
   const NormView view(norm, input);
   const Tensor x = view.of(input.to(type));
@@ -125,9 +129,8 @@ BackwardOutputs differentiable_backward(const Tensor& dy, const Tensor& input,
   const Tensor xhat = centred * rstd;
   const Tensor gamma = weight.defined() ? view.per_channel(weight.to(type)) : Tensor();
   Tensor dz = view.of(dy.to(type));
-  if (mask.defined()) {
-    dz = activation_backward_bits(norm.activation, dz, view.of(unpack_mask(mask, input)),
-                                  norm.slope);
+  if (bits.defined()) {
+    dz = activation_backward_bits(norm.activation, dz, view.of(bits), norm.slope);
   } else if (traits_of(norm.activation).needs_z) {
     Tensor z = gamma.defined() ? xhat * gamma : xhat;
     if (bias.defined()) z = z + view.per_channel(bias.to(type));
@@ -137,14 +140,35 @@ BackwardOutputs differentiable_backward(const Tensor& dy, const Tensor& input,
   Tensor dx = gamma.defined() ? dz * gamma : dz;
   if (norm.groups != 0 || norm.training) dx = dx - view.mean(dx) - xhat * view.mean(dx * xhat);
   dx = dx * rstd;
-  const auto param_type = weight.defined() ? weight.scalar_type()
-                          : bias.defined() ? bias.scalar_type()
-                                           : input.scalar_type();
   const auto like_input = [&](const Tensor& t) {
     return t.reshape(input.sizes()).to(input.scalar_type());
   };
-  return {like_input(dx), like_input(dz), view.parameter_sum(dz * xhat).to(param_type),
-          view.parameter_sum(dz).to(param_type)};
+  return {like_input(dx), like_input(dz), view.parameter_sum(dz * xhat), view.parameter_sum(dz)};
+}
+
+BackwardOutputs differentiable_backward(const Tensor& dy, const Tensor& input,
+                                        const Tensor& residual, const Tensor& weight,
+                                        const Tensor& bias, const Tensor& stats, const Tensor& mask,
+                                        const Norm& norm) {
+  const Tensor bits = mask.defined() ? unpack_mask(mask, input) : Tensor();
+  BatchNormShape shape;
+  shape.N = input.size(0);
+  shape.HxW = spatial_size(input);
+  shape.ghost = norm.ghost;
+  std::vector<Tensor> dx, dresidual;
+  Tensor dweight, dbias;
+  for (int64_t k = 0; k < shape.ghosts(); k++) {
+    const int64_t first = shape.first_sample(k), count = shape.first_sample(k + 1) - first;
+    const auto part = [&](const Tensor& t) { return t.defined() ? t.narrow(0, first, count) : t; };
+    const auto [x, r, w, b] = differentiable_part(part(dy), part(input), part(residual), weight,
+                                                  bias, stats, part(bits), norm);
+    dx.push_back(x);
+    dresidual.push_back(r);
+    dweight = k == 0 ? w : dweight + w;
+    dbias = k == 0 ? b : dbias + b;
+  }
+  const auto type = param_type_of(input, defined_or_none(weight), defined_or_none(bias));
+  return {at::cat(dx), at::cat(dresidual), dweight.to(type), dbias.to(type)};
 }
 
 struct NormDoubleBackward : ag::Node {
@@ -235,12 +259,13 @@ BackwardOutputs batch_norm_backward_autograd(const Tensor& dy, const Tensor& inp
                                              const OptionalTensor& bias, const Tensor& stats,
                                              const OptionalTensor& mask, bool training, double eps,
                                              std::string_view activation, double slope,
-                                             std::array<bool, 4> output_mask) {
+                                             std::array<bool, 4> output_mask, int64_t ghost) {
   static const auto op = find<BatchBackward>("batchops::batch_norm_backward");
-  const Norm norm{0, training, eps, parse_activation("batch_norm_backward", activation), slope};
+  const Norm norm{0,     training, eps, parse_activation("batch_norm_backward", activation),
+                  slope, ghost};
   return backward_autograd(dy, input, residual, weight, bias, stats, mask, norm, [&] {
     return op.call(dy, input, residual, weight, bias, stats, mask, training, eps, activation, slope,
-                   output_mask);
+                   output_mask, ghost);
   });
 }
 
@@ -275,7 +300,7 @@ struct NormBackward : ag::Node {
     if (norm.groups == 0) {
       static const auto op = find<BatchBackward>("batchops::batch_norm_backward");
       return op.call(dy, input, residual, weight, bias, stats, mask, norm.training, norm.eps,
-                     name_of(norm.activation), norm.slope, wanted);
+                     name_of(norm.activation), norm.slope, wanted, norm.ghost);
     }
     static const auto op = find<GroupBackward>("batchops::group_norm_backward");
     return op.call(dy, input, residual, weight, bias, stats, mask, norm.groups, norm.eps,
@@ -350,11 +375,11 @@ ForwardOutputs record(const Tensor& input, const OptionalTensor& weight, const O
 ForwardOutputs batch_norm_autograd(const Tensor& input, const OptionalTensor& weight,
                                    const OptionalTensor& bias, const OptionalTensor& residual,
                                    double eps, std::string_view activation, double slope,
-                                   bool save_mask) {
+                                   bool save_mask, int64_t ghost) {
   static const auto op = find<Train>("batchops::batch_norm");
-  const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope};
+  const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope, ghost};
   return record(input, weight, bias, residual, norm, save_mask, [&](bool mask) {
-    return op.call(input, weight, bias, residual, eps, activation, slope, mask);
+    return op.call(input, weight, bias, residual, eps, activation, slope, mask, ghost);
   });
 }
 
@@ -363,12 +388,12 @@ ForwardOutputs batch_norm_update_autograd(const Tensor& input, Tensor& running_m
                                           const OptionalTensor& bias,
                                           const OptionalTensor& residual, double momentum,
                                           double eps, std::string_view activation, double slope,
-                                          bool save_mask) {
+                                          bool save_mask, int64_t ghost) {
   static const auto op = find<Update>("batchops::batch_norm_update");
-  const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope};
+  const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope, ghost};
   auto outputs = record(input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, running_mean, running_var, weight, bias, residual, momentum, eps,
-                   activation, slope, mask);
+                   activation, slope, mask, ghost);
   });
   ag::increment_version(running_mean);
   ag::increment_version(running_var);

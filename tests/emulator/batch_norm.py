@@ -31,6 +31,7 @@ class Shape(ctypes.Structure):
         ("running_dtype", ctypes.c_int32),
         ("activation", ctypes.c_int32),
         ("slope", ctypes.c_double),
+        ("ghost", ctypes.c_int64),
     )
 
 
@@ -39,6 +40,7 @@ class Forward(ctypes.Structure):
         ("shape", Shape),
         *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("y", "stats", "mask")),
+        ("have_stats", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("running_mean", "running_var")),
         ("training", ctypes.c_bool),
         ("momentum", ctypes.c_double),

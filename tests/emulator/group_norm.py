@@ -32,6 +32,7 @@ class Forward(ctypes.Structure):
         ("shape", Shape),
         *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias")),
         *((name, ctypes.c_void_p) for name in ("y", "stats", "mask")),
+        ("have_stats", ctypes.c_bool),
         ("eps", ctypes.c_double),
     )
 

@@ -19,8 +19,9 @@ struct BackwardSums {
 
   const BatchNormBackward& args;
   const Geometry& geometry;
+  const ChannelStats<const T> stats;
+  double* const sums;     // dweight [C], dbias [C] of a ghost batch; null: the outputs themselves
   T* const coefficients;  // slope [C], offset [C]
-  const T* const stats = static_cast<const T*>(args.stats);
   const S* const x = static_cast<const S*>(args.x);
   const S* const dy = static_cast<const S*>(args.dy);
   const S* const residual = static_cast<const S*>(args.residual);
@@ -42,8 +43,8 @@ struct BackwardSums {
   }
 
   void affine(int64_t first, int64_t count, T* mean, T* scale, T* shift) const {
-    affine_of(stats, args.shape.C, args.weight, kRecomputed ? args.bias : nullptr,
-              args.shape.param_dtype, first, count, mean, scale, shift);
+    affine_of(stats, args.weight, kRecomputed ? args.bias : nullptr, args.shape.param_dtype, first,
+              count, mean, scale, shift);
   }
 
   // --------------------------------------------------------------------- sums
@@ -104,7 +105,7 @@ struct BackwardSums {
     const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
     const bool together = reads_rows_together(plan, args.shape);
     Columns<T> mean, scale, shift, s, q;
-    Sums sums;
+    Sums row_sums;
     columns_of(group, mean, scale, shift);
     const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
     for (int64_t c = 0; c < group.channels; ++c) dz[c] = dz_x[c] = 0;
@@ -124,9 +125,9 @@ struct BackwardSums {
       for (; step < stop; ++step) {
         width = add_rows<1>(g, group, step, means, scales, shifts, s.at, q.at);
       }
-      geometry.fold(group, s.at, width, sums.first);
-      geometry.fold(group, q.at, width, sums.second);
-      merge(0, group.channels, dz, dz_x, sums.first, sums.second);
+      geometry.fold(group, s.at, width, row_sums.first);
+      geometry.fold(group, q.at, width, row_sums.second);
+      merge(0, group.channels, dz, dz_x, row_sums.first, row_sums.second);
     }
   }
 
@@ -202,14 +203,19 @@ struct BackwardSums {
       const int64_t c = first + part, n = count - part < kPart ? count - part : kPart;
       affine(c, n, mean, scale, shift);
       for (int64_t i = 0; i < n; ++i) {
-        const double low = stats[C + c + i], rstd = stats[2 * C + c + i];
+        const double low = stats.low[c + i], rstd = stats.rstd[c + i];
         dweight[i] = (dz_x[part + i] - low * dz[part + i]) * rstd;
         const double slope = -scale[i] * rstd * dweight[i] * inverse;
         coefficients[c + i] = static_cast<T>(slope);
         coefficients[C + c + i] = static_cast<T>(-scale[i] * dz[part + i] * inverse - slope * low);
       }
-      write_channels(args.dweight, args.shape.param_dtype, c, n, dweight);
-      write_channels(args.dbias, args.shape.param_dtype, c, n, dz + part);
+      if (sums == nullptr) {
+        write_channels(args.dweight, args.shape.param_dtype, c, n, dweight);
+        write_channels(args.dbias, args.shape.param_dtype, c, n, dz + part);
+      } else {
+        std::memcpy(sums + c, dweight, n * sizeof(double));
+        std::memcpy(sums + C + c, dz + part, n * sizeof(double));
+      }
     }
   }
 };
@@ -335,7 +341,8 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
 
 template <class Pass>
 inline const char* run_backward(const BatchNormBackward& args, const Geometry& geometry,
-                                const Parallel& par) {
+                                const Parallel& par,
+                                const ChannelStats<const typename Pass::T>& stats, double* sums) {
   using T = typename Pass::T;
   constexpr int64_t kOnStack = 1024;
   const int64_t C = args.shape.C;
@@ -345,11 +352,11 @@ inline const char* run_backward(const BatchNormBackward& args, const Geometry& g
     memory.reset(new (std::nothrow) T[2 * C]);
     if (memory == nullptr) return "batch_norm: out of memory for the coefficients of dx";
   }
-  Pass pass{{args, geometry, memory ? memory.get() : on_stack}};
+  Pass pass{{args, geometry, stats, sums, memory ? memory.get() : on_stack}};
   const bool apply = args.dx != nullptr || args.dresidual != nullptr;
-  const bool sums =
+  const bool reduce =
       args.dweight != nullptr || args.dbias != nullptr || (args.training && args.dx != nullptr);
-  if (sums) return reduce_and_apply(geometry, par, pass, apply);
+  if (reduce) return reduce_and_apply(geometry, par, pass, apply);
   if (!apply) return nullptr;
   for (int64_t i = 0; i < 2 * C; ++i) pass.coefficients[i] = 0;
   return apply_only(geometry, par, pass);
@@ -357,45 +364,85 @@ inline const char* run_backward(const BatchNormBackward& args, const Geometry& g
 
 template <class S, class Act, Derivative kDerivative>
 inline const char* backward_of(const BatchNormBackward& args, const Geometry& geometry,
-                               const Parallel& par) {
-  return args.training
-             ? run_backward<BackwardPass<S, Act, kDerivative, true>>(args, geometry, par)
-             : run_backward<BackwardPass<S, Act, kDerivative, false>>(args, geometry, par);
+                               const Parallel& par, const ChannelStats<const AccOf<S>>& stats,
+                               double* sums) {
+  return args.training ? run_backward<BackwardPass<S, Act, kDerivative, true>>(args, geometry, par,
+                                                                               stats, sums)
+                       : run_backward<BackwardPass<S, Act, kDerivative, false>>(args, geometry, par,
+                                                                                stats, sums);
 }
 
 template <class S, class Act>
 inline const char* backward_of(const BatchNormBackward& args, const Geometry& geometry,
-                               const Parallel& par) {
+                               const Parallel& par, const ChannelStats<const AccOf<S>>& stats,
+                               double* sums) {
   if constexpr (!Act::kNeedsZ) {
-    return backward_of<S, Act, Derivative::one>(args, geometry, par);
+    return backward_of<S, Act, Derivative::one>(args, geometry, par, stats, sums);
   } else {
     if constexpr (Act::kMaskable) {
       if (args.mask != nullptr) {
-        return backward_of<S, Act, Derivative::bits>(args, geometry, par);
+        return backward_of<S, Act, Derivative::bits>(args, geometry, par, stats, sums);
       }
     }
-    return backward_of<S, Act, Derivative::recomputed>(args, geometry, par);
+    return backward_of<S, Act, Derivative::recomputed>(args, geometry, par, stats, sums);
   }
 }
 
-const char* batch_norm_backward(const BatchNormBackward& args, const Parallel& par) {
-  const auto traits = traits_of(args.shape.activation);
-  if (args.mask != nullptr && !traits.maskable) {
-    return "batch_norm: expected no mask with an activation whose derivative needs more than a bit";
-  }
-  const Geometry geometry(args.shape);
-  const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
+// The samples of `part` share statistics: ghost batch k of `whole`.
+inline const char* backward_ghost(const BatchNormBackward& part, const BatchNormBackward& whole,
+                                  int64_t k, const Parallel& par, double* sums) {
+  const Geometry geometry(part.shape);
+  const Parallel& runner = part.shape.numel() < kForkElements ? Parallel{} : par;
   const char* error = nullptr;
-  with_element(args.shape.dtype, [&](auto* type) {
+  with_element(part.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
+    const ChannelStats<const AccOf<S>> stats(whole.stats, whole.shape, k);
     // Only that instance looks for a residual when it recomputes z.
-    if (traits.needs_z && args.mask == nullptr && args.residual != nullptr) {
-      error = backward_of<S, AnyActivation>(args, geometry, runner);
+    const bool adds = traits_of(part.shape.activation).needs_z && part.mask == nullptr &&
+                      part.residual != nullptr;
+    if (adds) {
+      error = backward_of<S, AnyActivation>(part, geometry, runner, stats, sums);
       return;
     }
-    with_activation<Identity, Relu>(args.shape.activation, 0, [&](auto act) {
-      error = backward_of<S, decltype(act)>(args, geometry, runner);
+    with_activation<Identity, Relu>(part.shape.activation, 0, [&](auto act) {
+      error = backward_of<S, decltype(act)>(part, geometry, runner, stats, sums);
     });
   });
   return error;
+}
+
+inline const char* backward_ghosts(const BatchNormBackward& args, const Parallel& par) {
+  const BatchNormShape& shape = args.shape;
+  const int64_t ghosts = shape.ghosts(), C = shape.C;
+  const bool params = args.dweight != nullptr || args.dbias != nullptr;
+  // [ghost][dweight, dbias][channel]
+  std::unique_ptr<double[]> sums(params ? new (std::nothrow) double[ghosts * 2 * C] : nullptr);
+  if (params && sums == nullptr) return "batch_norm: out of memory for the ghost batches";
+  const char* error = for_each_ghost(
+      args, par, [&](const BatchNormBackward& part, int64_t k, const Parallel& runner) {
+        return backward_ghost(part, args, k, runner, params ? sums.get() + k * 2 * C : nullptr);
+      });
+  if (error != nullptr || !params) return error;
+  for_each_channel_block(shape, par, [&](int64_t first, int64_t count) {
+    double* const dweight = sums.get() + first;
+    double* const dbias = dweight + C;
+    for (int64_t k = 1; k < ghosts; ++k) {
+      const double* const other = dweight + k * 2 * C;
+      for (int64_t i = 0; i < count; ++i) {
+        dweight[i] += other[i];
+        dbias[i] += other[C + i];
+      }
+    }
+    write_channels(args.dweight, shape.param_dtype, first, count, dweight);
+    write_channels(args.dbias, shape.param_dtype, first, count, dbias);
+  });
+  return nullptr;
+}
+
+const char* batch_norm_backward(const BatchNormBackward& args, const Parallel& par) {
+  if (args.mask != nullptr && !traits_of(args.shape.activation).maskable) {
+    return "batch_norm: expected no mask with an activation whose derivative needs more than a bit";
+  }
+  return args.shape.ghosts() > 1 ? backward_ghosts(args, par)
+                                 : backward_ghost(args, args, 0, par, nullptr);
 }

@@ -2,5 +2,6 @@
 // for how a tensor is cut.
 // clang-format off: the order matters
 #include "kernels/activation.inl"
+#include "kernels/cpu/norm_common.inl"
 #include "kernels/cpu/batch_norm_common.inl"
 #include "kernels/cpu/batch_norm_backward.inl"

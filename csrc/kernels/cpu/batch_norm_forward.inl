@@ -71,8 +71,8 @@ struct ForwardPass : Statistics<S> {
   }
 
   void affine(int64_t first, int64_t count, T* mean, T* scale, T* shift) const {
-    affine_of(stats, args.shape.C, args.weight, args.bias, args.shape.param_dtype, first, count,
-              mean, scale, shift);
+    affine_of(stats, args.weight, args.bias, args.shape.param_dtype, first, count, mean, scale,
+              shift);
   }
 
   void apply_planes(int64_t c, int64_t chunk_begin, int64_t chunk_end) const {
@@ -194,11 +194,14 @@ struct ForwardPass : Statistics<S> {
 
 template <class Pass>
 inline const char* run_forward(const BatchNormForward& args, const Geometry& geometry,
-                               const Parallel& par) {
+                               const Parallel& par, const ChannelStats<typename Pass::T>& stats,
+                               double* moments) {
   using T = typename Pass::T;
-  Pass pass{{args, geometry}};
-  if (args.training) return reduce_and_apply(geometry, par, pass, true);
-  pass.take_running_stats();
+  Pass pass{{args, geometry, stats, moments}};
+  if (!args.have_stats) {
+    if (args.training) return reduce_and_apply(geometry, par, pass, true);
+    pass.take_running_stats();
+  }
   if (!pass.in_order()) return apply_only(geometry, par, pass);
 
   const int64_t C = args.shape.C, numel = args.shape.numel();
@@ -218,16 +221,62 @@ inline const char* run_forward(const BatchNormForward& args, const Geometry& geo
 
 template <class S, class Act>
 inline const char* forward_of(const BatchNormForward& args, const Geometry& geometry,
-                              const Parallel& par) {
+                              const Parallel& par, const ChannelStats<AccOf<S>>& stats,
+                              double* moments) {
   if (args.residual == nullptr) {
-    return run_forward<ForwardPass<S, Act, false, false>>(args, geometry, par);
+    return run_forward<ForwardPass<S, Act, false, false>>(args, geometry, par, stats, moments);
   }
   if constexpr (Act::kMaskable) {
     if (args.mask != nullptr) {
-      return run_forward<ForwardPass<S, Act, true, true>>(args, geometry, par);
+      return run_forward<ForwardPass<S, Act, true, true>>(args, geometry, par, stats, moments);
     }
   }
-  return run_forward<ForwardPass<S, Act, true, false>>(args, geometry, par);
+  return run_forward<ForwardPass<S, Act, true, false>>(args, geometry, par, stats, moments);
+}
+
+// The samples of `part` share statistics: ghost batch k of `whole`.
+inline const char* forward_ghost(const BatchNormForward& part, const BatchNormForward& whole,
+                                 int64_t k, const Parallel& par, double* moments) {
+  const Geometry geometry(part.shape);
+  const Parallel& runner = part.shape.numel() < kForkElements ? Parallel{} : par;
+  const char* error = nullptr;
+  with_element(part.shape.dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const ChannelStats<AccOf<S>> stats(whole.stats, whole.shape, k);
+    with_activation<Identity, Relu>(part.shape.activation, 0, [&](auto act) {
+      error = forward_of<S, decltype(act)>(part, geometry, runner, stats, moments);
+    });
+  });
+  return error;
+}
+
+inline const char* forward_ghosts(const BatchNormForward& args, const Parallel& par) {
+  const BatchNormShape& shape = args.shape;
+  const int64_t ghosts = shape.ghosts(), C = shape.C;
+  const bool update =
+      !args.have_stats && (args.running_mean != nullptr || args.running_var != nullptr);
+  // [ghost][mean, M2][channel]
+  std::unique_ptr<double[]> moments(update ? new (std::nothrow) double[ghosts * 2 * C] : nullptr);
+  if (update && moments == nullptr) return "batch_norm: out of memory for the ghost batches";
+  const char* error = for_each_ghost(
+      args, par, [&](const BatchNormForward& part, int64_t k, const Parallel& runner) {
+        return forward_ghost(part, args, k, runner, update ? moments.get() + k * 2 * C : nullptr);
+      });
+  if (error != nullptr || !update) return error;
+  for_each_channel_block(shape, par, [&](int64_t first, int64_t count) {
+    double* const mean = moments.get() + first;
+    double* const m2 = mean + C;
+    for (int64_t k = 1; k < ghosts; ++k) {
+      const double n = static_cast<double>(shape.first_sample(k) * shape.HxW);
+      const double m = static_cast<double>(shape.first_sample(k + 1) * shape.HxW) - n;
+      const double* const other = mean + k * 2 * C;
+      for (int64_t i = 0; i < count; ++i) {
+        merge_moments(n, m, mean[i], m2[i], other[i], other[C + i]);
+      }
+    }
+    update_running(args, first, count, static_cast<double>(shape.N * shape.HxW), mean, m2);
+  });
+  return nullptr;
 }
 
 const char* batch_norm_forward(const BatchNormForward& args, const Parallel& par) {
@@ -236,14 +285,6 @@ const char* batch_norm_forward(const BatchNormForward& args, const Parallel& par
     return "batch_norm: expected a mask only with a residual and an activation that one bit an "
            "element can stand for";
   }
-  const Geometry geometry(args.shape);
-  const Parallel& runner = args.shape.numel() < kForkElements ? Parallel{} : par;
-  const char* error = nullptr;
-  with_element(args.shape.dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    with_activation<Identity, Relu>(args.shape.activation, 0, [&](auto act) {
-      error = forward_of<S, decltype(act)>(args, geometry, runner);
-    });
-  });
-  return error;
+  return args.shape.ghosts() > 1 ? forward_ghosts(args, par)
+                                 : forward_ghost(args, args, 0, par, nullptr);
 }

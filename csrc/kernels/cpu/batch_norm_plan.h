@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/batch_norm.h"
+#include "kernels/cpu/norm_plan.h"
 
 namespace batchops {
 
@@ -42,9 +43,6 @@ struct BatchNormPlan {
 
 // Widest group of columns: what the kernel keeps for each column must stay in L1 and on the stack.
 constexpr int64_t kMaxWidth = 2048;
-// Elements summed in the accumulating precision before they are handed on to double.
-constexpr int64_t kPieceElements = 8192;
-constexpr int64_t kRowsPerFlush = 128;
 
 BatchNormPlan plan_batch_norm(const BatchNormShape& shape);
 

@@ -2,10 +2,24 @@
 //
 // A sum of squares about a shift K loses nothing as long as K lies near the mean. So K starts as
 // the mean of a chunk's first values and becomes the mean so far whenever the sums (float, over a
-// few thousand values) are handed on to a mean and M2 = Σ (x - mean)² in double:
-//
-//   n, mean, M2  +  m values with d = mean' - mean:
-//   mean += d · m / (n + m),   M2 += M2' + d² · n · m / (n + m)        (Chan, Golub, LeVeque 1979)
+// few thousand values) are handed on to a mean and M2 in double (merge_moments).
+
+// running += momentum · (batch - running), of M values with (mean, M2).
+inline void update_running(const BatchNormForward& args, int64_t first, int64_t count, double M,
+                           const double* mean, const double* m2) {
+  const auto update = [&](void* running, const double* batch, double factor) {
+    if (running == nullptr) return;
+    with_dtype(args.shape.running_dtype, [&](auto* type) {
+      auto* r = static_cast<std::remove_pointer_t<decltype(type)>*>(running) + first;
+      for (int64_t i = 0; i < count; ++i) {
+        const double old = to_float(r[i]);
+        put(r + i, old + args.momentum * (batch[i] * factor - old));
+      }
+    });
+  };
+  update(args.running_mean, mean, 1.0);
+  update(args.running_var, m2, 1.0 / (M > 1 ? M - 1 : 1));
+}
 
 template <class S>
 struct Statistics {
@@ -15,21 +29,16 @@ struct Statistics {
 
   const BatchNormForward& args;
   const Geometry& geometry;
-  T* const stats = static_cast<T*>(args.stats);
+  const ChannelStats<T> stats;
+  double* const moments;  // mean [C], M2 [C] of a ghost batch; null: the running statistics move
   const S* const x = static_cast<const S*>(args.x);
 
-  static BATCHOPS_INLINE void merge_one(double n, double m, double& mean, double& m2, double mean2,
-                                        double m22) {
-    const double d = mean2 - mean, w = m / (n + m);
-    mean += d * w;
-    m2 += m22 + d * d * (n * w);
-  }
   void merge(int64_t chunk, int64_t count, double* mean, double* m2, const double* chunk_mean,
              const double* chunk_m2) const {
     const double n = geometry.values_before(geometry.first_step(chunk));
     const double m = geometry.values_before(geometry.end_step(chunk)) - n;
     for (int64_t i = 0; i < count; ++i) {
-      merge_one(n, m, mean[i], m2[i], chunk_mean[i], chunk_m2[i]);
+      merge_moments(n, m, mean[i], m2[i], chunk_mean[i], chunk_m2[i]);
     }
   }
 
@@ -79,7 +88,7 @@ struct Statistics {
         mean = shift + d;
         m2 = square;
       } else {
-        merge_one(static_cast<double>(done), m, mean, m2, shift + d, square);
+        merge_moments(static_cast<double>(done), m, mean, m2, shift + d, square);
       }
       for (int u = 0; u < 4; ++u) s[u] = q[u] = zero;
       done += pending;
@@ -148,7 +157,7 @@ struct Statistics {
           mean[c] = part;
           m2[c] = square;
         } else {
-          merge_one(n, m, mean[c], m2[c], part, square);
+          merge_moments(n, m, mean[c], m2[c], part, square);
         }
         channel[c] = static_cast<T>(mean[c]);
       }
@@ -215,11 +224,10 @@ struct Statistics {
   }
 
   void set_stats(int64_t c, double mean, double var) const {
-    const int64_t C = args.shape.C;
-    stats[c] = static_cast<T>(mean);
-    const double low = mean - stats[c];
-    stats[C + c] = low == low ? static_cast<T>(low) : T(0);  // ∞ has no low part
-    stats[2 * C + c] = static_cast<T>(1.0 / std::sqrt(var + args.eps));
+    stats.mean[c] = static_cast<T>(mean);
+    const double low = mean - stats.mean[c];
+    stats.low[c] = low == low ? static_cast<T>(low) : T(0);  // ∞ has no low part
+    stats.rstd[c] = static_cast<T>(1.0 / std::sqrt(var + args.eps));
   }
 
   void finish(int64_t first, int64_t count, double* mean, double* m2) const {
@@ -229,19 +237,12 @@ struct Statistics {
       if (m2[i] < 0) m2[i] = 0;
       set_stats(first + i, mean[i], m2[i] / M);
     }
-    const double unbiased = 1.0 / (M > 1 ? M - 1 : 1);
-    const auto update = [&](void* running, const double* batch, double factor) {
-      if (running == nullptr) return;
-      with_dtype(args.shape.running_dtype, [&](auto* type) {
-        auto* r = static_cast<std::remove_pointer_t<decltype(type)>*>(running) + first;
-        for (int64_t i = 0; i < count; ++i) {
-          const double old = to_float(r[i]);
-          put(r + i, old + args.momentum * (batch[i] * factor - old));
-        }
-      });
-    };
-    update(args.running_mean, mean, 1.0);
-    update(args.running_var, m2, unbiased);
+    if (moments == nullptr) {
+      update_running(args, first, count, M, mean, m2);
+    } else {
+      std::memcpy(moments + first, mean, count * sizeof(double));
+      std::memcpy(moments + args.shape.C + first, m2, count * sizeof(double));
+    }
   }
 
   void take_running_stats() const {

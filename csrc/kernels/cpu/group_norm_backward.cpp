@@ -1,8 +1,6 @@
 #include <atomic>
 #include <new>
 
-#include "kernels/batch_norm.h"
-#include "kernels/cpu/batch_norm_plan.h"
 #include "kernels/cpu/group_norm_plan.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/group_norm.h"

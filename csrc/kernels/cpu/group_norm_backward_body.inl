@@ -3,6 +3,6 @@
 // clang-format off: the order matters
 #include "kernels/activation.inl"
 #include "kernels/cpu/silu.inl"
-#include "kernels/cpu/batch_norm_common.inl"
+#include "kernels/cpu/norm_common.inl"
 #include "kernels/cpu/group_norm_common.inl"
 #include "kernels/cpu/group_norm_backward.inl"

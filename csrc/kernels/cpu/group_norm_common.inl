@@ -128,21 +128,10 @@ struct GroupStats {
   }
 };
 
-BATCHOPS_INLINE void merge_moments(double n, double m, double& mean, double& m2, double mean2,
-                                   double m22) {
-  const double d = mean2 - mean, w = m / (n + m);
-  mean += d * w;
-  m2 += m22 + d * d * (n * w);
-}
-
 // Whether every thread has whole units to work on. Else the chunks of all units are shared out.
 inline bool takes_whole_units(const GroupNormPlan& plan, const Parallel& par) {
   const int64_t share = (plan.units + par.threads - 1) / par.threads;
   return plan.chunks == 1 || 4 * plan.units >= 3 * share * par.threads;
-}
-
-inline bool streams(const GroupNormShape& shape) {
-  return shape.numel() * size_of(shape.dtype) >= kStreamBytes;
 }
 
 // weight and bias, one for each channel (planes) or each column.

@@ -120,6 +120,14 @@ struct GroupForward : GroupStatistics<S> {
 template <class Pass>
 inline const char* forward_planes(const Pass& pass, const Parallel& par) {
   const GroupNormPlan& plan = pass.plan;
+  const auto apply = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pass.apply_planes(i / plan.chunks, i % plan.chunks);
+    fence();
+  };
+  if (pass.args.have_stats) {
+    par(plan.units * plan.chunks, apply);
+    return nullptr;
+  }
   if (takes_whole_units(plan, par)) {
     par(plan.units, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -152,10 +160,7 @@ inline const char* forward_planes(const Pass& pass, const Parallel& par) {
     }
     pass.finish(unit, first[0], first[1]);
   }
-  par(plan.units * plan.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pass.apply_planes(i / plan.chunks, i % plan.chunks);
-    fence();
-  });
+  par(plan.units * plan.chunks, apply);
   return nullptr;
 }
 
@@ -185,7 +190,7 @@ inline const char* forward_rows(const Pass& pass, const Parallel& par) {
       return;
     }
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t g = 0; g < shape.G; ++g) {
+      for (int64_t g = 0; g < shape.G && !pass.args.have_stats; ++g) {
         double mean, m2;
         pass.of_stretch(pass.x + pass.rows.row_offset(n, 0) + g * pass.plan.M, pass.plan.M, mean,
                         m2);
@@ -226,6 +231,19 @@ inline const char* forward_pixels(const Pass& pass, const Parallel& par) {
   const auto finish = [&](int64_t n, const double* total) {
     for (int64_t g = 0; g < G; ++g) pass.finish(n * G + g, total[g], total[G + g]);
   };
+  const auto apply = [&](int64_t begin, int64_t end) {
+    with_scratch([&](ForwardScratch<T>& scratch) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t chunk = i % plan.chunks;
+        pass.apply_pixels(i / plan.chunks, chunk, chunk + 1, scratch.columns, scratch.flat.get());
+      }
+      fence();
+    });
+  };
+  if (pass.args.have_stats) {
+    par(shape.N * plan.chunks, apply);
+    return failed ? kOutOfMemory : nullptr;
+  }
   if (takes_whole_units(plan, par)) {
     par(shape.N, [&](int64_t begin, int64_t end) {
       with_scratch([&](ForwardScratch<T>& scratch) {
@@ -266,15 +284,7 @@ inline const char* forward_pixels(const Pass& pass, const Parallel& par) {
     }
     finish(n, total);
   }
-  par(shape.N * plan.chunks, [&](int64_t begin, int64_t end) {
-    with_scratch([&](ForwardScratch<T>& scratch) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t chunk = i % plan.chunks;
-        pass.apply_pixels(i / plan.chunks, chunk, chunk + 1, scratch.columns, scratch.flat.get());
-      }
-      fence();
-    });
-  });
+  par(shape.N * plan.chunks, apply);
   return failed ? kOutOfMemory : nullptr;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cpu/norm_plan.h"
 #include "kernels/group_norm.h"
 
 namespace batchops {
