@@ -150,16 +150,18 @@ def test_goes_on_after_an_error(library):
 )
 def test_sanitizers_name_the_line(name, report, marker):
     path = build.build("faults", KERNELS, [], sanitize=True)
-    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), name)
+    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), name, "2")
     assert result.returncode != 0
     assert "ran to the end" not in result.stdout
     assert f"faults.cu:{line_of(SOURCE, marker)}" in result.stderr, result.stderr[-3000:]
     assert any(text in result.stderr for text in report.split("|")), result.stderr[-3000:]
+    if "ERROR: AddressSanitizer" in result.stderr:  # UBSan's reports know no threads
+        assert re.search(rf"^{name}: block \(0, 0, 0\) thread \(\d+, 0, 0\)$", result.stderr, re.M)
 
 
 @pytest.mark.sanitizer
 def test_sanitizers_pass_a_sound_kernel():
     path = build.build("faults", KERNELS, [], sanitize=True)
-    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), "reverse")
+    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), "reverse", "2")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "ran to the end\n"

@@ -129,6 +129,32 @@ def test_shared_memory_of_a_block_that_is_not_there(library, name):
         assert f"block_faults.cu:{line_of(SOURCE, 'neighbour')} " in text, text
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(
+    ("name", "message", "marker"),
+    [
+        (
+            "read_of_an_exited_neighbour",
+            "touches shared memory of block (1, 0, 0), which has exited",
+            "neighbour",
+        ),
+        ("read_of_no_memory", "which is no memory", "far away"),
+        ("too_deep", "its stack has run out", "deep"),
+    ],
+)
+def test_faults_under_sanitizers_name_the_line(name, message, marker):
+    path = build.build("block_faults", KERNELS, [], sanitize=True)
+    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), name, "3")
+    assert result.returncode != 0
+    assert "ran to the end" not in result.stdout
+    (text,) = (line for line in result.stderr.splitlines() if "EmulatorError: " in line)
+    assert re.search(rf"{name}: block \(\d, 0, 0\) thread \(\d+, 0, 0\): touches ", text), text
+    assert message in text
+    line = line_of(SOURCE, marker)
+    near = range(line - 4, line + 1) if marker == "deep" else [line]
+    assert any(f"block_faults.cu:{number} " in text for number in near), text
+
+
 @pytest.mark.parametrize(
     "name", ["copy_without_wait", "copy_without_commit", "copy_with_a_wait_for_too_few"]
 )

@@ -1,6 +1,6 @@
-"""One planted fault on memory of exactly 64 floats, for a process that runs under sanitizers.
+"""One planted fault on buffers of exactly 64 floats, for a process that runs under sanitizers.
 
-python -m tests.emulator.sanitized_fault LIBRARY NAME
+python -m tests.emulator.sanitized_fault LIBRARY NAME BUFFERS
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from . import emulator
 def main() -> None:
     emulator.Memory.exact = True
     library = ctypes.CDLL(sys.argv[1])
-    source, target = emulator.Memory(256), emulator.Memory(256)
-    emulator.call(
-        library.emulated_fault,
-        sys.argv[2].encode(),
-        ctypes.c_void_p(source.pointer),
-        ctypes.c_void_p(target.pointer),
-    )
+    buffers = [emulator.Memory(256) for _ in range(int(sys.argv[3]))]
+    pointers = [ctypes.c_void_p(buffer.pointer) for buffer in buffers]
+    emulator.call(library.emulated_fault, sys.argv[2].encode(), *pointers)
     print("ran to the end")
 
 

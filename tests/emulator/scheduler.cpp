@@ -974,6 +974,13 @@ unsigned shared_rank(const void* address, const Site& site) {
                      site);
 }
 
+int describe_running(char* text, size_t size) {
+  const uint3 block = now.block->index(), thread = now.thread->index;
+  return std::snprintf(text, size, "%s: block (%u, %u, %u) thread (%u, %u, %u)\n",
+                       now.grid->kernel.c_str(), block.x, block.y, block.z, thread.x, thread.y,
+                       thread.z);
+}
+
 void fail_from_signal(const void* address, const void* code) {
   Thread& thread = *now.thread;
   now.fault_address = address;

@@ -233,6 +233,9 @@ void saw(const void* address, uint64_t value, bool changed);
 // The running thread's instruction at `code` has touched memory at `address` that is not there.
 // For a signal handler: does not return to it.
 [[noreturn]] void fail_from_signal(const void* address, const void* code);
+// "kernel: block (0, 0, 0) thread (1, 0, 0)" and a new line, of the running thread, without memory
+// of its own; returns its length.
+int describe_running(char* text, size_t size);
 // Turns that threads have had, in all.
 uint64_t turns();
 

@@ -11,6 +11,14 @@
 
 #include "scheduler.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <unistd.h>
+
+// Of libasan, for debuggers: address = (shadow - offset) << scale.
+extern "C" void __asan_get_shadow_mapping(size_t* scale, size_t* offset);
+#endif
+
 namespace cuda_emulator {
 
 volatile bool InRuntime::inside = false;
@@ -37,12 +45,34 @@ const void* interrupted_at(void* context) {
 #endif
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+// An access to memory far from any faults where ASan looks whether it is allowed.
+const void* meant_by(const void* address) {
+  constexpr uintptr_t kUserSpace = uintptr_t{1} << 47;
+  size_t scale = 0, offset = 0;
+  __asan_get_shadow_mapping(&scale, &offset);
+  const auto shadow = reinterpret_cast<uintptr_t>(address) - offset;
+  if (shadow >= kUserSpace >> scale) return address;
+  return reinterpret_cast<const void*>(shadow << scale);
+}
+
+// ASan's own reports know lines and no CUDA threads.
+void say_who_runs(const char*) {
+  if (!in_kernel()) return;
+  char text[512];
+  const int length = describe_running(text, sizeof text);
+  if (write(STDERR_FILENO, text, static_cast<size_t>(length)) < 0) return;
+}
+#else
+const void* meant_by(const void* address) { return address; }
+#endif
+
 void on_fault(int number, siginfo_t* info, void* context) {
   if (!in_kernel()) {  // not ours: the handler of before finds the same fault again
     sigaction(number, &faults_before[number == SIGBUS], nullptr);
     return;
   }
-  fail_from_signal(info->si_addr, interrupted_at(context));
+  fail_from_signal(meant_by(info->si_addr), interrupted_at(context));
 }
 
 void on_tick(int, siginfo_t*, void* context) {
@@ -67,7 +97,6 @@ Traps::Traps() {
   turn_at_last_tick = ~uint64_t{0};
   const itimerval timer{{0, kTickMicroseconds}, {0, kTickMicroseconds}};
   setitimer(ITIMER_VIRTUAL, &timer, &timer_before);
-#if !defined(__SANITIZE_ADDRESS__)
   // On a stack of its own: the fiber's may be what has run out.
   static char stack[64 * 1024];
   stack_t here{};
@@ -78,17 +107,17 @@ Traps::Traps() {
   action.sa_sigaction = &on_fault;
   sigaction(SIGSEGV, &action, &faults_before[0]);
   sigaction(SIGBUS, &action, &faults_before[1]);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_set_error_report_callback(&say_who_runs);
 #endif
 }
 
 Traps::~Traps() {
   setitimer(ITIMER_VIRTUAL, &timer_before, nullptr);
   sigaction(SIGVTALRM, &ticks_before, nullptr);
-#if !defined(__SANITIZE_ADDRESS__)
   sigaction(SIGSEGV, &faults_before[0], nullptr);
   sigaction(SIGBUS, &faults_before[1], nullptr);
   sigaltstack(&stack_before, nullptr);
-#endif
 }
 
 std::string source_of(const void* code) {

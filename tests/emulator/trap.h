@@ -5,7 +5,8 @@
 
 namespace cuda_emulator {
 
-// Handlers are in place while it lives. Under AddressSanitizer faults are left to its own report.
+// Handlers are in place while it lives. What AddressSanitizer finds before the access is left to
+// its own report, after which stands who ran.
 class Traps {
  public:
   Traps();
