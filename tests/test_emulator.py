@@ -150,7 +150,7 @@ def test_goes_on_after_an_error(library):
 )
 def test_sanitizers_name_the_line(name, report, marker):
     path = build.build("faults", KERNELS, [], sanitize=True)
-    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), name, "2")
+    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), name)
     assert result.returncode != 0
     assert "ran to the end" not in result.stdout
     assert f"faults.cu:{line_of(SOURCE, marker)}" in result.stderr, result.stderr[-3000:]
@@ -162,6 +162,6 @@ def test_sanitizers_name_the_line(name, report, marker):
 @pytest.mark.sanitizer
 def test_sanitizers_pass_a_sound_kernel():
     path = build.build("faults", KERNELS, [], sanitize=True)
-    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), "reverse", "2")
+    result = build.run_sanitized("tests.emulator.sanitized_fault", str(path), "reverse")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "ran to the end\n"
