@@ -86,6 +86,18 @@ LIMITS = {
     "batch_norm_backward_apply channels_first narrow any": _any(3, reads=3 * 2, writes=2 * 2),
     "batch_norm_backward_apply channels_last wide any": _any(2, reads=3, writes=2),
     "batch_norm_backward_apply channels_last narrow any": _any(2, reads=3 * 2, writes=2 * 2),
+    # These keep what they load in shared memory for their second half, in which a thread loads
+    # again only what has found no room there. Narrow units have AnyActivation alone; in the
+    # backward a thread with 8 channels loads 2 units of each tensor ahead, and 1 with
+    # AnyActivation.
+    "batch_norm_forward_resident channels_first wide": _norm(2, reads=2 * IN_FLIGHT, writes=1),
+    "batch_norm_forward_resident channels_first narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "batch_norm_forward_resident channels_last wide": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "batch_norm_forward_resident channels_last narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "batch_norm_backward_resident channels_first wide": _norm(2, reads=12, writes=4),
+    "batch_norm_backward_resident channels_first narrow": _norm(2, reads=12, writes=4),
+    "batch_norm_backward_resident channels_last wide": _norm(2, reads=6, writes=2),
+    "batch_norm_backward_resident channels_last narrow": _norm(2, reads=12, writes=4),
     # group_norm_forward and _backward keep what they load in shared memory: kInFlight units of each
     # tensor at a time, then the elementwise half. AnyActivation goes one unit at a time there. On
     # Blackwell the wide backward takes more than 128 registers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,28 @@ def test_every_activation(library, activation, dtype, layout):
             wants_mask=wants_mask,
         )
         check_under_all_schedules(library, problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", group_norm.DEVICES)
+def test_known_statistics(library, device, dtype, layout):
+    # From those of the first call y comes out again, bit for bit, and they stay as they are: of
+    # several groups to a part, of a group in several parts, of layer norm.
+    shapes = (3, 24, 20, 4), (1, 6, 5000, 2), (5, 48, 1, 1)
+    variants = ("none", False), ("relu", True), ("gelu", True)
+    for shape, (activation, residual) in itertools.product(shapes, variants):
+        problem = Problem(
+            *shape, layout=layout, dtype=dtype, activation=activation, residual=residual
+        )
+        with group_norm.device(library, device):
+            first = group_norm.forward(library, problem)
+            problem.known_stats = first["stats"]
+            for order, seed in emulator.SCHEDULES:
+                with emulator.schedule(library, order, seed):
+                    again = group_norm.forward(library, problem)
+                for name, value in first.items():
+                    np.testing.assert_array_equal(again[name], value, name)
 
 
 @pytest.mark.parametrize("misaligned", [1, 4, 8])
@@ -223,6 +246,9 @@ def test_passes_over_memory_without_races(watched, shape, device, dtype, layout)
                 saved = group_norm.forward(watched, p)
             with record(watched, races=True) as backward:
                 group_norm.backward(watched, p, saved)
+            known = replace(p, known_stats=saved["stats"])
+            with record(watched, races=True) as apply:
+                group_norm.forward(watched, known)
         numel = p.N * p.C * p.HxW
         passes = {"x": Passes(read=times), "y": Passes(written=1)}
         if residual:
@@ -232,6 +258,7 @@ def test_passes_over_memory_without_races(watched, shape, device, dtype, layout)
         # weight, bias, statistics and sums by part: small beside the tensors.
         small = 64 * (p.C + p.N * p.G) + numel // 2
         assert_traffic(forward, passes, other=small, efficiency={})
+        assert_traffic(apply, passes | {"x": Passes(read=1)}, other=small, efficiency={})
         passes = {name: Passes(read=times) for name in ("x", "dy")} | {"dx": Passes(written=1)}
         if activation != "none":
             passes["dresidual"] = Passes(written=1)
@@ -242,7 +269,7 @@ def test_passes_over_memory_without_races(watched, shape, device, dtype, layout)
             passes["residual"] = Passes(read=times)
         by_channel = 2 * 8 * p.N * p.C * (1 if times == 1 else 16)
         assert_traffic(backward, passes, other=small + by_channel, efficiency={})
-        for recording in (forward, backward):
+        for recording in (forward, backward, apply):
             recording.assert_in_bounds()
             recording.assert_race_free()
         for name in ("y", "stats"):

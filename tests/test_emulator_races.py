@@ -301,43 +301,65 @@ def test_counts_what_atomics_and_asynchronous_copies_move(library):
 SHAPES = (  # N, C, HxW
     (2, 8, 64),  # rows of whole units
     (5, 6, 49),  # element accesses; two chunks in channels_last
-    (1, 264, 12),  # more channels than a tile has
     (5, 3, 4096),  # several chunks a channel
 )
 
 
-@pytest.mark.parametrize("layout", batch_norm.LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_batch_norm_is_race_free(shape, layout):
+def assert_batch_norm_is_race_free(device: str, *problems: batch_norm.Problem, **more: int) -> None:
     library = batch_norm.library(instrument=True)
-    for dtype, residual in itertools.product(("f32", "bf16"), (False, True)):
-        problem = batch_norm.Problem(
-            *shape, layout=layout, dtype=dtype, activation="relu", residual=residual
-        )
+    for problem in problems:
         with (
+            batch_norm.device(library, device, "random", 2, **more),
             record(library, traffic=False, races=True) as recording,
-            emulator.schedule(library, "random", 2),
         ):
             saved = batch_norm.forward(library, problem)
             batch_norm.backward(library, problem, saved)
         recording.assert_race_free()
 
 
+@pytest.mark.parametrize("device", ["Hopper", "streams"])
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        *itertools.product(batch_norm.LAYOUTS, SHAPES),
+        ("channels_last", (1, 264, 12)),  # more channels than a tile has
+    ],
+)
+def test_batch_norm_is_race_free(shape, layout, device):
+    variants = itertools.product(("f32", "bf16"), (False, True))
+    assert_batch_norm_is_race_free(
+        device,
+        *(
+            batch_norm.Problem(
+                *shape, layout=layout, dtype=dtype, activation="relu", residual=residual
+            )
+            for dtype, residual in variants
+        ),
+    )
+
+
+@pytest.mark.parametrize("device", ["Hopper", "streams"])
 @pytest.mark.parametrize("layout", batch_norm.LAYOUTS)
-def test_batch_norm_of_any_activation_is_race_free(layout):
+def test_batch_norm_of_any_activation_is_race_free(layout, device):
     # Mask rows of less than a byte, and several chunks whose backward reads the residual.
-    library = batch_norm.library(instrument=True)
-    for shape, activation in (((5, 6, 49), "leaky_relu"), ((5, 3, 4096), "silu")):
-        problem = batch_norm.Problem(
-            *shape, layout=layout, dtype="bf16", activation=activation, residual=True
-        )
-        with (
-            record(library, traffic=False, races=True) as recording,
-            emulator.schedule(library, "random", 2),
-        ):
-            saved = batch_norm.forward(library, problem)
-            batch_norm.backward(library, problem, saved)
-        recording.assert_race_free()
+    given = {"layout": layout, "dtype": "bf16", "residual": True}
+    assert_batch_norm_is_race_free(
+        device,
+        batch_norm.Problem(5, 6, 49, activation="leaky_relu", **given),
+        batch_norm.Problem(5, 3, 4096, activation="silu", **given),
+    )
+
+
+@pytest.mark.parametrize("layout", batch_norm.LAYOUTS)
+@pytest.mark.parametrize("device", ["Turing", "small"])
+def test_batch_norms_teams_are_race_free(device, layout):
+    # Blocks that meet in the workspace, for one set after the other.
+    given = {"layout": layout, "activation": "relu"}
+    assert_batch_norm_is_race_free(
+        device,
+        batch_norm.Problem(5, 3, 4096, residual=True, **given),
+        batch_norm.Problem(5, 24, 1024, dtype="bf16", ghost=2, **given),
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,15 +371,9 @@ def test_batch_norm_of_any_activation_is_race_free(layout):
 )
 def test_batch_norm_with_more_pieces_than_blocks_is_race_free(layout, shape):
     # One multiprocessor is given 64 blocks: some use their shared memory again for a second piece.
-    library = batch_norm.library(instrument=True)
     problem = batch_norm.Problem(*shape, layout=layout, dtype="f16", activation="relu")
-    with (
-        record(library, traffic=False, races=True) as recording,
-        emulator.schedule(library, "random", 2, multiprocessors=1),
-    ):
-        saved = batch_norm.forward(library, problem)
-        batch_norm.backward(library, problem, saved)
-    recording.assert_race_free()
+    for device in ("Hopper", "streams"):
+        assert_batch_norm_is_race_free(device, problem, multiprocessors=1)
 
 
 @pytest.mark.parametrize("clip", [0.05, None], ids=["clip", "no clip"])

@@ -38,8 +38,8 @@ FULL = {"x": 1.0, "y": 1.0}
 def test_passes_over_memory(cases):
     """Every dtype, layout and variant: passes, coalescing, small data, every output written once.
 
-    The limits are what the kernels do today: statistics and apply read x (and dy) one time each,
-    where the floor of a tensor that fits on the chip is one time in all.
+    Where tensors are kept on the chip, x (and dy) are read one time in all; where they are
+    streamed, statistics and apply read them one time each.
     """
     for case in cases:
         try:

@@ -4,6 +4,10 @@
 
 using namespace batchops;
 
+namespace batchops::cuda {
+extern bool keep_on_chip;
+}
+
 EMULATOR_EXPORT size_t emulated_batch_norm_forward_workspace(const BatchNormShape* shape) {
   return batch_norm_forward_workspace_cuda(*shape, 0);
 }
@@ -23,6 +27,9 @@ EMULATOR_EXPORT int emulated_batch_norm_backward(const BatchNormBackward* args, 
   return cuda_emulator::guarded(
       text, size, [&] { return batch_norm_backward_cuda(*args, workspace, 0, nullptr); });
 }
+
+// As BATCHOPS_CUDA_RESIDENT in the environment of a process does.
+EMULATOR_EXPORT void emulated_batch_norm_keep(bool on_chip) { cuda::keep_on_chip = on_chip; }
 
 // So that the structures mirrored in Python can be checked against these.
 EMULATOR_EXPORT size_t emulated_size_of(int which) {

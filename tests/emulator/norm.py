@@ -49,6 +49,7 @@ class Problem:
     misaligned: int = 0  # elements past a 64-byte boundary, of these:
     misaligned_tensors: tuple[str, ...] = (*BIG, "stats")
     without: tuple[str, ...] = ()  # backward outputs not asked for
+    known_stats: np.ndarray | None = None  # what a first forward wrote: then y alone comes out
     seed: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -69,6 +70,10 @@ class Problem:
             made["weight"] = params.rounded(rng.uniform(0.5, 1.5, self.C))
             made["bias"] = params.rounded(rng.standard_normal(self.C))
         return made
+
+    @property
+    def have_stats(self) -> bool:
+        return self.known_stats is not None
 
     @property
     def masked(self) -> bool:
@@ -181,7 +186,7 @@ def forward(library: ctypes.CDLL, problem: Problem) -> dict[str, np.ndarray]:
         if name != "dy":
             call.tensor(name, value)
     call.tensor("y")
-    call.tensor("stats")
+    call.tensor("stats", None if p.known_stats is None else p.known_stats.view(np.float32))
     if p.masked:
         rows, row = p.rows
         call.raw("mask", rows * -(-row // 8), offset=1)

@@ -42,8 +42,9 @@ def problems() -> Iterator[Problem]:
     for shape, dtype, layout in itertools.product(SHAPES, ("f32", "bf16"), batch_norm.LAYOUTS):
         for activation in ("leaky_relu", "gelu_tanh"):
             yield Problem(*shape, layout=layout, dtype=dtype, activation=activation, residual=True)
-    for layout in batch_norm.LAYOUTS:  # several chunks
-        yield Problem(5, 3, 4096, layout=layout, activation="relu")
+    for layout in batch_norm.LAYOUTS:  # several chunks, and blocks that share them
+        for ghost in (0, 4):
+            yield Problem(5, 3, 4096, layout=layout, activation="relu", ghost=ghost)
 
 
 def main() -> None:
@@ -51,9 +52,12 @@ def main() -> None:
     library = batch_norm.load(ctypes.CDLL(sys.argv[1]))
     count = 0
     for problem in problems():
-        with emulator.schedule(library, "random", seed=count):
-            saved = batch_norm.forward(library, problem)
-            batch_norm.backward(library, problem, saved)
+        # Kept on the chip by one block, and streamed; the large ones by several.
+        devices = tuple(batch_norm.DEVICES) if problem.HxW == 4096 else ("Hopper", "streams")
+        for device in devices:
+            with batch_norm.device(library, device, "random", seed=count):
+                saved = batch_norm.forward(library, problem)
+                batch_norm.backward(library, problem, saved)
         count += 1
     print(f"ran {count} problems")
 

@@ -1,14 +1,14 @@
 """Every operation with its shapes and variants, and the traffic that each should have.
 
-What a pass over each tensor costs today is the limit; `least` is what kernels.md's floors allow for
-a tensor that fits on the chip, where a kernel does not reach it yet.
+`least` is what kernels.md's floors allow for a tensor that fits on the chip, where a kernel does
+not reach it: batch norm that is streamed because nothing is kept there, and LAMB.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -88,10 +88,9 @@ def _sector_efficiency(problem: batch_norm.Problem) -> float:
 
 
 def _batch_norm_cases() -> Iterator[Case]:
-    variants = itertools.product(
+    for (shape, (_, chunks)), layout, dtype, training in itertools.product(
         SHAPES.items(), batch_norm.LAYOUTS, ("f32", "f16", "bf16"), (True, False)
-    )
-    for (shape, (_, chunks)), layout, dtype, training in variants:
+    ):
         for activation, residual in BATCH_NORM_VARIANTS:
             problem = batch_norm.Problem(
                 *shape,
@@ -102,93 +101,143 @@ def _batch_norm_cases() -> Iterator[Case]:
                 training=training,
             )
             in_layout = chunks[batch_norm.LAYOUTS[layout]]
-            yield _forward(problem, in_layout)
-            yield _backward(problem, in_layout)
+            yield _forward(problem, in_layout, "streams")
+            yield _backward(problem, in_layout, "Hopper")
+            if training:
+                yield _forward(problem, in_layout, "Hopper")
+                yield _backward(problem, in_layout, "streams")
+                yield _apply(problem)
 
 
-def _variant(problem: batch_norm.Problem) -> str:
+def _variant(problem: batch_norm.Problem, device: str) -> str:
     layout = {"channels_first": "first", "channels_last": "last"}[problem.layout]
     words = [problem.dtype, layout, "train" if problem.training else "eval"]
     words += ["add"] if problem.residual else []
     words += [problem.activation] if problem.activation != "none" else []
+    words += ["streamed"] if device == "streams" and problem.training else []
     return " ".join(words)
 
 
-def _forward(problem: batch_norm.Problem, chunks: int) -> Case:
-    p = problem
-    passes = {"x": Passes(read=2 if p.training else 1), "y": Passes(written=1)}
-    if p.residual:
-        passes["residual"] = Passes(read=1)
-    if p.masked:
-        passes["mask"] = Passes(written=1)
-    written = ["y", "stats"]
-    written += ["mask"] if p.masked else []
-    written += ["running_mean", "running_var"] if p.training else []
+def _case(
+    problem: batch_norm.Problem,
+    operation: str,
+    device: str,
+    before: Callable[[], None],
+    run: Callable[[], object],
+    passes: dict[str, Passes],
+    written: Iterable[str],
+    small: int,
+    least: int,
+) -> Case:
+    """Of run(), after before(). `small`: bytes of a channel's data; `least`: passes over tensors of
+    x's size."""
+    p, library = problem, _batch_norm_library()
 
-    def run() -> Recording:
-        with record(_batch_norm_library()) as recording:
-            batch_norm.forward(_batch_norm_library(), p)
+    def recorded() -> Recording:
+        with batch_norm.device(library, device):
+            before()
+            with record(library) as recording:
+                run()
         return recording
 
-    # weight, bias; running statistics; mean, rstd; what the apply reads: written and read.
-    small = 2 * 4 + (4 if p.training else 2) * 4 + 3 * 4 + 2 * 16
-    moments = 2 * 16 * chunks if p.training and chunks > 1 else 0
-    numel = p.N * p.C * p.HxW
     itemsize = Numbers(p.dtype).itemsize
     return Case(
-        "batch_norm forward",
+        f"batch_norm {operation}",
         f"{p.N}x{p.C}x{p.HxW}",
-        _variant(p),
-        run,
+        _variant(p, device),
+        recorded,
         passes,
         tuple(written),
-        p.C * (small + moments),
+        p.C * small,
         _sector_efficiency(p),
-        numel * itemsize,
-        2 + p.residual + p.masked / 8 / itemsize,
+        p.N * p.C * p.HxW * itemsize,
+        least + p.masked / 8 / itemsize,
     )
 
 
-def _backward(problem: batch_norm.Problem, chunks: int) -> Case:
-    p = problem
+def _elementwise(problem: batch_norm.Problem) -> dict[str, Passes]:
+    passes = {"y": Passes(written=1)}
+    passes |= {"residual": Passes(read=1)} if problem.residual else {}
+    return passes | ({"mask": Passes(written=1)} if problem.masked else {})
+
+
+def _forward(problem: batch_norm.Problem, chunks: int, device: str) -> Case:
+    p, streams = problem, device == "streams"
+    passes = {"x": Passes(read=2 if p.training and streams else 1)} | _elementwise(p)
+    written = ["y", "stats"]
+    written += ["mask"] if p.masked else []
+    written += ["running_mean", "running_var"] if p.training else []
+    # weight, bias; running statistics; mean, rstd; what the apply reads: written and read.
+    small = 2 * 4 + (4 if p.training else 2) * 4 + 3 * 4 + (2 * 16 if streams else 0)
+    moments = 2 * 16 * chunks if p.training and chunks > 1 and streams else 0
+    return _case(
+        p,
+        "forward",
+        device,
+        lambda: None,
+        lambda: batch_norm.forward(_batch_norm_library(), p),
+        passes,
+        written,
+        small + moments,
+        2 + p.residual,
+    )
+
+
+def _apply(problem: batch_norm.Problem) -> Case:
+    """y once more, from known statistics."""
+    p, library = replace(problem), _batch_norm_library()
+
+    def before() -> None:
+        p.known_stats = batch_norm.forward(library, problem)["stats"]
+
+    return _case(
+        p,
+        "apply",
+        "Hopper",
+        before,
+        lambda: batch_norm.forward(library, p),
+        {"x": Passes(read=1)} | _elementwise(p),
+        ("y", *(["mask"] if p.masked else [])),
+        2 * 4 + 3 * 4 + 2 * 16,
+        2 + p.residual,
+    )
+
+
+def _backward(problem: batch_norm.Problem, chunks: int, device: str) -> Case:
+    p, streams = problem, device == "streams"
     needs_z = p.activation != "none"
     reads_x = p.training or p.recomputed  # in the apply
     adds = p.residual and p.recomputed
+    times = 2 if streams else 1
     passes = {
-        "dy": Passes(read=2),
-        "x": Passes(read=2 if reads_x else 1),
+        "dy": Passes(read=times),
+        "x": Passes(read=times if reads_x else 1),
         "dx": Passes(written=1),
     }
     if needs_z:
         passes["dresidual"] = Passes(written=1)
-    if p.masked:
+    if p.masked:  # its bits are not kept
         passes["mask"] = Passes(read=2, bits=True)
     if adds:
-        passes["residual"] = Passes(read=2)
-    saved = {}
+        passes["residual"] = Passes(read=times)
+    saved, library = {}, _batch_norm_library()
 
-    def run() -> Recording:
-        saved.update(saved or batch_norm.forward(_batch_norm_library(), p))
-        with record(_batch_norm_library()) as recording:
-            batch_norm.backward(_batch_norm_library(), p, saved)
-        return recording
+    def before() -> None:
+        saved.update(saved or batch_norm.forward(library, p))
 
     # weight, bias, stats; dweight, dbias; what the apply reads: written and read.
-    small = 2 * 4 + 3 * 4 + 2 * 4 + 2 * (16 + 4)
-    sums = 2 * 8 * chunks if chunks > 1 else 0
-    numel = p.N * p.C * p.HxW
-    itemsize = Numbers(p.dtype).itemsize
-    return Case(
-        "batch_norm backward",
-        f"{p.N}x{p.C}x{p.HxW}",
-        _variant(p),
-        run,
+    small = 2 * 4 + 3 * 4 + 2 * 4 + (2 * (16 + 4) if streams else 0)
+    sums = 2 * 8 * chunks if chunks > 1 and streams else 0
+    return _case(
+        p,
+        "backward",
+        device,
+        before,
+        lambda: batch_norm.backward(library, p, saved),
         passes,
         (*(name for name in passes if name.startswith("d") and name != "dy"), "dweight", "dbias"),
-        p.C * (small + sums),
-        _sector_efficiency(p),
-        numel * itemsize,
-        3 + needs_z + adds + p.masked / 8 / itemsize,
+        small + sums,
+        3 + needs_z + adds,
     )
 
 

@@ -53,17 +53,17 @@ BATCHOPS_DEVICE void with_functor(const AnyActivation& act, F&& f) {
 }
 
 // a[j] = f(functor, a[j], b[j]). With AnyActivation b is lost: there each functor has a loop of its
-// own whose code holds a few elements only, and the arrays move past them, since an index known at
+// own whose code holds kMost elements only, and the arrays move past them, since an index known at
 // run time would put them into local memory.
 //
 //   a  0 1 2 3 4 5 6 7  →  2 3 4 5 6 7 0' 1'  →  …  →  0' 1' 2' 3' 4' 5' 6' 7'
-template <class Act, int W, class F>
+template <int kMost = 2, class Act, int W, class F>
 BATCHOPS_DEVICE void for_each_element(const Act& act, float (&a)[W], float (&b)[W], F f) {
   if constexpr (!kAnyActivation<Act>) {
 #pragma unroll
     for (int j = 0; j < W; ++j) a[j] = f(act, a[j], b[j]);
   } else {
-    constexpr int kAtOnce = W < 2 ? W : 2;
+    constexpr int kAtOnce = W < kMost ? W : kMost;
     with_functor(act, [&](auto functor) {
 #pragma unroll 1
       for (int turn = 0; turn < W; turn += kAtOnce) {

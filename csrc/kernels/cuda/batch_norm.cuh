@@ -1,52 +1,36 @@
 // What the batch norm kernels of forward and backward share: how a tensor is cut into pieces of
-// work, and the per-channel arithmetic that both must do alike.
+// work.
 //
 // A tensor is rows of consecutive elements: planes of HxW in channels_first, pixels of C in
 // channels_last. A thread moves units of W consecutive elements of a row (at most 16 bytes), four
-// at a time.
+// at a time. A ghost batch is some whole samples; statistics belong to a ghost batch and a channel,
+// a column of `stats`.
+//
+// Where what must be seen at once fits on the chip, one kernel does all of it and reads x once
+// (batch_norm_residency.cuh). Elsewhere:
 //
 //   1. partials: a block sums over one chunk of one channel (channels_first) or of up to 256
-//      neighbouring channels (channels_last) and writes one slot per channel and chunk.
+//      neighbouring channels (channels_last) of a ghost batch and writes a slot for each channel.
 //   2. finish: a warp merges a channel's slots in double, in an order that the shape alone fixes.
 //      With one chunk a channel, the block of step 1 does it and the launch is saved.
 //   3. apply: elementwise over the tensor, back to front, so that what step 1 read last is still
 //      in the L2 cache.
 //
-// Chunks depend on the shape only, not on the device: every GPU gives the same bits.
+// Chunks depend on the shape only, not on the device.
 #pragma once
 #include "kernels/batch_norm.h"
-#include "kernels/cuda/activation.cuh"
-#include "kernels/cuda/fast_divide.cuh"
-#include "kernels/cuda/reduce.cuh"
-#include "kernels/cuda/vector.cuh"
+#include "kernels/cuda/norm.cuh"
 
 namespace batchops::cuda {
 
-constexpr int kThreads = 256;
-constexpr int kLeastResident = 2;        // blocks on a multiprocessor: up to 128 registers a thread
-constexpr int kInFlight = 4;             // units a thread takes at once
-constexpr int kTileChannels = 256;       // channels_last: a block's share of a row
-constexpr int64_t kPiecesWanted = 1024;  // about a wave of blocks on the largest GPUs
+constexpr int kTileChannels = 256;  // channels_last: a block's share of a row
 
-// Of those, how many it loads before it uses the first. AnyActivation needs registers itself, and
-// kCrowded says that it finds few.
+// Of those that a thread takes at once, how many it loads before it uses the first. AnyActivation
+// needs registers itself, and kCrowded says that it finds few.
 template <class Act, bool kCrowded = false>
 constexpr int kLoadsAhead = !kAnyActivation<Act> ? kInFlight
                             : kCrowded           ? 1
                                                  : 2;
-
-template <class T>
-__host__ __device__ constexpr T ceil_divide(T a, T b) {
-  return (a + b - 1) / b;
-}
-template <class T>
-constexpr T round_up(T a, T b) {
-  return ceil_divide(a, b) * b;
-}
-template <class T>
-constexpr T clamp(T value, T low, T high) {
-  return value < low ? low : value > high ? high : value;
-}
 
 // ---- host: shapes into work
 
@@ -54,24 +38,36 @@ constexpr T clamp(T value, T low, T high) {
 struct Plan {
   Layout layout;
   int64_t N, C, HxW;
-  int64_t chunk;   // elements of a channel (channels_first) or rows (channels_last)
-  int64_t chunks;  // for each channel
+  int64_t ghosts;
+  int64_t samples, last_samples;  // of a ghost batch, of the last one
+  int64_t chunk;                  // elements of a channel (channels_first) or rows (channels_last)
+  int64_t chunks, last_chunks;    // of a channel in a ghost batch
 
   bool channels_last() const { return layout == Layout::channels_last; }
   int64_t per_channel() const { return N * HxW; }
   int64_t rows() const { return channels_last() ? N * HxW : N * C; }
   int64_t row() const { return channels_last() ? C : HxW; }
+  int64_t columns() const { return ghosts * C; }
+  int64_t slots() const { return (ghosts - 1) * chunks + last_chunks; }  // of a channel
+  int64_t most_samples() const { return samples > last_samples ? samples : last_samples; }
 };
 
 inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
-  Plan plan{shape.layout, shape.N, shape.C, shape.HxW, 0, 0};
+  Plan plan{};
+  plan.layout = shape.layout;
+  plan.N = shape.N;
+  plan.C = shape.C;
+  plan.HxW = shape.HxW;
+  plan.ghosts = shape.ghosts();
   // The same bytes read as longer rows, for wider accesses. Not with a mask, whose rows are padded.
   if (!with_mask && plan.HxW == 1) plan.layout = Layout::channels_last;
-  if (!with_mask && plan.C == 1) {
+  if (!with_mask && plan.C == 1 && plan.ghosts == 1) {
     plan.layout = Layout::channels_first;
     plan.HxW *= plan.N;
     plan.N = 1;
   }
+  plan.samples = plan.ghosts > 1 ? shape.ghost : plan.N;
+  plan.last_samples = plan.N - (plan.ghosts - 1) * plan.samples;
   const int64_t M = plan.per_channel();
   if (plan.channels_last()) {
     const int64_t tiles = ceil_divide<int64_t>(plan.C, kTileChannels);
@@ -85,8 +81,16 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
     const int64_t wanted = ceil_divide(M, clamp<int64_t>(kPiecesWanted / plan.C, 1, kPiecesWanted));
     plan.chunk = round_up<int64_t>(clamp<int64_t>(wanted, 8192, 131072), 2048);
   }
-  plan.chunks = ceil_divide(M, plan.chunk);
+  plan.chunks = ceil_divide(plan.samples * plan.HxW, plan.chunk);
+  plan.last_chunks = ceil_divide(plan.last_samples * plan.HxW, plan.chunk);
   return plan;
+}
+
+// Neighbouring lanes that share the chunks of one ghost batch in step 2.
+inline int finish_lanes(const Plan& plan) {
+  int lanes = 1;
+  while (lanes < kWarp && (plan.ghosts == 1 || lanes < plan.chunks)) lanes *= 2;
+  return lanes;
 }
 
 // Calls f(integral_constant<int, W>) with the widest unit that rows and pointers allow.
@@ -106,25 +110,6 @@ const char* dispatch_width(int64_t row, std::initializer_list<const void*> point
   return f(std::integral_constant<int, 1>{});
 }
 
-template <class F>
-const char* dispatch_layout(Layout layout, F&& f) {
-  if (layout == Layout::channels_first) {
-    return f(std::integral_constant<Layout, Layout::channels_first>{});
-  }
-  return f(std::integral_constant<Layout, Layout::channels_last>{});
-}
-
-// Blocks for `pieces` of work; a block takes every gridDim.x-th piece.
-inline const char* grid_size(const char* operation, int device, int64_t pieces, int64_t& blocks) {
-  constexpr int64_t kBlocksPerMultiprocessor = 64;  // 8 fit at once: the last wave stays short
-  int multiprocessors = 0;
-  const char* error =
-      check(operation, "cudaDeviceGetAttribute",
-            cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  blocks = clamp<int64_t>(pieces, 1, kBlocksPerMultiprocessor * multiprocessors);
-  return error;
-}
-
 // channels_last: a block covers `tile` units of a row and as many rows as its threads allow.
 //
 //   thread t:  row t / tile, unit t % tile   (t ≥ tile · rows_at_once: idle)
@@ -135,9 +120,8 @@ struct RowTiles {
   int rows_at_once = 1;
 
   RowTiles() = default;
-  // A tile holds a multiple of `group` units.
-  RowTiles(int64_t row_units, int width, int group) : units(static_cast<int>(row_units)) {
-    const int most = kTileChannels / width;
+  // A tile holds a multiple of `group` units, at most `most` of them.
+  RowTiles(int64_t row_units, int most, int group) : units(static_cast<int>(row_units)) {
     tiles = ceil_divide(units, most);
     tile = round_up(ceil_divide(units, tiles), group);
     tiles = ceil_divide(units, tile);
@@ -145,56 +129,89 @@ struct RowTiles {
   }
 };
 
-// Cutting for step 1.
+// Cutting for step 1, and for the kernels that do all of it.
 struct ChunkGrid {
   int64_t C, HxW;
-  int64_t length;  // units of a channel (channels_first), rows (channels_last)
+  int64_t ghosts;
+  // Units of a channel (channels_first) or rows (channels_last) of a ghost batch, and of the last.
+  int64_t length, last_length;
   int64_t chunk;   // of them
-  int64_t chunks;
+  int64_t chunks;  // of a ghost batch
+  int64_t slots;   // chunks of a channel in all
+  int64_t across;  // channels (channels_first), tiles of them (channels_last)
   int64_t pieces;  // of work
-  RowSplit plane;  // channels_first
+  bool padded;     // rows are walked as if they were as long as the mask's
+  RowSplit plane;  // channels_first: units of a row
   RowTiles tiles;  // channels_last
 
-  ChunkGrid(const Plan& plan, int width) : C(plan.C), HxW(plan.HxW), chunks(plan.chunks) {
+  ChunkGrid(const Plan& plan, int width)
+      : ChunkGrid(plan, width, plan.chunk, plan.chunks, plan.slots(), kTileChannels, 1, false) {}
+
+  // Chunks of so many elements or rows; tiles of at most `tile` channels, where there are several a
+  // multiple of `even`.
+  ChunkGrid(const Plan& plan, int width, int64_t chunk_size, int64_t of_ghost, int64_t of_channel,
+            int tile, int even, bool with_mask)
+      : C(plan.C),
+        HxW(plan.HxW),
+        ghosts(plan.ghosts),
+        chunk(chunk_size),
+        chunks(of_ghost),
+        slots(of_channel),
+        across(plan.C),
+        padded(with_mask && plan.row() % 8 != 0) {
+    const int64_t row = (padded ? round_up<int64_t>(plan.row(), 8) : plan.row()) / width;
+    int64_t of_sample = plan.HxW;
     if (plan.channels_last()) {
-      length = plan.rows();
-      chunk = plan.chunk;
-      tiles = RowTiles(plan.C / width, width, 1);
-      pieces = chunks * tiles.tiles;
+      int group = with_mask ? ceil_divide(8, width) : 1;
+      if (row * width > tile && even / width > group) group = even / width;
+      tiles = RowTiles(row, tile / width, group);
+      across = tiles.tiles;
     } else {
-      length = plan.per_channel() / width;
-      chunk = plan.chunk / width;
-      plane = RowSplit(plan.HxW / width);
-      pieces = chunks * plan.C;
+      of_sample = row;
+      chunk /= width;
+      plane = RowSplit(row);
     }
+    length = plan.samples * of_sample;
+    last_length = plan.last_samples * of_sample;
+    pieces = slots * across;
   }
 };
 
 // Cutting for step 3.
 struct ApplyGrid {
-  int64_t row;     // elements
-  int64_t length;  // units in the padded tensor (channels_first), rows (channels_last)
+  int64_t row;  // elements
+  int64_t C;
+  int64_t ghosts;
+  int64_t length;       // units in the padded tensor (channels_first), rows of a ghost batch
+  int64_t last_length;  // channels_last
   int64_t pieces;
-  RowSplit split;   // channels_first: units of a padded row
-  FastDivide by_C;  // channels_first
-  RowTiles tiles;   // channels_last
-  int batches = 1;  // channels_last: times kInFlight · rows_at_once rows a piece
+  int64_t ghost_pieces;  // channels_last: of a ghost batch but the last
+  RowSplit split;        // channels_first: units of a padded row
+  FastDivide by_C;       // channels_first
+  RowSplit samples;      // channels_first: of a ghost batch
+  RowTiles tiles;        // channels_last
+  int batches = 1;       // channels_last: times kInFlight · rows_at_once rows a piece
 
   // A mask's rows end on whole bytes: then rows are walked as if padded to 8 elements, so that the
   // threads that share a byte are neighbours in a warp.
-  ApplyGrid(const Plan& plan, int width, bool with_mask) : row(plan.row()) {
+  ApplyGrid(const Plan& plan, int width, bool with_mask)
+      : row(plan.row()), C(plan.C), ghosts(plan.ghosts) {
     const int64_t padded = (with_mask ? round_up<int64_t>(row, 8) : row) / width;
     if (plan.channels_last()) {
-      length = plan.rows();
-      tiles = RowTiles(padded, width, with_mask ? 8 / width : 1);
+      length = plan.samples * plan.HxW;
+      last_length = plan.last_samples * plan.HxW;
+      tiles = RowTiles(padded, kTileChannels / width, with_mask ? ceil_divide(8, width) : 1);
       const int64_t batch = int64_t{kInFlight} * tiles.rows_at_once;
-      const int64_t all = ceil_divide(length, batch) * tiles.tiles;
+      const int64_t all = ceil_divide(plan.rows(), batch) * tiles.tiles;
       batches = static_cast<int>(clamp<int64_t>(all / (4 * kPiecesWanted), 1, 8));
-      pieces = ceil_divide(length, batch * batches) * tiles.tiles;
+      ghost_pieces = ceil_divide(length, batch * batches) * tiles.tiles;
+      pieces =
+          (ghosts - 1) * ghost_pieces + ceil_divide(last_length, batch * batches) * tiles.tiles;
     } else {
       length = plan.rows() * padded;
       split = RowSplit(padded);
       by_C = FastDivide(static_cast<unsigned>(plan.C));
+      samples = RowSplit(plan.samples);
       pieces = ceil_divide<int64_t>(length, kInFlight * kThreads);
     }
   }
@@ -202,56 +219,71 @@ struct ApplyGrid {
 
 // ---- device: pieces of work into elements
 
-// Where a unit lies: element `offset` of the tensor, elements column … column + W - 1 of its row.
-struct Place {
-  int64_t offset;
-  int64_t row;
-  int64_t column;
-  bool valid;
+// Where a chunk lies.
+struct ChunkPlace {
+  int64_t across;  // its channel, or tile of channels
+  int64_t slot;    // among its channel's
+  int64_t ghost;
+  int64_t begin;  // in units of a channel, rows
+  unsigned length;
+
+  BATCHOPS_DEVICE ChunkPlace(const ChunkGrid& grid, int64_t piece) : ghost(0) {
+    slot = piece / grid.across;
+    across = piece - slot * grid.across;
+    int64_t index = slot;  // in the ghost batch
+    if (grid.ghosts > 1) {
+      ghost = slot / grid.chunks;
+      if (ghost >= grid.ghosts) ghost = grid.ghosts - 1;
+      index -= ghost * grid.chunks;
+    }
+    const int64_t from = index * grid.chunk;
+    const int64_t left = (ghost + 1 == grid.ghosts ? grid.last_length : grid.length) - from;
+    begin = ghost * grid.length + from;
+    length = static_cast<unsigned>(left < 0 ? 0 : left < grid.chunk ? left : grid.chunk);
+  }
 };
 
-// One chunk of step 1, as one thread sees it. kChannels: how many channels the thread sums for.
+// One chunk, as one thread sees it. kChannels: how many channels the thread sums for.
 template <Layout kLayout, int W>
 struct Chunk;
 
 template <int W>
 struct Chunk<Layout::channels_first, W> {
   static constexpr int kChannels = 1;
+  static constexpr int kMostChannels = 1;  // of a block
   const ChunkGrid& grid;
-  int64_t index;  // of the chunk in its channel
-  int64_t channel;
-  unsigned units;  // of the chunk
+  ChunkPlace at;
   int64_t first_plane, first_column;
 
-  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : grid(g) {
-    index = piece / g.C;
-    channel = piece - index * g.C;
-    const int64_t begin = index * g.chunk;
-    const int64_t left = g.length - begin;
-    units = static_cast<unsigned>(left < g.chunk ? left : g.chunk);
-    first_plane = begin / g.plane.units;
-    first_column = begin - first_plane * g.plane.units;
+  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : grid(g), at(g, piece) {
+    first_plane = at.begin / g.plane.units;
+    first_column = at.begin - first_plane * g.plane.units;
   }
 
-  BATCHOPS_DEVICE int64_t count() const { return int64_t{units} * W; }
+  BATCHOPS_DEVICE int64_t count() const { return elements(at.length); }
   BATCHOPS_DEVICE int64_t first_count() const {
     constexpr unsigned kFirst = kInFlight * kThreads;
-    return int64_t{units < kFirst ? units : kFirst} * W;
+    return elements(at.length < kFirst ? at.length : kFirst);
   }
   BATCHOPS_DEVICE int batches() const {
-    return static_cast<int>(ceil_divide<unsigned>(units, kInFlight * kThreads));
+    return static_cast<int>(ceil_divide<unsigned>(at.length, kInFlight * kThreads));
   }
   BATCHOPS_DEVICE Place place(int batch, int u) const {
     const unsigned t = (batch * kInFlight + u) * kThreads + threadIdx.x;
     unsigned plane;
     int64_t column;
     grid.plane.step(first_column, t, plane, column);
-    const int64_t row = (first_plane + plane) * grid.C + channel;
-    return {row * grid.HxW + column * W, row, column * W, t < units};
+    const int64_t row = (first_plane + plane) * grid.C + at.across;
+    column *= W;
+    return {row * grid.HxW + column, row, column,
+            t < at.length && (!grid.padded || column < grid.HxW)};
   }
-  BATCHOPS_DEVICE int64_t channel_of(int) const { return channel; }
-  BATCHOPS_DEVICE bool has_channel() const { return true; }
-  // Whether this thread writes the results: sums() leaves them in all.
+  BATCHOPS_DEVICE int64_t first_channel() const { return at.across; }
+  BATCHOPS_DEVICE int channels() const { return 1; }  // of the block
+  // Of the block's channels, the thread's j-th.
+  BATCHOPS_DEVICE int local(int) const { return 0; }
+  BATCHOPS_DEVICE bool has_channel(int) const { return true; }
+  // Whether this thread writes the results: sum() leaves them in all.
   BATCHOPS_DEVICE bool writes() const { return threadIdx.x == 0; }
 
   struct Scratch {};
@@ -264,46 +296,58 @@ struct Chunk<Layout::channels_first, W> {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) values[i][0] = flat[i];
   }
+
+ private:
+  // Of the first units: where rows are padded, not all of these are elements.
+  BATCHOPS_DEVICE int64_t elements(unsigned units) const {
+    if (!grid.padded) return int64_t{units} * W;
+    return elements_before(at.begin + units) - elements_before(at.begin);
+  }
+  BATCHOPS_DEVICE int64_t elements_before(int64_t unit) const {
+    const int64_t rows = unit / grid.plane.units;
+    const int64_t rest = (unit - rows * grid.plane.units) * W;
+    return rows * grid.HxW + (rest < grid.HxW ? rest : grid.HxW);
+  }
 };
 
 template <int W>
 struct Chunk<Layout::channels_last, W> {
   static constexpr int kChannels = W;
+  static constexpr int kMostChannels = kTileChannels;
   const ChunkGrid& grid;
-  int64_t index;
-  int64_t begin;
-  unsigned rows;  // of the chunk
-  int row_of_block, column;
+  ChunkPlace at;
+  int row_of_block, unit, column;
   bool active;
 
-  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : grid(g) {
+  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : grid(g), at(g, piece) {
     const RowTiles& tiles = g.tiles;
-    index = piece / tiles.tiles;
-    const int tile = static_cast<int>(piece - index * tiles.tiles);
-    begin = index * g.chunk;
-    const int64_t left = g.length - begin;
-    rows = static_cast<unsigned>(left < g.chunk ? left : g.chunk);
     row_of_block = static_cast<int>(threadIdx.x) / tiles.tile;
-    const int unit = tile * tiles.tile + static_cast<int>(threadIdx.x) % tiles.tile;
-    column = unit * W;
-    active = row_of_block < tiles.rows_at_once && unit < tiles.units;
+    unit = static_cast<int>(threadIdx.x) % tiles.tile;
+    column = (static_cast<int>(at.across) * tiles.tile + unit) * W;
+    active = row_of_block < tiles.rows_at_once && column < grid.C;
   }
 
-  BATCHOPS_DEVICE int64_t count() const { return rows; }
+  BATCHOPS_DEVICE int64_t count() const { return at.length; }
   BATCHOPS_DEVICE int64_t first_count() const {
     const unsigned first = kInFlight * grid.tiles.rows_at_once;
-    return rows < first ? rows : first;
+    return at.length < first ? at.length : first;
   }
   BATCHOPS_DEVICE int batches() const {
-    return static_cast<int>(ceil_divide<unsigned>(rows, kInFlight * grid.tiles.rows_at_once));
+    return static_cast<int>(ceil_divide<unsigned>(at.length, kInFlight * grid.tiles.rows_at_once));
   }
   BATCHOPS_DEVICE Place place(int batch, int u) const {
     const unsigned r = (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
-    const int64_t row = begin + r;
-    return {row * grid.C + column, row, column, active && r < rows};
+    const int64_t row = at.begin + r;
+    return {row * grid.C + column, row, column, active && r < at.length};
   }
-  BATCHOPS_DEVICE int64_t channel_of(int j) const { return column + j; }
-  BATCHOPS_DEVICE bool has_channel() const { return active; }
+  BATCHOPS_DEVICE int64_t first_channel() const { return at.across * grid.tiles.tile * W; }
+  BATCHOPS_DEVICE int channels() const {
+    const int64_t left = grid.C - first_channel();
+    const int most = grid.tiles.tile * W;
+    return left < most ? static_cast<int>(left) : most;
+  }
+  BATCHOPS_DEVICE int local(int j) const { return unit * W + j; }
+  BATCHOPS_DEVICE bool has_channel(int) const { return active; }
   BATCHOPS_DEVICE bool writes() const { return active && row_of_block == 0; }
 
   struct Scratch {
@@ -347,21 +391,37 @@ struct Piece<Layout::channels_first, W> {
   const ApplyGrid& grid;
   int64_t begin, first_row, first_column;
   unsigned first_channel;
+  int64_t first_ghost, first_sample;  // the latter in the ghost batch
 
-  BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece) : grid(g) {
+  BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece)
+      : grid(g), first_ghost(0), first_sample(0) {
     begin = piece * (kInFlight * kThreads);
     first_row = begin / g.split.units;
     first_column = begin - first_row * g.split.units;
-    first_channel = static_cast<unsigned>(first_row % g.by_C.divisor);
+    const int64_t sample = first_row / g.C;
+    first_channel = static_cast<unsigned>(first_row - sample * g.C);
+    if (g.ghosts > 1) {
+      first_ghost = sample / g.samples.units;
+      first_sample = sample - first_ghost * g.samples.units;
+    }
   }
   BATCHOPS_DEVICE int batches() const { return 1; }
-  BATCHOPS_DEVICE Place place(int, int u, int64_t& channel) const {
+  // `of_stats`: the unit's column of the statistics.
+  BATCHOPS_DEVICE Place place(int, int u, int64_t& of_stats) const {
     const unsigned t = u * kThreads + threadIdx.x;
     unsigned row;
     int64_t column;
     grid.split.step(first_column, t, row, column);
     const unsigned c = first_channel + row;
-    channel = c - grid.by_C.quotient(c) * grid.by_C.divisor;
+    const unsigned samples = grid.by_C.quotient(c);
+    of_stats = c - samples * grid.by_C.divisor;
+    if (grid.ghosts > 1) {
+      unsigned ghosts;
+      int64_t sample;
+      grid.samples.step(first_sample, samples, ghosts, sample);
+      const int64_t ghost = first_ghost + ghosts;
+      of_stats += (ghost < grid.ghosts ? ghost : grid.ghosts - 1) * grid.C;
+    }
     column *= W;
     return {(first_row + row) * grid.row + column, first_row + row, column,
             begin + t < grid.length && column < grid.row};
@@ -371,45 +431,35 @@ struct Piece<Layout::channels_first, W> {
 template <int W>
 struct Piece<Layout::channels_last, W> {
   const ApplyGrid& grid;
-  int64_t begin;
+  int64_t begin, end;
+  int64_t first_of_stats;  // of the thread's channels, a column of the statistics
   int row_of_block, column;
   bool active;
 
   BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece) : grid(g) {
     const RowTiles& tiles = g.tiles;
+    int64_t ghost = 0;
+    if (g.ghosts > 1) {
+      ghost = piece / g.ghost_pieces;
+      if (ghost >= g.ghosts) ghost = g.ghosts - 1;
+      piece -= ghost * g.ghost_pieces;
+    }
     const int64_t index = piece / tiles.tiles;
     const int tile = static_cast<int>(piece - index * tiles.tiles);
-    begin = index * g.batches * kInFlight * tiles.rows_at_once;
+    const int64_t first = ghost * g.length;
+    begin = first + index * g.batches * kInFlight * tiles.rows_at_once;
+    end = first + (ghost + 1 == g.ghosts ? g.last_length : g.length);
     row_of_block = static_cast<int>(threadIdx.x) / tiles.tile;
     column = (tile * tiles.tile + static_cast<int>(threadIdx.x) % tiles.tile) * W;
+    first_of_stats = ghost * g.C + column;
     active = row_of_block < tiles.rows_at_once && column < g.row;
   }
   BATCHOPS_DEVICE int batches() const { return grid.batches; }
-  BATCHOPS_DEVICE Place place(int batch, int u, int64_t& channel) const {
+  BATCHOPS_DEVICE Place place(int batch, int u, int64_t&) const {
     const int64_t row = begin + (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
-    channel = column;
-    return {row * grid.row + column, row, column, active && row < grid.length};
+    return {row * grid.row + column, row, column, active && row < end};
   }
 };
-
-// ---- the arithmetic of a channel
-
-// z = (x - mean) · scale + shift. Forward and backward must find the same z to the last bit, so
-// the roundings are spelled out: no compiler may contract them one way here and another there.
-struct Affine {
-  float mean, scale, shift;
-
-  BATCHOPS_DEVICE float operator()(float x) const {
-    return __fmaf_rn(__fsub_rn(x, mean), scale, shift);
-  }
-};
-
-// The low part of the mean goes into the shift.
-BATCHOPS_DEVICE Affine make_affine(float mean, float mean_low, float rstd, float weight,
-                                   float bias) {
-  const float scale = __fmul_rn(rstd, weight);
-  return {mean, scale, __fmaf_rn(-mean_low, scale, bias)};
-}
 
 struct Parameters {
   const void* weight;
@@ -422,28 +472,19 @@ struct Parameters {
   }
 };
 
-// ---- the mask: bit i % 8 of byte i / 8 of a padded row belongs to element i
-
-inline int64_t mask_row_bytes(int64_t row) { return ceil_divide<int64_t>(row, 8); }
+// ---- the mask
 
 // Bit j of the result belongs to element j of the unit.
 BATCHOPS_DEVICE unsigned load_mask(const uint8_t* mask, int64_t row_bytes, const Place& place) {
   return mask[place.row * row_bytes + place.column / 8] >> (place.column % 8);
 }
 
-// All lanes of the warp must call it, those without an element too (with bits = 0): the lanes of
-// one byte are neighbours, and the first of them writes it.
+// All lanes of the warp must call it, those without an element too.
 template <int W>
 BATCHOPS_DEVICE void store_mask(uint8_t* mask, int64_t row_bytes, const Place& place,
                                 unsigned bits) {
-  if constexpr (W == 4) {
-    bits |= __shfl_down_sync(kAllLanes, bits, 1) << 4;
-  } else if constexpr (W == 1) {
-    bits = __ballot_sync(kAllLanes, static_cast<int>(bits)) >> (threadIdx.x % kWarp);
-  }
-  if (place.valid && place.column % 8 == 0) {
-    mask[place.row * row_bytes + place.column / 8] = static_cast<uint8_t>(bits);
-  }
+  store_mask_byte<W>(mask + place.row * row_bytes + place.column / 8,
+                     place.valid && place.column % 8 == 0, bits);
 }
 
 }  // namespace batchops::cuda

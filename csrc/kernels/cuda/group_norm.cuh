@@ -21,18 +21,13 @@
 #include <numeric>
 #include <type_traits>
 
-#include "kernels/cuda/activation.cuh"
-#include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/norm.cuh"
 #include "kernels/group_norm.h"
-#if BATCHOPS_HAS_CLUSTERS
-#include <cooperative_groups.h>
-#endif
 
 namespace batchops::cuda::group {
 
 constexpr int kBlock = 256;
 constexpr int kWidestUnit = 8;
-constexpr int kMostCluster = 8;              // what every device with clusters can place
 constexpr int64_t kSmallPart = 24 * 1024;    // bytes: small groups are put together up to this
 constexpr int64_t kEnoughPart = 4 * 1024;    // … and at least to this
 constexpr int64_t kClusterPart = 64 * 1024;  // a block's share: three fit a multiprocessor
@@ -73,30 +68,6 @@ struct ColumnTiles {
     rows_at_once = kBlock / tile;
   }
 };
-
-struct Device {
-  int multiprocessors = 1;
-  int shared = 48 * 1024;  // bytes that a block may ask for
-  bool clusters = false;
-};
-
-inline const char* query(const char* operation, int device, Device& found) {
-  int major = 0;
-  const char* error =
-      check(operation, "cudaDeviceGetAttribute",
-            cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  if (error == nullptr) {
-    error = check(
-        operation, "cudaDeviceGetAttribute",
-        cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  }
-  if (error == nullptr) {
-    error = check(operation, "cudaDeviceGetAttribute",
-                  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  }
-  found.clusters = major >= 9;
-  return error;
-}
 
 // The tensor as the kernels walk it.
 struct Cut {
@@ -148,14 +119,6 @@ struct SharedPlan {
   int moments;   // Moments [local_groups]
   int terms;     // Terms [local_groups]
   int64_t total;
-};
-
-// Statistics of a part of a group, around a shift that lies among its values.
-struct alignas(16) Moments {
-  float shift;
-  float sum;     // Σ (x - shift)
-  float square;  // Σ (x - shift)² - sum² / count
-  float count;
 };
 
 // What an element needs of its group; along and constant are the backward's.
@@ -386,15 +349,6 @@ struct Arena {
   BATCHOPS_DEVICE Terms* terms() const { return reinterpret_cast<Terms*>(bytes + plan.terms); }
 };
 
-// The same number, of which the compiler knows nothing: what follows from it is worked out again
-// rather than kept in registers through other work.
-BATCHOPS_DEVICE int64_t forgotten(int64_t number) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(number));
-#endif
-  return number;
-}
-
 struct Range {
   int begin, end;
 };
@@ -446,53 +400,7 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
   __syncthreads();
 }
 
-// ---- clusters
-
-BATCHOPS_DEVICE void cluster_sync() {
-#if BATCHOPS_HAS_CLUSTERS
-  cooperative_groups::this_cluster().sync();
-#endif
-}
-
-// The same place in the shared memory of another block of the cluster.
-template <class T>
-BATCHOPS_DEVICE T* of_rank(T* place, [[maybe_unused]] int rank) {
-#if BATCHOPS_HAS_CLUSTERS
-  return cooperative_groups::this_cluster().map_shared_rank(place, rank);
-#else
-  return place;
-#endif
-}
-
 // ---- statistics
-
-struct MeanAndVariance {
-  double mean, square;  // Σ (x - mean)²
-};
-
-// Parts merged in double around the first one's mean g, as seen by one of `lanes` lanes:
-//   mean = g + Σ n_k d_k / M,  Σ (x - mean)² = Σ (square_k + n_k d_k²) - (Σ n_k d_k)² / M
-// where d_k = mean_k - g. reduce() adds over the lanes.
-template <class Get, class Reduce>
-BATCHOPS_DEVICE MeanAndVariance merge(int64_t M, int64_t count, int lane, int lanes, Get get,
-                                      Reduce reduce) {
-  const Moments first = get(int64_t{0});
-  const double g = static_cast<double>(first.shift) +
-                   static_cast<double>(first.sum) / static_cast<double>(first.count);
-  double sum = 0.0;
-  double square = 0.0;
-  for (int64_t k = lane; k < count; k += lanes) {
-    const Moments m = get(k);
-    const double n = m.count;
-    const double nd = n * (m.shift - g) + m.sum;
-    sum += nd;
-    square += m.square + nd * nd / n;
-  }
-  sum = reduce(sum);
-  square = reduce(square);
-  const double rest = square - sum * sum / static_cast<double>(M);
-  return {g + sum / static_cast<double>(M), rest < 0.0 ? 0.0 : rest};  // a NaN stays
-}
 
 BATCHOPS_DEVICE Terms forward_terms(const MeanAndVariance& found, int64_t M, double eps) {
   Terms terms{};
@@ -563,29 +471,6 @@ struct Affines {
 
 // ---- elements
 
-// a[j] = f(a[j], b[j]), unrolled. AnyActivation is so large that one copy of it has to do: there
-// the elements go through the first place in turn.
-template <class Act, int W, class F>
-BATCHOPS_DEVICE void activate(float (&a)[W], float (&b)[W], F f) {
-  if constexpr (!std::is_same_v<Act, AnyActivation>) {
-#pragma unroll
-    for (int j = 0; j < W; ++j) a[j] = f(a[j], b[j]);
-  } else {
-#pragma unroll 1
-    for (int turn = 0; turn < W; ++turn) {
-      const float first = f(a[0], b[0]);
-      const float second = b[0];
-#pragma unroll
-      for (int j = 0; j + 1 < W; ++j) {
-        a[j] = a[j + 1];
-        b[j] = b[j + 1];
-      }
-      a[W - 1] = first;
-      b[W - 1] = second;
-    }
-  }
-}
-
 // Coefficients of the elements of a unit: all alike, or of each.
 template <class K>
 struct Same {
@@ -613,19 +498,6 @@ BATCHOPS_DEVICE void store_range(T* to, const float (&from)[W], const Range& val
   for (int j = 0; j < W; ++j) {
     if (j >= valid.begin && j < valid.end) to[j] = from_float<T>(from[j]);
   }
-}
-
-// Writes a byte of the mask from its neighbours' bits. All lanes of the warp must call it, those
-// without an element too (with bits = 0); the lanes of one byte are neighbours and `writes` is set
-// in the first of them.
-template <int W>
-BATCHOPS_DEVICE void store_mask_byte(uint8_t* to, bool writes, unsigned bits) {
-  if constexpr (W == 4) {
-    bits |= __shfl_down_sync(kAllLanes, bits, 1) << 4;
-  } else if constexpr (W == 1) {
-    bits = __ballot_sync(kAllLanes, static_cast<int>(bits)) >> (threadIdx.x % kWarp);
-  }
-  if (writes) *to = static_cast<uint8_t>(bits);
 }
 
 }  // namespace batchops::cuda::group

@@ -40,7 +40,7 @@ struct BackwardJob {
     float along, constant;
     float weight;
   };
-  static constexpr int kAhead = kResident || std::is_same_v<Act, AnyActivation> ? 1 : 2;
+  static constexpr int kAhead = kResident || kAnyActivation<Act> ? 1 : 2;
   template <int W>
   struct Held {
     Unit<T, W> x, dy, residual;
@@ -126,7 +126,9 @@ struct BackwardJob {
         const float normalised = __fmaf_rn(centred[j], k(j).affine.scale, k(j).affine.shift);
         z[j] = adds ? __fadd_rn(normalised, z[j]) : normalised;
       }
-      activate<Act>(dz, z, [this](float dy, float of) { return act.backward(dy, of); });
+      for_each_element<1>(act, dz, z, [](auto functor, float gradient, float of) {
+        return functor.backward(gradient, of);
+      });
     }
   }
 
@@ -591,9 +593,9 @@ namespace batchops {
 
 size_t group_norm_backward_workspace_cuda(const GroupNormShape& shape, int device) {
   if (shape.numel() == 0 || shape.dtype == DType::f64) return 0;
-  cuda::group::Device found;
-  if (cuda::group::query(cuda::kOperation, device, found) != nullptr) return 0;
-  int64_t entries = 0;
+  cuda::Device found;
+  if (cuda::query(cuda::kOperation, device, found) != nullptr) return 0;
+  int64_t entries = 2;  // a workspace is never null
   for (const bool residual : {false, true}) {
     for (const bool mask : {false, true}) {
       const cuda::Workspace space(

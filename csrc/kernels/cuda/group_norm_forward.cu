@@ -1,6 +1,6 @@
 // Group norm forward: statistics of each group, then y = activation((x - mean) · rstd · weight +
 // bias + residual). Reads x once and writes y once where groups fit a block or a cluster; beyond,
-// reads x twice (+ 1 read of the residual, + the mask).
+// reads x twice (+ 1 read of the residual, + the mask). Where the statistics are known: once.
 #include "kernels/cuda/group_norm_launch.cuh"
 #include "kernels/cuda/group_norm_walks.cuh"
 
@@ -26,7 +26,7 @@ struct ForwardArguments {
 template <class T, class Act, bool kResident>
 struct ForwardJob {
   using Coefficients = Affine;
-  static constexpr int kAhead = std::is_same_v<Act, AnyActivation> ? 1 : kResident ? 2 : kInFlight;
+  static constexpr int kAhead = kAnyActivation<Act> ? 1 : kResident ? 2 : kInFlight;
   template <int W>
   struct Held {
     Unit<T, W> x, residual;
@@ -93,7 +93,7 @@ struct ForwardJob {
         if (!(act.mask_source(z) <= 0.0f)) bits |= 1u << j;
       }
     }
-    activate<Act>(v, r, [this](float z, float) { return act.forward(z); });
+    for_each_element(act, v, r, [](auto functor, float z, float) { return functor.forward(z); });
     store_range<T, W>(static_cast<T*>(args.y) + at, v, valid);
     return bits;
   }
@@ -222,18 +222,20 @@ const char* forward(const GroupNormForward& args, void* workspace, int device, v
     to.moments = static_cast<Moments*>(workspace);
     to.affines = affines_of(args.weight, args.bias, shape.param_dtype);
     to.eps = args.eps;
-    if (const char* error =
-            launch_parts(kOperation, "group_norm_forward", group_norm_forward<T, kLayout, W, Act>,
-                         to, act, device, stream)) {
-      return error;
-    }
-    if (to.cut.resident) return nullptr;
-    int64_t blocks = 0;
-    const int64_t warps = ceil_divide<int64_t>(to.cut.groups, kBlock / kWarp);
-    if (const char* error = grid_size(kOperation, device, warps, blocks)) return error;
-    if (const char* error = launch("group_norm_forward_finish", group_norm_forward_finish, blocks,
-                                   kBlock, 0, stream, to)) {
-      return error;
+    if (!args.have_stats) {
+      if (const char* error =
+              launch_parts(kOperation, "group_norm_forward", group_norm_forward<T, kLayout, W, Act>,
+                           to, act, device, stream)) {
+        return error;
+      }
+      if (to.cut.resident) return nullptr;
+      int64_t blocks = 0;
+      const int64_t warps = ceil_divide<int64_t>(to.cut.groups, kBlock / kWarp);
+      if (const char* error = grid_size(kOperation, device, warps, blocks)) return error;
+      if (const char* error = launch("group_norm_forward_finish", group_norm_forward_finish, blocks,
+                                     kBlock, 0, stream, to)) {
+        return error;
+      }
     }
     to.shared = plan_shared(to.cut, {0, purpose.size, false, purpose.mask}, W);
     LaunchShape grid;
@@ -251,14 +253,14 @@ namespace batchops {
 
 size_t group_norm_forward_workspace_cuda(const GroupNormShape& shape, int device) {
   if (shape.numel() == 0 || shape.dtype == DType::f64) return 0;
-  cuda::group::Device found;
-  if (cuda::group::query(cuda::kOperation, device, found) != nullptr) return 0;
-  int64_t moments = 0;
+  cuda::Device found;
+  if (cuda::query(cuda::kOperation, device, found) != nullptr) return 0;
+  int64_t moments = 1;  // a workspace is never null
   for (const bool mask : {false, true}) {
     const auto cut = cuda::group::make_cut(shape, cuda::purpose_of(shape, mask), 1, found);
     moments = std::max(moments, cut.moments());
   }
-  return static_cast<size_t>(moments) * sizeof(cuda::group::Moments);
+  return static_cast<size_t>(moments) * sizeof(cuda::Moments);
 }
 
 const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspace, int device,

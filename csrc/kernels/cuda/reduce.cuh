@@ -15,6 +15,14 @@ BATCHOPS_DEVICE T warp_sum(T value) {
   return value;
 }
 
+// The sum of `value` over `lanes` neighbours, in each of them. All lanes of the warp must call it.
+BATCHOPS_DEVICE double sum_of_lanes(double value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
 // Each values[i] summed over a block of kThreads threads, in every thread. All threads must call
 // it; it may be called again at once (it ends with a barrier).
 template <int kThreads, int kValues, class T>

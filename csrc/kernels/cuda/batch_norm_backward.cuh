@@ -1,0 +1,280 @@
+// What the kernels of batch norm's backward share, and the way to those that read dy and x once.
+// With dz = dy · activation'(z):
+//
+//   dbias = Σ dz,  dweight = rstd · (Σ dz · (x - mean) - mean_low · Σ dz)
+//   dx = scale · dz + along · (x - mean) + constant
+//
+// where in training  along = -scale · rstd · dweight / M,  constant = -scale · dbias / M
+// - along · mean_low, of the ghost batch's sums and its M values; and in eval both are 0. z is
+// recomputed from x, and from the residual where there is one, unless there is a mask.
+#pragma once
+#include "kernels/cuda/batch_norm.cuh"
+
+namespace batchops::cuda {
+
+constexpr const char* kBackward = "batch_norm_backward_cuda";
+
+// What dx takes of a column.
+struct Direction {
+  float mean, scale, along, constant;
+  float shift;  // Affine::shift, to recompute z
+
+  BATCHOPS_DEVICE Affine affine() const { return {mean, scale, shift}; }
+};
+
+// A column's Σ dz and rstd · Σ dz · (x - mean).
+struct ColumnSums {
+  double bias, weight;
+};
+
+// What becomes of the sums of a column (a ghost batch and a channel c).
+struct Gradients {
+  int64_t C, ghosts;
+  int64_t M, last_M;   // values of a column, of one of the last ghost batch
+  const float* stats;  // [3, ghosts · C]
+  void* dweight;
+  void* dbias;
+  Parameters parameters;
+  bool training;
+
+  BATCHOPS_DEVICE int64_t columns() const { return ghosts * C; }
+  BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
+    const float* column = stats + ghost * C + c;
+    return parameters.affine(c, column[0], column[columns()], column[2 * columns()]);
+  }
+
+  BATCHOPS_DEVICE ColumnSums sums(int64_t ghost, int64_t c, double sum, double product) const {
+    const float* column = stats + ghost * C + c;
+    const double low = column[columns()];
+    const double rstd = column[2 * columns()];
+    return {sum, rstd * (product - low * sum)};
+  }
+  BATCHOPS_DEVICE Direction direction(int64_t ghost, int64_t c, const ColumnSums& sums) const {
+    const Affine a = affine(ghost, c);
+    const float* column = stats + ghost * C + c;
+    double along = 0.0;
+    double constant = 0.0;
+    if (training) {
+      const double low = column[columns()];
+      const double rstd = column[2 * columns()];
+      const double values = static_cast<double>(ghost + 1 == ghosts ? last_M : M);
+      along = -a.scale * rstd * sums.weight / values;
+      constant = -a.scale * sums.bias / values - along * low;
+    }
+    return {a.mean, a.scale, static_cast<float>(along), static_cast<float>(constant), a.shift};
+  }
+  // With the sums of all samples.
+  BATCHOPS_DEVICE void store(int64_t c, const ColumnSums& sums) const {
+    if (dbias != nullptr) store_as(dbias, parameters.dtype, c, sums.bias);
+    if (dweight != nullptr) store_as(dweight, parameters.dtype, c, sums.weight);
+  }
+};
+
+inline Gradients gradients_of(const BatchNormBackward& args, const Plan& plan) {
+  return {plan.C,
+          plan.ghosts,
+          plan.samples * plan.HxW,
+          plan.last_samples * plan.HxW,
+          static_cast<const float*>(args.stats),
+          args.dweight,
+          args.dbias,
+          {args.weight, args.bias, args.shape.param_dtype},
+          args.training};
+}
+
+// Whether z is made from x; the residual is read only then.
+inline bool recomputes(const BatchNormBackward& args) {
+  return args.mask == nullptr && traits_of(args.shape.activation).needs_z;
+}
+
+// The tensors; the residual is null unless z is made from it.
+struct Tensors {
+  const void* dy;
+  const void* x;
+  const void* residual;
+  const uint8_t* mask;
+  void* dx;
+  void* dresidual;
+  int64_t mask_row;  // bytes
+  bool along_x;      // dx depends on x
+
+  Tensors(const BatchNormBackward& args, const Plan& plan)
+      : dy(args.dy),
+        x(args.x),
+        residual(recomputes(args) ? args.residual : nullptr),
+        mask(args.mask),
+        dx(args.dx),
+        dresidual(args.dresidual),
+        mask_row(mask_row_bytes(plan.row())),
+        along_x(args.training && args.dx != nullptr) {}
+};
+
+// Only this instance looks for a residual: so the others stay as small as they are.
+template <class Act>
+constexpr bool kMayAdd = kAnyActivation<Act>;
+
+// What a thread loads of one place.
+template <class T, int W>
+struct Loaded {
+  Unit<T, W> dy, x, residual;
+  unsigned bits;
+};
+
+// Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x) + residual.
+template <class Act, int W, class AffineOf>
+BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (&x)[W],
+                                   const float (&residual)[W], AffineOf affine, bool masked,
+                                   bool adds, unsigned bits) {
+  if constexpr (Act::kNeedsZ) {
+    float z[W] = {};
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      if (masked) {
+        dy[j] = act.backward_bits(dy[j], bits >> j & 1u);
+      } else {
+        z[j] = affine(j)(x[j]);
+        if (kMayAdd<Act> && adds) z[j] = __fadd_rn(z[j], residual[j]);
+        if constexpr (!kAnyActivation<Act>) dy[j] = act.backward(dy[j], z[j]);
+      }
+    }
+    if constexpr (kAnyActivation<Act>) {
+      if (!masked) {
+        for_each_element(act, dy, z, [](auto functor, float gradient, float of) {
+          return functor.backward(gradient, of);
+        });
+      }
+    }
+  }
+}
+
+// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
+// affines() gives what gives the coefficients of its j-th channel; keep(i, loaded) gets what it
+// loads of its i-th unit.
+template <class T, Layout kLayout, int W, int kAhead, class Act, class Affines, class Keep>
+BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args, const Act& act,
+                             Affines affines, Keep keep,
+                             typename Chunk<kLayout, W>::Scratch& scratch,
+                             float (&sums)[2][Chunk<kLayout, W>::kChannels]) {
+  constexpr int kChannels = Chunk<kLayout, W>::kChannels;
+  const T* __restrict__ dy = static_cast<const T*>(args.dy);
+  const T* __restrict__ x = static_cast<const T*>(args.x);
+  const T* __restrict__ residual = static_cast<const T*>(args.residual);
+  const uint8_t* __restrict__ mask = args.mask;
+  const bool adds = kMayAdd<Act> && residual != nullptr;
+
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j) sums[0][j] = sums[1][j] = 0.0f;
+  for (int batch = 0; batch < chunk.batches(); ++batch) {
+    float batch_sums[2][kChannels] = {};
+#pragma unroll 1
+    for (int part = 0; part < kInFlight; part += kAhead) {
+      Loaded<T, W> loaded[kAhead];
+      bool valid[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const Place place = chunk.place(batch, part + u);
+        valid[u] = place.valid;
+        loaded[u].bits = 0;
+        if (!place.valid) continue;
+        loaded[u].dy = load_unit<T, W>(dy + place.offset);
+        loaded[u].x = load_unit<T, W>(x + place.offset);
+        if (adds) loaded[u].residual = load_unit<T, W>(residual + place.offset);
+        if (Act::kNeedsZ && mask != nullptr) {
+          loaded[u].bits = load_mask(mask, args.mask_row, place);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (!valid[u]) continue;
+        const auto affine = affines();
+        keep(batch * kInFlight + part + u, loaded[u]);
+        float dz[W];
+        float v[W];
+        float r[W] = {};
+        to_float<T, W>(loaded[u].dy, dz);
+        to_float<T, W>(loaded[u].x, v);
+        if (adds) to_float<T, W>(loaded[u].residual, r);
+        differentiate(
+            act, dz, v, r, [&](int j) { return affine(j % kChannels); }, mask != nullptr, adds,
+            loaded[u].bits);
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          batch_sums[0][j % kChannels] += dz[j];
+          batch_sums[1][j % kChannels] += dz[j] * (v[j] - affine(j % kChannels).mean);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      sums[0][j] += batch_sums[0][j];
+      sums[1][j] += batch_sums[1][j];
+    }
+  }
+  chunk.sum(sums, scratch);
+}
+
+// dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
+// direction_of(u, j) gives the coefficients of element j.
+template <class T, int W, int kAhead, class Act, class Load, class DirectionOf>
+BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
+                               Load load, DirectionOf direction_of) {
+  const uint8_t* __restrict__ mask = args.mask;
+  T* __restrict__ dx = static_cast<T*>(args.dx);
+  T* __restrict__ dresidual = static_cast<T*>(args.dresidual);
+  const bool adds = kMayAdd<Act> && args.residual != nullptr;
+  Loaded<T, W> loaded[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    loaded[u].bits = 0;
+    if (!places[u].valid) continue;
+    load(u, places[u], loaded[u]);
+    if (Act::kNeedsZ && mask != nullptr) {
+      loaded[u].bits = load_mask(mask, args.mask_row, places[u]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (!places[u].valid) continue;
+    float dz[W];
+    float v[W];
+    float r[W] = {};
+    to_float<T, W>(loaded[u].dy, dz);
+    to_float<T, W>(loaded[u].x, v);
+    if (adds) to_float<T, W>(loaded[u].residual, r);
+    differentiate(
+        act, dz, v, r, [&](int j) { return direction_of(u, j).affine(); }, mask != nullptr, adds,
+        loaded[u].bits);
+    if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
+    if (dx == nullptr) continue;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const Direction d = direction_of(u, j);
+      // In eval x may be inf or NaN without any effect on dx.
+      const float rest =
+          args.along_x ? __fmaf_rn(d.along, __fsub_rn(v[j], d.mean), d.constant) : 0.0f;
+      dz[j] = __fmaf_rn(d.scale, dz[j], rest);
+    }
+    store_unit<T, W>(dx + places[u].offset, dz);
+  }
+}
+
+// The slots of `plan`'s chunks added up: directions of columns, gradients of channels.
+struct GradientFinishArguments {
+  const float2* sums;  // [C, slots]
+  int64_t chunks, slots;
+  bool sums_known;  // else there are none, and only directions are wanted
+  int lanes;
+  float4* direction;  // [ghosts · C]: mean, scale, along, constant; may be null
+  float* shift;       // [ghosts · C]
+  Gradients gradients;
+};
+
+const char* backward_finish(const GradientFinishArguments& args, int device, void* stream);
+
+// Reads dy and x once, if the device has room; `done` says whether it did anything.
+const char* backward_resident(const BatchNormBackward& args, const Plan& plan, void* workspace,
+                              int device, void* stream, bool& done);
+size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,
+                                   const Device& device);
+
+}  // namespace batchops::cuda

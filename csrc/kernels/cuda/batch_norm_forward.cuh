@@ -1,0 +1,226 @@
+// What the kernels of batch norm's forward share, and the way to those that read x once.
+#pragma once
+#include "kernels/cuda/batch_norm.cuh"
+
+namespace batchops::cuda {
+
+constexpr const char* kForward = "batch_norm_forward_cuda";
+
+// What becomes of the statistics of a column (a ghost batch and a channel c).
+struct Statistics {
+  int64_t C, ghosts;
+  int64_t M, last_M;  // values of a column, of one of the last ghost batch
+  int64_t all;        // values of a channel
+  float* stats;       // [3, ghosts · C]
+  void* running_mean;
+  void* running_var;
+  DType running_dtype;
+  Parameters parameters;
+  double momentum;
+  double eps;
+
+  BATCHOPS_DEVICE int64_t count(int64_t ghost) const { return ghost + 1 == ghosts ? last_M : M; }
+  BATCHOPS_DEVICE bool runs() const { return running_mean != nullptr || running_var != nullptr; }
+
+  BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
+    const int64_t columns = ghosts * C;
+    const float* column = stats + ghost * C + c;
+    return parameters.affine(c, column[0], column[columns], column[2 * columns]);
+  }
+  // `writes`: into stats; everyone gets the coefficients.
+  BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance,
+                               bool writes = true) const {
+    const int64_t columns = ghosts * C;
+    float* column = stats + ghost * C + c;
+    const float high = static_cast<float>(mean);
+    const float low = static_cast<float>(mean - high);
+    const float rstd = static_cast<float>(1.0 / sqrt(variance + eps));
+    if (writes) {
+      column[0] = high;
+      column[columns] = low;
+      column[2 * columns] = rstd;
+    }
+    return parameters.affine(c, high, low, rstd);
+  }
+  // With the statistics of all samples.
+  BATCHOPS_DEVICE void update(int64_t c, double mean, double square) const {
+    if (running_mean != nullptr) {
+      const double before = load_as_double(running_mean, running_dtype, c);
+      store_as(running_mean, running_dtype, c, before + momentum * (mean - before));
+    }
+    if (running_var != nullptr) {
+      const double unbiased = square / static_cast<double>(all > 1 ? all - 1 : 1);
+      const double before = load_as_double(running_var, running_dtype, c);
+      store_as(running_var, running_dtype, c, before + momentum * (unbiased - before));
+    }
+  }
+};
+
+inline Statistics statistics_of(const BatchNormForward& args, const Plan& plan) {
+  return {plan.C,
+          plan.ghosts,
+          plan.samples * plan.HxW,
+          plan.last_samples * plan.HxW,
+          plan.per_channel(),
+          static_cast<float*>(args.stats),
+          args.running_mean,
+          args.running_var,
+          args.shape.running_dtype,
+          {args.weight, args.bias, args.shape.param_dtype},
+          args.momentum,
+          args.eps};
+}
+
+// Whether rows are walked as the mask's are. Not only where one is wanted: so the statistics have
+// the same bits either way.
+inline bool walks_mask(const BatchNormForward& args) {
+  return args.mask != nullptr ||
+         (args.residual != nullptr && traits_of(args.shape.activation).maskable);
+}
+
+// Moments of a chunk for the thread's channels, in all threads. keep(i, unit) gets each unit that
+// it loads, by its number.
+template <class T, Layout kLayout, int W, class Keep>
+BATCHOPS_DEVICE void moments_of(const Chunk<kLayout, W>& chunk, const T* __restrict__ x, Keep keep,
+                                typename Chunk<kLayout, W>::Scratch& scratch,
+                                Moments (&found)[Chunk<kLayout, W>::kChannels]) {
+  constexpr int kChannels = Chunk<kLayout, W>::kChannels;
+  Unit<T, W> units[kInFlight];
+  bool valid[kInFlight];
+  const auto load = [&](int batch) {
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const Place place = chunk.place(batch, u);
+      valid[u] = place.valid;
+      units[u] = place.valid ? load_unit<T, W>(x + place.offset) : zero_unit<T, W>();
+    }
+  };
+
+  load(0);
+  // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
+  // the offset, and an outlier among them moves it by a small part of itself only.
+  float shift[1][kChannels] = {};
+#pragma unroll
+  for (int u = 0; u < kInFlight; ++u) {
+    float v[W];
+    to_float<T, W>(units[u], v);
+#pragma unroll
+    for (int j = 0; j < W; ++j) shift[0][j % kChannels] += v[j];
+  }
+  chunk.sum(shift, scratch);
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j) shift[0][j] /= static_cast<float>(chunk.first_count());
+
+  float sums[2][kChannels] = {};
+  for (int batch = 0;;) {
+    float batch_sums[2][kChannels] = {};
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (!valid[u]) continue;
+      keep(batch * kInFlight + u, units[u]);
+      float v[W];
+      to_float<T, W>(units[u], v);
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        const float d = v[j] - shift[0][j % kChannels];
+        batch_sums[0][j % kChannels] += d;
+        batch_sums[1][j % kChannels] += d * d;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      sums[0][j] += batch_sums[0][j];
+      sums[1][j] += batch_sums[1][j];
+    }
+    if (++batch >= chunk.batches()) break;
+    load(batch);
+  }
+  chunk.sum(sums, scratch);
+
+  const float n = static_cast<float>(chunk.count());
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j) {
+    const float rest = sums[1][j] - sums[0][j] * sums[0][j] / n;
+    found[j] = {shift[0][j], sums[0][j], rest < 0.0f ? 0.0f : rest, n};  // a NaN stays
+  }
+}
+
+// What the elementwise half needs besides x.
+struct Elementwise {
+  const void* residual;
+  void* y;
+  uint8_t* mask;
+  int64_t mask_row;  // bytes
+
+  Elementwise(const BatchNormForward& args, const Plan& plan)
+      : residual(args.residual), y(args.y), mask(args.mask), mask_row(mask_row_bytes(plan.row())) {}
+};
+
+// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a unit of x,
+// affine_of(u, j) the coefficients of its element j.
+template <class T, int W, int kAhead, class Act, class Load, class AffineOf>
+BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
+                               const Place (&places)[kAhead], Load load, AffineOf affine_of) {
+  const T* __restrict__ residual = static_cast<const T*>(args.residual);
+  T* __restrict__ y = static_cast<T*>(args.y);
+  Unit<T, W> units[kAhead];
+  Unit<T, W> residuals[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (!places[u].valid) continue;
+    units[u] = load(u, places[u]);
+    if (residual != nullptr) residuals[u] = load_unit<T, W>(residual + places[u].offset);
+  }
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    unsigned bits = 0;
+    if (places[u].valid) {
+      float v[W];
+      float r[W] = {};
+      to_float<T, W>(units[u], v);
+      if (residual != nullptr) to_float<T, W>(residuals[u], r);
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        float z = affine_of(u, j)(v[j]);
+        if (residual != nullptr) z = __fadd_rn(z, r[j]);
+        v[j] = z;
+        if constexpr (Act::kMaskable) {
+          if (!(act.mask_source(z) <= 0.0f)) bits |= 1u << j;
+        }
+      }
+      for_each_element(act, v, r, [](auto functor, float z, float) { return functor.forward(z); });
+      store_unit<T, W>(y + places[u].offset, v);
+    }
+    if (Act::kMaskable && args.mask != nullptr) {
+      store_mask<W>(args.mask, args.mask_row, places[u], bits);
+    }
+  }
+}
+
+// The slots of `plan`'s chunks merged, the running statistics updated; or, where something is
+// known already, what follows from it.
+enum class Known : int {
+  chunks,   // moments of each chunk
+  columns,  // moments of each column, and `stats` is written: only the running statistics are left
+  stats,    // `stats`
+  running,  // eval
+};
+
+struct FinishArguments {
+  Known known;
+  const Moments* moments;  // [C, slots]
+  int64_t chunks, slots;
+  int lanes;
+  float4* affine;  // [ghosts · C]: mean, scale, shift; may be null
+  Statistics statistics;
+};
+
+const char* forward_finish(const FinishArguments& args, int device, void* stream);
+
+// Reads x once, if the device has room; `done` says whether it did anything.
+const char* forward_resident(const BatchNormForward& args, const Plan& plan, void* workspace,
+                             int device, void* stream, bool& done);
+size_t forward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool mask,
+                                  const Device& device);
+
+}  // namespace batchops::cuda

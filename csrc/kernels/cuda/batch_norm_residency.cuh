@@ -1,0 +1,358 @@
+// Batch norm that reads x once: the blocks that share a set (a ghost batch's channel, or its tile
+// of channels) keep a part of it each in shared memory, tell each other their sums, and go on with
+// what they have kept.
+//
+//   one block    the set fits it
+//   a cluster    2, 4 or 8 blocks, which read each other's shared memory
+//   a team       any number of blocks, all resident (a cooperative launch), that write their sums
+//                to the workspace and count arrivals there, for each set anew
+//
+// A thread keeps what it has loaded itself: unit i of a tensor lies with those of its neighbours,
+// and nobody else looks at it. Units beyond those that fit are read again, back to front, so that
+// what was read last is still in the L2 cache.
+//
+//   shared memory:  tensor 0 [kept][kThreads] units, tensor 1 …
+//
+// Parts depend on the shape and the device: the same bits on every device of one kind.
+#pragma once
+#include "kernels/cuda/batch_norm.cuh"
+
+namespace batchops::cuda {
+
+constexpr int kMostResidentTile = 128;  // channels of a set
+// Bytes of a part from which it is worth being shared out further.
+constexpr int64_t kSmallPart = 24 * 1024;
+constexpr int64_t kSector = 32;
+
+// Whether anything is kept at all: BATCHOPS_CUDA_RESIDENT=0 in the environment of the process says
+// no, for timing the one against the other.
+extern bool keep_on_chip;
+
+// What a kernel keeps of the tensors.
+struct Keeping {
+  int tensors;
+  int size;  // of an element
+  bool mask;
+};
+
+// How a tensor is held on the chip.
+struct Residency {
+  bool possible = false;
+  int parts = 1;         // of a set
+  bool cluster = false;  // they are one
+  int64_t sets = 0;
+  int tile = 1;       // channels of a set
+  int64_t chunk = 0;  // of a part: elements (channels_first), rows (channels_last)
+  int64_t bytes = 0;  // dynamic shared memory of a block
+
+  bool team() const { return parts > 1 && !cluster; }
+  int even(int size) const { return static_cast<int>(kSector) / size; }
+};
+
+namespace residency {
+
+// Static shared memory of the kernels: sums of 256 threads by channel, and a set's coefficients.
+inline int64_t static_bytes(const Plan& plan, const Keeping& keeping) {
+  if (!plan.channels_last()) return 1024;
+  const int64_t widest = 16 / keeping.size;
+  return 2 * widest * kThreads * 4 + kMostResidentTile * 48 + 1024;
+}
+
+// What is left for tensors with so many blocks on a multiprocessor.
+inline int64_t room(const Plan& plan, const Keeping& keeping, const Device& device, int blocks) {
+  constexpr int64_t kReserved = 1024;  // by the driver, of each block
+  const int64_t share = device.shared_of_all / blocks - kReserved;
+  return (share < device.shared ? share : device.shared) - static_bytes(plan, keeping);
+}
+
+// Elements of a channel, or rows, in a ghost batch.
+inline int64_t length(const Plan& plan, const Keeping& keeping) {
+  const bool padded = keeping.mask && !plan.channels_last();
+  return plan.most_samples() * (padded ? round_up<int64_t>(plan.HxW, 8) : plan.HxW);
+}
+
+inline ChunkGrid grid(const Plan& plan, const Keeping& keeping, const Residency& found, int width) {
+  return {plan,
+          width,
+          found.chunk,
+          found.parts,
+          plan.ghosts * found.parts,
+          found.tile,
+          found.even(keeping.size),
+          keeping.mask};
+}
+
+// Units that a thread has of a part.
+inline int64_t units(const Plan& plan, const Keeping& keeping, const Residency& found, int width) {
+  if (!plan.channels_last()) return ceil_divide<int64_t>(found.chunk, int64_t{kThreads} * width);
+  return ceil_divide<int64_t>(found.chunk, grid(plan, keeping, found, width).tiles.rows_at_once);
+}
+
+inline int64_t unit_bytes(const Keeping& keeping, int width) {
+  return int64_t{kThreads} * width * keeping.size * keeping.tensors;
+}
+
+// Cuts sets into so many parts.
+inline void cut(const Plan& plan, const Keeping& keeping, Residency& found, int64_t parts) {
+  found.parts = static_cast<int>(parts);
+  const int64_t part = ceil_divide(length(plan, keeping), parts);
+  found.chunk = plan.channels_last() ? part : round_up<int64_t>(part, 2048);
+  found.bytes = 0;
+  for (int width = 16 / keeping.size;; width = width > 4 ? 4 : 1) {
+    if (plan.row() % width != 0) continue;  // not walked so
+    const int64_t bytes = units(plan, keeping, found, width) * unit_bytes(keeping, width);
+    if (bytes > found.bytes) found.bytes = bytes;
+    if (width == 1) break;
+  }
+}
+
+// The fewest parts of which each fits `room`; 0 if that takes more than `most`.
+inline int64_t parts_for(const Plan& plan, const Keeping& keeping, Residency& found, int64_t room,
+                         int64_t most) {
+  if (room <= 0) return 0;
+  cut(plan, keeping, found, 1);
+  for (int64_t parts = ceil_divide(found.bytes, room); parts <= most; ++parts) {
+    cut(plan, keeping, found, parts);
+    if (found.bytes <= room) return parts;
+  }
+  return 0;
+}
+
+// With sets of this tile.
+inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device, Residency& found) {
+  const int64_t across =
+      plan.channels_last() ? ceil_divide<int64_t>(plan.C, int64_t{found.tile}) : plan.C;
+  found.sets = plan.ghosts * across;
+  const int64_t of_set =
+      length(plan, keeping) * found.tile * keeping.size * int64_t{keeping.tensors};
+  const int64_t wanted = ceil_divide<int64_t>(2 * device.multiprocessors, found.sets);
+  const int64_t useful = clamp<int64_t>(of_set / kSmallPart, 1, wanted);
+  const int64_t pair = room(plan, keeping, device, 2);
+  const int64_t most = device.clusters ? kMostCluster : 1;
+  int64_t parts = parts_for(plan, keeping, found, pair, most);
+  if (parts > 0) {
+    while (parts < useful && parts < most) ++parts;
+    int64_t whole = 1;
+    while (whole < parts) whole *= 2;
+    found.cluster = whole > 1;
+    cut(plan, keeping, found, whole);
+    if (found.cluster || useful == 1) return true;
+  }
+  found.cluster = false;
+  for (int blocks = 2; blocks > 0; --blocks) {
+    const int64_t resident = int64_t{blocks} * device.multiprocessors;
+    parts = parts_for(plan, keeping, found, room(plan, keeping, device, blocks), resident);
+    if (parts == 0) continue;
+    cut(plan, keeping, found, clamp(useful, parts, resident));
+    return true;
+  }
+  return false;
+}
+
+}  // namespace residency
+
+// The widest tiles that fit; where none does, the narrowest in part, if that is at least half.
+inline Residency make_residency(const Plan& plan, const Keeping& keeping, const Device& device) {
+  Residency found;
+  if (!keep_on_chip) return found;
+  const int64_t row = plan.channels_last() ? plan.C : 1;
+  const int64_t narrowest = plan.channels_last() ? kSector / keeping.size : 1;
+  int64_t tile =
+      plan.channels_last() ? clamp<int64_t>(256 / keeping.size, 8, kMostResidentTile) : 1;
+  while (tile > narrowest && tile / 2 >= row) tile /= 2;
+  for (;; tile /= 2) {
+    found.tile = static_cast<int>(tile);
+    found.possible = residency::fits(plan, keeping, device, found);
+    if (found.possible || tile <= narrowest) break;
+  }
+  if (found.possible) return found;
+  const int64_t pair = 2 * residency::room(plan, keeping, device, 2);
+  const int64_t alone = residency::room(plan, keeping, device, 1);
+  const int blocks = pair * 5 > alone * 4 ? 2 : 1;
+  const int64_t room = blocks == 2 ? pair / 2 : alone;
+  if (room <= 0) return found;
+  residency::cut(plan, keeping, found, int64_t{blocks} * device.multiprocessors);
+  found.possible = room * 2 >= found.bytes;
+  found.bytes = room;
+  return found;
+}
+
+// ---- as the kernels see it
+
+struct Team {
+  int64_t sets;
+  int parts;
+  int kept;      // units of a tensor that a thread keeps
+  int channels;  // of a set, at most
+  int lanes;     // neighbours that merge a channel's parts
+  bool cluster;
+  void* sums;          // [sets, parts, channels], where a team meets
+  unsigned* arrivals;  // [sets], 0 at first; null where none meets
+};
+
+// Where the parts of the workspace of a team lie.
+struct TeamPlaces {
+  size_t sums;  // bytes
+  size_t arrivals;
+
+  TeamPlaces(const Residency& found, size_t of_channel)
+      : sums(found.team() ? static_cast<size_t>(found.sets * found.parts * found.tile) * of_channel
+                          : 0),
+        arrivals(found.team() ? round_up<size_t>(static_cast<size_t>(found.sets) * 4, 16) : 0) {}
+  size_t bytes() const { return sums + arrivals; }
+};
+
+template <class T, int W>
+Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
+               const TeamPlaces& places, void* workspace) {
+  Team team{};
+  team.sets = found.sets;
+  team.parts = found.parts;
+  const int64_t fit = found.bytes / residency::unit_bytes(keeping, W);
+  const int64_t all = residency::units(plan, keeping, found, W);
+  team.kept = static_cast<int>(fit < all ? fit : all);
+  team.channels = found.tile;
+  team.lanes = 1;
+  while (team.lanes < kWarp && team.lanes < found.parts &&
+         team.lanes * 2 * found.tile <= kThreads) {
+    team.lanes *= 2;
+  }
+  team.cluster = found.cluster;
+  if (found.team()) {
+    team.sums = workspace;
+    team.arrivals =
+        reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + places.sums);
+  }
+  return team;
+}
+
+// Calls run(TypeIs<T>, integral_constant<Layout>, integral_constant<int, W>, activation); where
+// units are narrower than 16 bytes, or `any` is set, one instance serves all activations.
+template <class F>
+const char* dispatch_resident(const char* operation, const BatchNormShape& shape, const Plan& plan,
+                              std::initializer_list<const void*> pointers, F&& run,
+                              bool any = false) {
+  const float slope = static_cast<float>(shape.slope);
+  return dispatch_dtype(operation, shape.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return dispatch_layout(plan.layout, [&](auto layout) {
+      return dispatch_width<T>(plan.row(), pointers, [&](auto width) -> const char* {
+        constexpr int W = decltype(width)::value;
+        if constexpr (W < kWidest<T>) {
+          return run(type, layout, width, AnyActivation{shape.activation, slope});
+        } else {
+          if (any) return run(type, layout, width, AnyActivation{shape.activation, slope});
+          return with_activation<Identity, Relu>(
+              shape.activation, slope, [&](auto act) { return run(type, layout, width, act); });
+        }
+      });
+    });
+  });
+}
+
+// Launches `kernel`, which takes `args` with a Team in it, and `act`. Leaves `done` alone where the
+// device has no room for a team.
+template <class Arguments, class Act>
+const char* launch_team(const char* operation, const char* name,
+                        void (*kernel)(const Arguments, const Act), const Residency& found,
+                        const Arguments& args, const Act& act, int device, void* stream,
+                        bool& done) {
+  LaunchShape shape{dim3(1, 1, 1), dim3(kThreads, 1, 1), static_cast<size_t>(found.bytes)};
+  int64_t blocks = 0;
+  if (found.team()) {
+    shape.cooperative = true;
+    if (const char* error = resident_blocks(name, kernel, shape, device, &blocks)) return error;
+    const int64_t teams = blocks / found.parts;
+    if (teams == 0) return nullptr;
+    blocks = (teams < found.sets ? teams : found.sets) * found.parts;
+    if (const char* error =
+            check(operation, "cudaMemsetAsync",
+                  cudaMemsetAsync(args.team.arrivals, 0, static_cast<size_t>(found.sets) * 4,
+                                  static_cast<cudaStream_t>(stream)))) {
+      return error;
+    }
+  } else {
+    if (const char* error = grid_size(operation, device, found.sets * found.parts, blocks)) {
+      return error;
+    }
+    blocks = round_up<int64_t>(blocks, found.parts);
+    if (found.cluster) shape.cluster = static_cast<unsigned>(found.parts);
+  }
+  shape.blocks.x = static_cast<unsigned>(blocks);
+  done = true;
+  return launch(name, kernel, shape, stream, args, act);
+}
+
+// The units that a thread keeps between its two sweeps over a part.
+template <class T, int W>
+struct Kept {
+  unsigned char* bytes;
+  int units;  // of each tensor
+
+  BATCHOPS_DEVICE bool has(int i) const { return i < units; }
+  BATCHOPS_DEVICE Unit<T, W>& at(int tensor, int i) const {
+    return reinterpret_cast<Unit<T, W>*>(
+        bytes)[(tensor * units + i) * kThreads + static_cast<int>(threadIdx.x)];
+  }
+};
+
+// A block's part in one set, and how it learns of the others' sums.
+template <class Sums>
+struct Meeting {
+  const Team& team;
+  int64_t set;
+  int rank;
+  Sums* own;  // [channels], in shared memory
+
+  // Where the block writes its sums.
+  BATCHOPS_DEVICE Sums* place() const { return team.arrivals == nullptr ? own : slot(rank); }
+  BATCHOPS_DEVICE Sums of(int other, int channel) const {
+    if (team.arrivals != nullptr) return slot(other)[channel];
+    return team.cluster ? *of_rank(own + channel, other) : own[channel];
+  }
+
+  // All threads. Afterwards the sums of all parts can be read.
+  BATCHOPS_DEVICE void meet() const {
+    if (team.cluster) {
+      cluster_sync();
+      return;
+    }
+    __syncthreads();
+    if (team.arrivals == nullptr) return;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      unsigned* arrivals = team.arrivals + set;
+      atomicAdd(arrivals, 1u);
+      while (*static_cast<volatile unsigned*>(arrivals) < static_cast<unsigned>(team.parts)) {
+        __nanosleep(20);
+      }
+      __threadfence();
+    }
+    __syncthreads();
+  }
+  // All threads, after the last of().
+  BATCHOPS_DEVICE void part() const {
+    if (team.cluster) {
+      cluster_sync();  // no block leaves, or writes new sums, while others may read its own
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // f(channel, lane, lanes) for each channel of the set, by `lanes` neighbours; in all lanes of a
+  // warp together, with channel ≥ channels where there is nothing to do.
+  template <class F>
+  BATCHOPS_DEVICE void for_channels(int channels, F f) const {
+    const int at_once = kThreads / team.lanes;
+    const int first = static_cast<int>(threadIdx.x) / team.lanes;
+    const int lane = static_cast<int>(threadIdx.x) % team.lanes;
+    for (int c = 0; c < channels; c += at_once) f(c + first, lane, team.lanes);
+  }
+
+ private:
+  BATCHOPS_DEVICE Sums* slot(int part) const {
+    return static_cast<Sums*>(team.sums) + (set * team.parts + part) * team.channels;
+  }
+};
+
+}  // namespace batchops::cuda
