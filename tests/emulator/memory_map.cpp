@@ -6,6 +6,7 @@ namespace cuda_emulator {
 
 Region& MemoryMap::add(const std::string& name, const void* data, size_t bytes, size_t guard,
                        uint64_t block) {
+  nobodys_.fill(0);
   auto region = std::make_unique<Region>();
   region->index = count_++;
   region->name = name;
@@ -41,13 +42,22 @@ void MemoryMap::remove_if(F&& gone) {
 }
 
 Region* MemoryMap::search(uintptr_t address) {
+  const uintptr_t page = address / kPage * kPage;
+  bool page_is_free = true;
   auto after = std::upper_bound(sorted_.begin(), sorted_.end(), address,
                                 [](uintptr_t a, Region* r) { return a < r->begin; });
   if (after != sorted_.begin()) {
     Region* before = *(after - 1);
-    if (address - before->begin < before->bytes + before->guard) return last_ = before;
+    const uintptr_t end = before->begin + before->bytes + before->guard;
+    if (address < end) return last_ = before;
+    page_is_free = end <= page;
   }
-  if (after != sorted_.end() && (*after)->begin - address <= (*after)->guard) return *after;
+  if (after != sorted_.end()) {
+    const uintptr_t begin = (*after)->begin - (*after)->guard;
+    if (begin <= address) return *after;
+    page_is_free = page_is_free && begin >= page + kPage;
+  }
+  if (page_is_free) nobodys_[slot(address)] = address / kPage;
   return nullptr;
 }
 

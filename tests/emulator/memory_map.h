@@ -1,6 +1,7 @@
 // The memory that is watched: registered buffers (global memory) and the shared memory of the
 // blocks in flight. Everything else (stacks, the host's data) belongs to nobody and is not counted.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -34,11 +35,15 @@ class MemoryMap {
   Region* find(uintptr_t address) {
     const Region* last = last_;
     if (last != nullptr && address - last->begin < last->bytes) return last_;
+    if (nobodys_[slot(address)] == address / kPage) return nullptr;  // of a stack, most often
     return search(address);
   }
   const std::vector<std::unique_ptr<Region>>& global() const { return global_; }
 
  private:
+  static constexpr uintptr_t kPage = 4096;
+  static size_t slot(uintptr_t address) { return address / kPage % 1024; }
+
   Region* search(uintptr_t address);
   template <class F>
   void remove_if(F&& gone);  // of the shared ones
@@ -47,6 +52,7 @@ class MemoryMap {
   std::vector<std::unique_ptr<Region>> shared_;
   std::vector<Region*> sorted_;  // by begin
   Region* last_ = nullptr;
+  std::array<uintptr_t, 1024> nobodys_{};  // pages that no region reaches into
   unsigned count_ = 0;
 };
 

@@ -88,8 +88,8 @@ unsigned pick(unsigned lanes) {
 }
 
 bool same_place(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         std::strcmp(a.file_name(), b.file_name()) == 0;
+  if (a.line() != b.line() || a.column() != b.column()) return false;
+  return a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
 const char* name_of(Wait wait) {
