@@ -6,7 +6,8 @@ import pkgutil
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from . import (
-    _binding,  # first: loads the native libraries and registers the operators
+    _batching,
+    _binding,
     data,
     functional,
     nn,
@@ -17,6 +18,7 @@ from .convert import convert, revert
 from .patch import patch
 from .recompute import recompute
 
+_batching.register()
 __version__ = _binding.version()
 
 __all__ = [

@@ -179,13 +179,6 @@ def test_func_grad(activation, residual):
     torch.testing.assert_close(curvature(run), curvature(stock))
 
 
-def test_vmap():
-    x = torch.randn(3, 4, 5, 6)
-    ours = torch.func.vmap(lambda t: run(t, None, None, activation="relu"))(x)
-    expected = torch.stack([run(t, None, None, activation="relu") for t in x])
-    assert torch.equal(ours, expected)
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant):
     x, weight, bias = case()

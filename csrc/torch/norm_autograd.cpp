@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <mutex>
@@ -58,13 +59,48 @@ struct Norm {
   const char* name() const { return groups == 0 ? "batch_norm" : "group_norm"; }
 };
 
-// What both nodes keep of a call.
+// What both nodes keep of a call; `dy` is the double backward's.
 struct Saved {
-  ag::SavedVariable input, residual, weight, bias, stats, mask;
+  ag::SavedVariable input, residual, weight, bias, stats, mask, dy;
   Norm norm;
 
   void reset() {
-    for (auto* saved : {&input, &residual, &weight, &bias, &stats, &mask}) saved->reset_data();
+    for (auto* saved : tensors()) saved->reset_data();
+  }
+  std::array<ag::SavedVariable*, 7> tensors() {
+    return {&input, &residual, &weight, &bias, &stats, &mask, &dy};
+  }
+  std::array<const ag::SavedVariable*, 7> tensors() const {
+    return {&input, &residual, &weight, &bias, &stats, &mask, &dy};
+  }
+};
+
+// A node of a norm; with what compiled autograd asks of it.
+struct NormNode : ag::Node {
+  Saved saved;
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved.reset();
+  }
+
+  // What the graph of a backward is specialised on, and the tensors that become its inputs.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const auto* tensor : saved.tensors()) args.collect(*tensor, /*is_output=*/false);
+    const Norm& norm = saved.norm;
+    args.collect(norm.groups);
+    args.collect(norm.training);
+    args.collect(norm.eps);
+    args.collect(static_cast<int32_t>(norm.activation));
+    args.collect(norm.slope);
+    args.collect(norm.ghost);
+  }
+  ag::variable_list apply_with_saved(const ag::variable_list& grads,
+                                     torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (auto* tensor : saved.tensors()) swap.before(*tensor);
+    ag::variable_list result = apply(ag::variable_list(grads));
+    for (auto* tensor : saved.tensors()) swap.after(*tensor);
+    return result;
   }
 };
 
@@ -171,20 +207,27 @@ BackwardOutputs differentiable_backward(const Tensor& dy, const Tensor& input,
   return {at::cat(dx), at::cat(dresidual), dweight.to(type), dbias.to(type)};
 }
 
-struct NormDoubleBackward : ag::Node {
-  Saved saved;
-  ag::SavedVariable dy;
-
+struct NormDoubleBackward : NormNode {
   ag::variable_list apply(ag::variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool create_graph = at::GradMode::is_enabled();
+    const bool records = at::GradMode::is_enabled();
+    bool create_graph = ag::compute_requires_grad(grads);
     at::AutoGradMode grad_mode(true);
     // Aliases, so that a path from one input to another (dy computed from x) is not followed, yet
-    // a further derivative still is.
-    const auto alias = [](const Tensor& t) { return t.defined() ? t.view_as(t) : t; };
-    const ag::variable_list inputs = {alias(dy.unpack()), alias(saved.input.unpack()),
-                                      alias(saved.residual.unpack()), alias(saved.weight.unpack()),
-                                      alias(saved.bias.unpack())};
+    // a further derivative still is. Where torch.func calls this after the transform that wanted
+    // the derivative has ended, its inputs no longer require gradients by themselves.
+    ag::variable_list inputs = {saved.dy.unpack(), saved.input.unpack(), saved.residual.unpack(),
+                                saved.weight.unpack(), saved.bias.unpack()};
+    for (size_t i = 0; i < inputs.size(); i++) {
+      if (!inputs[i].defined()) continue;
+      Tensor alias = inputs[i].view_as(inputs[i]);
+      create_graph |= records && alias.requires_grad();
+      if (task_should_compute_output(i) && !alias.requires_grad()) {
+        alias = alias.detach().set_requires_grad(true);
+        alias = alias.view_as(alias);
+      }
+      inputs[i] = alias;
+    }
     const auto [dx, dresidual, dweight, dbias] =
         differentiable_backward(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4],
                                 saved.stats.unpack(), saved.mask.unpack(), saved.norm);
@@ -211,10 +254,11 @@ struct NormDoubleBackward : ag::Node {
     return result;
   }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    saved.reset();
-    dy.reset_data();
+  ag::variable_list apply_with_saved(const ag::variable_list&,
+                                     torch::dynamo::autograd::SwapSavedVariables&) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, saved.norm.name(),
+                                ": compiled autograd of a double backward is not implemented; run "
+                                "the outer backward outside of it");
   }
 
   std::string name() const override {
@@ -238,7 +282,7 @@ BackwardOutputs backward_autograd(const Tensor& dy, const Tensor& input,
   const Tensor r = residual.value_or(Tensor()), w = weight.value_or(Tensor()),
                b = bias.value_or(Tensor());
   node->set_next_edges(ag::collect_next_edges(dy, input, r, w, b));
-  node->dy = ag::SavedVariable(dy, false);
+  node->saved.dy = ag::SavedVariable(dy, false);
   node->saved.input = ag::SavedVariable(input, false);
   node->saved.residual = ag::SavedVariable(r, false);
   node->saved.weight = ag::SavedVariable(w, false);
@@ -287,9 +331,7 @@ BackwardOutputs group_norm_backward_autograd(const Tensor& dy, const Tensor& inp
 
 // --- backward ----------------------------------------------------------------------------------
 
-struct NormBackward : ag::Node {
-  Saved saved;
-
+struct NormBackward : NormNode {
   BackwardOutputs call(const Tensor& dy, std::array<bool, 4> wanted) {
     const Norm& norm = saved.norm;
     const Tensor input = saved.input.unpack(), stats = saved.stats.unpack();
@@ -322,11 +364,6 @@ struct NormBackward : ag::Node {
     }
     if (residual_is_dy && task_should_compute_output(1)) result[1] = dy;
     return result;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    saved.reset();
   }
 
   std::string name() const override {
