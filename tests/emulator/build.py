@@ -53,6 +53,7 @@ FLAGS = (
     "-DBATCHOPS_CUDA_EMULATOR",
 )
 FAST = ("-O1", "-g1")  # lines for errors that only a signal tells of
+FASTER = ("-O2",)  # for the emulator itself: compiled once, and most of the time goes by in it
 # Sources that tell of every load and store (instrument.cpp), beside those that listen.
 WATCHERS = (
     "instrument.cpp",
@@ -132,7 +133,7 @@ def build(
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED], version.stdout)
+    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER], version.stdout)
     watchers = WATCHERS if instrument else ()
     watched = [HERE / file for file in api] + [ROOT / file for file in kernels]
     sources = [*watched, *(HERE / file for file in (*CORE, *watchers))]
@@ -151,7 +152,8 @@ def build(
         object_file = folder / f"{source.stem}{suffix}-{contents[source][:16]}.o"
         if not object_file.exists():
             part = object_file.with_suffix(f".{os.getpid()}.part")
-            more = INSTRUMENTED if instrumented else ()
+            own = () if sanitize or source in watched else FASTER
+            more = INSTRUMENTED if instrumented else own
             _run([compiler, *flags, *more, "-x", "c++", "-c", str(source), "-o", str(part)])
             part.replace(object_file)
         return object_file
