@@ -348,6 +348,7 @@ def _statistics(sides: list[_Side], calls: int) -> dict[str, Any]:
 
 
 _RECORDS = pytest.StashKey[list[dict[str, Any]]]()
+_ERRORS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 @pytest.fixture
@@ -362,11 +363,31 @@ def pair(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, f
     return Pair(benchmark, device, threads, floor, seconds, records, op)
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    records = config.stash.get(_RECORDS, [])
-    if not records:
-        return
-    from report import text_table
+@pytest.fixture
+def accuracy(request: pytest.FixtureRequest, benchmark: Any, device: torch.device) -> Any:
+    """accuracy(case, errors): a row of the accuracy table, from {side: {output: error}}."""
 
-    terminalreporter.section("batchops against its peers (interleaved; ratio = peer / ours)")
-    terminalreporter.write(text_table(records) + "\n")
+    def store(case: Mapping[str, str], errors: Mapping[str, Mapping[str, float]]) -> None:
+        record = {
+            "op": "accuracy",
+            "case": dict(case),
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "allocator": allocator(),
+            "errors": {side: dict(found) for side, found in errors.items()},
+        }
+        benchmark.extra_info.update(record)
+        request.config.stash.setdefault(_ERRORS, []).append(record)
+
+    return store
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    from report import error_text_table, text_table
+
+    if records := config.stash.get(_RECORDS, []):
+        terminalreporter.section("batchops against its peers (interleaved; ratio = peer / ours)")
+        terminalreporter.write(text_table(records) + "\n")
+    if records := config.stash.get(_ERRORS, []):
+        terminalreporter.section("errors against float64")
+        terminalreporter.write(error_text_table(records) + "\n")

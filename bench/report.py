@@ -58,7 +58,7 @@ def load(paths: Iterable[Path]) -> tuple[dict[str, Any], list[Record]]:
                 "name": bench["fullname"],
                 "when": stored["datetime"],
             }
-            if "ratio" in record:
+            if "ratio" in record or "errors" in record:
                 record["case"] = {k: str(v) for k, v in record["case"].items()}
                 records[key(record)] = record
     return machine, list(records.values())
@@ -124,19 +124,42 @@ def table(records: Sequence[Record]) -> list[list[str]]:
     return [[line[i] for i in used] for line in [header, *rows]]
 
 
+def error_table(records: Sequence[Record]) -> list[list[str]]:
+    """Header and rows of errors: a column for each output and side."""
+    columns = {
+        (output, side): None
+        for record in records
+        for output in next(iter(record["errors"].values()))
+        for side in record["errors"]
+    }
+    rows = [
+        [case_label(record), *(f"{record['errors'][side][output]:.1e}" for output, side in columns)]
+        for record in records
+    ]
+    return [["case", *(f"{output}, {side}" for output, side in columns)], *rows]
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+
+
+def error_text_table(records: Sequence[Record]) -> str:
+    return "\n".join(["", *aligned(error_table(records))])
+
+
 def text_table(records: Sequence[Record]) -> str:
     """The tables as aligned plain text, for the terminal."""
     out: list[str] = []
     for op, group in by_op(records).items():
-        lines = table(group)
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        out += ["", op]
-        for line in lines:
-            cells = (
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            out.append("  " + "  ".join(cells))
+        out += ["", op, *aligned(table(group))]
         reasons = {f"{n}: {why}" for r in group for n, why in r["skipped"].items()}
         out += [f"  skipped {reason}" for reason in sorted(reasons)]
     return "\n".join(out)
@@ -179,7 +202,12 @@ def floors(records: Iterable[Record]) -> str:
     )
 
 
-def markdown(machine: dict[str, Any], records: Sequence[Record], plot: str | None) -> str:
+def markdown(
+    machine: dict[str, Any],
+    records: Sequence[Record],
+    plot: str | None,
+    errors: Sequence[Record] = (),
+) -> str:
     lines = [
         "# Benchmarks",
         "",
@@ -202,6 +230,11 @@ def markdown(machine: dict[str, Any], records: Sequence[Record], plot: str | Non
         reasons = {f"{n}: {why}" for r in group for n, why in r["skipped"].items()}
         lines += [f"Skipped {reason}." for reason in sorted(reasons)]
         lines += [""] if reasons else []
+    if errors:
+        about = (
+            "‖got − exact‖ / ‖exact‖ against float64 that starts from the same inputs; mean/σ of x."
+        )
+        lines += ["## accuracy", "", about, "", *markdown_table(error_table(errors)), ""]
     return "\n".join(lines)
 
 
@@ -313,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     machine, records = load(options.runs)
+    errors = [record for record in records if "errors" in record]
+    records = [record for record in records if "ratio" in record]
     if not records:
         raise SystemExit("report: the files hold no record of the pair fixture")
     if options.name is None:
@@ -320,8 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.out / options.name
     folder.mkdir(parents=True, exist_ok=True)
     plot = "report.svg" if plot_ratios(records, folder / "report.svg") else None
-    (folder / "report.md").write_text(markdown(machine, records, plot))
-    stored = {"machine": machine, "records": records}
+    (folder / "report.md").write_text(markdown(machine, records, plot, errors))
+    stored = {"machine": machine, "records": records, "errors": errors}
     (folder / "report.json").write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
     if options.readme:
         relative = f"bench/results/{options.name}"

@@ -48,6 +48,10 @@ def test_order(pair, threads):
 def test_plain(pair):
     pair(ours=lambda: 1, peers={"python": lambda: 1}, check=right, op="nothing")
 
+def test_errors(accuracy, benchmark):
+    benchmark.pedantic(lambda: 1)
+    accuracy({"norm": "some"}, {"ours": {"y": 1.25e-7, "dx": 2e-6}, "torch": {"y": 3e-2, "dx": 1}})
+
 def test_wrong(pair):
     pair(ours=side("ours", 0, value=2), peers={}, check=right)
 """
@@ -83,7 +87,7 @@ def _records(folder: pathlib.Path, allocator: str = "default") -> dict[str, dict
 
 def test_a_wrong_kernel_has_no_time(folder):
     text = (folder / "default.txt").read_text()
-    assert "1 failed, 3 passed" in text, text
+    assert "1 failed, 4 passed" in text, text
     assert "not one" in text
     assert "test_wrong" not in _records(folder)
 
@@ -154,6 +158,8 @@ def test_report_of_both_allocators(folder, report, capsys):
     assert "Skipped absent: absent is not installed" in text
     stored = json.loads((folder / "results/here/report.json").read_text())
     assert len(stored["records"]) == 6
+    assert "| some | 1.2e-07 | 3.0e-02 | 2.0e-06 | 1.0e+00 |" in text
+    assert stored["errors"][0]["errors"]["torch"]["y"] == 3e-2
     if importlib.util.find_spec("matplotlib"):
         assert "<svg" in (folder / "results/here/report.svg").read_text()
     filled = readme.read_text()
