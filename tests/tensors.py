@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import re
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -58,3 +60,10 @@ def saved_bytes(
         y = call()
     del y
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def needs_memory(gib):
+    """Skips where less is free, which only the system's own account can tell."""
+    meminfo = pathlib.Path("/proc/meminfo").read_text()
+    free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) / 2**20
+    return pytest.mark.skipif(free < gib, reason=f"needs {gib} GiB of memory, {free:.1f} are free")

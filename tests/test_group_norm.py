@@ -20,7 +20,7 @@ from .reference import (
     activation_argument,
     to_float64,
 )
-from .tensors import DTYPES, LAYOUTS, saved_bytes
+from .tensors import DTYPES, LAYOUTS, needs_memory, saved_bytes
 from .tolerances import assert_close, before_rounding, elementwise
 
 ops = torch.ops.batchops
@@ -372,3 +372,31 @@ def test_residual_of_another_dtype_takes_torchs_promotion():
     y = BF.group_norm(x, 2, residual=r, activation="silu")
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, F.silu(F.group_norm(x, 2) + r))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_same_bits_in_every_run(name, device):
+    (x, w, b, _), ours, *_ = case(name, layout="channels_last")
+    x = x.detach().repeat(16, *[1] * (x.dim() - 1)).to(device)  # enough to fork
+    w, b = (t.detach().to(device).requires_grad_() for t in (w, b))
+    first = None
+    for _ in range(1000):
+        leaf = x.detach().requires_grad_()
+        y = ours(leaf, w, b, activation="silu")
+        now = (y.detach(), *torch.autograd.grad(y, (leaf, w, b), x))
+        first = first or now
+        assert all(map(torch.equal, first, now))
+
+
+@needs_memory(12)
+def test_more_than_two_billion_elements_are_addressed():
+    """Rows of -1 and 1 are their own norm; the last row differs from the others."""
+    D, rows = 2**13, 2**18 + 3
+    x = torch.ones(rows, D, dtype=torch.bfloat16)
+    x[:, ::2] = -1
+    x[-1] *= -1
+    y = BF.layer_norm(x, (D,), eps=0.0)
+    assert y.numel() > 2**31
+    assert torch.equal(y[-3:], x[-3:])
+    assert torch.equal(y[:2], x[:2])
+    assert y[:, 0].eq(x[:, 0]).all()
