@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 CUDA_ARCHS ?=
 DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90-real))
 PYTEST_ARGS ?=
+# An emulated kernel runs on one core: these tests go to all cores at once.
+EMULATED := $(wildcard tests/test_emulator*.py)
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 say = @printf '\n\033[1m==> %s\033[0m\n'
@@ -49,8 +51,15 @@ build: env
 # late and find its results in build/machine_code; without nvcc they are skipped, and so is this.
 test: build
 	$(say) "tests"
-	$(if $(PYTEST_ARGS),,nice $(BIN)/python -m tests.machine_code --summary > build/machine_code.log 2>&1 &) \
-	  status=0; $(BIN)/python -m pytest $(PYTEST_ARGS) || status=$$?; wait; exit $$status
+ifdef PYTEST_ARGS
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	nice $(BIN)/python -m tests.machine_code --summary > build/machine_code.log 2>&1 & \
+	  status=0; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(EMULATED) || status=$$?; \
+	  $(BIN)/python -m pytest $(EMULATED:%=--ignore=%) || status=$$?; \
+	  wait; exit $$status
+endif
 
 lint: env
 	$(say) "formatting and static checks"

@@ -9,13 +9,16 @@ that a second run compiles nothing and a changed header recompiles everything th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,6 +110,14 @@ def _headers_hash(flags: list[str], version: str) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other processes that test at the same time wait, and then find what they need."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _forget_old(seconds: float) -> None:
     for folder in CACHE.iterdir():
         if folder.stat().st_mtime < time.time() - seconds:
@@ -144,26 +155,29 @@ def build(
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    _forget_old(seconds=24 * 3600)
+    with _alone(folder):
+        if library.exists():
+            return library
+        _forget_old(seconds=24 * 3600)
 
-    def compile_one(source: Path) -> Path:
-        instrumented = instrument and source in watched
-        suffix = "_sanitized" * sanitize + "_watched" * instrumented
-        object_file = folder / f"{source.stem}{suffix}-{contents[source][:16]}.o"
-        if not object_file.exists():
-            part = object_file.with_suffix(f".{os.getpid()}.part")
-            own = () if sanitize or source in watched else FASTER
-            more = INSTRUMENTED if instrumented else own
-            _run([compiler, *flags, *more, "-x", "c++", "-c", str(source), "-o", str(part)])
-            part.replace(object_file)
-        return object_file
+        def compile_one(source: Path) -> Path:
+            instrumented = instrument and source in watched
+            suffix = "_sanitized" * sanitize + "_watched" * instrumented
+            object_file = folder / f"{source.stem}{suffix}-{contents[source][:16]}.o"
+            if not object_file.exists():
+                part = object_file.with_suffix(f".{os.getpid()}.part")
+                own = () if sanitize or source in watched else FASTER
+                more = INSTRUMENTED if instrumented else own
+                _run([compiler, *flags, *more, "-x", "c++", "-c", str(source), "-o", str(part)])
+                part.replace(object_file)
+            return object_file
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    part = library.with_suffix(f".{os.getpid()}.part")
-    _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(part)])
-    part.replace(library)
-    return library
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        part = library.with_suffix(f".{os.getpid()}.part")
+        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(part)])
+        part.replace(library)
+        return library
 
 
 def library(name: str, kernels: list[str], api: list[str], instrument: bool = False) -> ctypes.CDLL:

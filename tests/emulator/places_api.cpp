@@ -21,8 +21,8 @@ __global__ void chunk_places(const __grid_constant__ ChunkGrid grid, int64_t pie
   for (int batch = 0; batch < chunk.batches(); ++batch) {
     for (int u = 0; u < kInFlight; ++u) {
       const Place p = chunk.place(batch, u);
-      out[(batch * kInFlight + u) * kThreads + threadIdx.x] = {p.offset, p.row, p.column,
-                                                               chunk.channel_of(0), p.valid};
+      out[(batch * kInFlight + u) * kThreads + threadIdx.x] = {
+          p.offset, p.row, p.column, chunk.first_channel() + chunk.local(0), p.valid};
     }
   }
 }
@@ -37,6 +37,7 @@ __global__ void piece_places(const __grid_constant__ ApplyGrid grid, int64_t ind
     for (int u = 0; u < kInFlight; ++u) {
       int64_t channel = 0;
       const Place p = piece.place(batch, u, channel);
+      if constexpr (kLayout == Layout::channels_last) channel = piece.first_of_stats;
       out[(batch * kInFlight + u) * kThreads + threadIdx.x] = {p.offset, p.row, p.column, channel,
                                                                p.valid};
     }
