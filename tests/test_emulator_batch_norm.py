@@ -20,6 +20,8 @@ from .emulator.norm_checks import (
     decoded,
 )
 from .emulator.numbers import Numbers
+from .emulator.recording import Recording, record
+from .emulator.traffic import Passes, assert_traffic
 from .reference import MASKABLE, BatchNormReference
 from .tolerances import assert_close, elementwise
 
@@ -61,6 +63,11 @@ GHOSTS = {  # N, C, HxW, ghost
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     return batch_norm.library()
+
+
+@pytest.fixture(scope="module")
+def watched() -> ctypes.CDLL:
+    return batch_norm.library(instrument=True)
 
 
 def check_under_all_schedules(library: ctypes.CDLL, problem: Problem, *devices: str) -> None:
@@ -196,6 +203,59 @@ def test_parts_meet(library, device, dtype, layout, residual):
     for shape in ((5, 3, 4096), (9, 6, 1225)):
         problem = Problem(*shape, layout=layout, dtype=dtype, activation="relu", residual=residual)
         check_under_all_schedules(library, problem, device)
+
+
+def recorded(
+    watched: ctypes.CDLL, problem: Problem, device: str, multiprocessors: int | None = None
+) -> tuple[Recording, Recording]:
+    """Forward and backward, without a race."""
+    with batch_norm.device(watched, device, "random", 3, multiprocessors):
+        with record(watched, races=True) as forward:
+            saved = batch_norm.forward(watched, problem)
+        with record(watched, races=True) as backward:
+            batch_norm.backward(watched, problem, saved)
+    for recording, outputs in ((forward, ("y", "stats")), (backward, ("dx", "dweight", "dbias"))):
+        recording.assert_in_bounds()
+        recording.assert_race_free()
+        for name in outputs:
+            recording.assert_written(name)
+    return forward, backward
+
+
+@pytest.mark.parametrize("ghost", [0, 4])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_teams_read_once(watched, layout, dtype, ghost):
+    shape = (5, 3, 4096) if layout == "channels_first" else (5, 16, 1024)
+    problem = Problem(*shape, layout=layout, dtype=dtype, activation="relu", ghost=ghost)
+    forward, backward = recorded(watched, problem, "Turing", multiprocessors=24)
+    small = problem.arrays["x"].size * Numbers(dtype).itemsize // 8
+    passes = {"x": Passes(read=1), "y": Passes(written=1)}
+    assert_traffic(forward, passes, other=small, efficiency={"x": 1, "y": 1})
+    passes = {"x": Passes(read=1), "dy": Passes(read=1), "dx": Passes(written=1)}
+    passes["dresidual"] = Passes(written=1)
+    assert_traffic(backward, passes, other=small, efficiency={"x": 1, "dx": 1})
+    for recording, direction in ((forward, "forward"), (backward, "backward")):
+        launches = ["cudaMemsetAsync", f"batch_norm_{direction}_resident"]
+        launches += [f"batch_norm{'_backward' * (direction == 'backward')}_finish"] * (ghost > 0)
+        assert [launch.kernel for launch in recording.launches] == launches
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_does_not_fit_is_read_again(watched, layout):
+    # Most of it stays on the chip all the same.
+    shape = (9, 3, 4096) if layout == "channels_first" else (5, 16, 512)
+    problem = Problem(*shape, layout=layout)
+    forward, backward = recorded(watched, problem, "small")
+    tensors = {"forward": (forward, ["x"])}
+    if layout == "channels_last":
+        tensors = {"backward": (backward, ["x", "dy"])}
+    for direction, (recording, names) in tensors.items():
+        assert f"batch_norm_{direction}_resident" in {one.kernel for one in recording.launches}
+        for name in names:
+            reads = recording.buffers[name].reads
+            assert set(np.unique(reads)) == {1, 2}
+            assert reads.mean() <= 1.5
 
 
 def test_a_team_without_room_is_streamed(library):

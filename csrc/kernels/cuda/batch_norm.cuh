@@ -185,12 +185,12 @@ struct ApplyGrid {
   int64_t length;       // units in the padded tensor (channels_first), rows of a ghost batch
   int64_t last_length;  // channels_last
   int64_t pieces;
-  int64_t ghost_pieces;  // channels_last: of a ghost batch but the last
-  RowSplit split;        // channels_first: units of a padded row
-  FastDivide by_C;       // channels_first
-  RowSplit samples;      // channels_first: of a ghost batch
-  RowTiles tiles;        // channels_last
-  int batches = 1;       // channels_last: times kInFlight · rows_at_once rows a piece
+  int64_t ghost_pieces;   // channels_last: of a ghost batch but the last
+  RowSplit split;         // channels_first: units of a padded row
+  FastDivide by_C;        // channels_first
+  WideDivide ghost_rows;  // channels_first: of a ghost batch but the last
+  RowTiles tiles;         // channels_last
+  int batches = 1;        // channels_last: times kInFlight · rows_at_once rows a piece
 
   // A mask's rows end on whole bytes: then rows are walked as if padded to 8 elements, so that the
   // threads that share a byte are neighbours in a warp.
@@ -211,7 +211,7 @@ struct ApplyGrid {
       length = plan.rows() * padded;
       split = RowSplit(padded);
       by_C = FastDivide(static_cast<unsigned>(plan.C));
-      samples = RowSplit(plan.samples);
+      ghost_rows = WideDivide(plan.samples * plan.C);
       pieces = ceil_divide<int64_t>(length, kInFlight * kThreads);
     }
   }
@@ -391,19 +391,12 @@ struct Piece<Layout::channels_first, W> {
   const ApplyGrid& grid;
   int64_t begin, first_row, first_column;
   unsigned first_channel;
-  int64_t first_ghost, first_sample;  // the latter in the ghost batch
 
-  BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece)
-      : grid(g), first_ghost(0), first_sample(0) {
+  BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece) : grid(g) {
     begin = piece * (kInFlight * kThreads);
     first_row = begin / g.split.units;
     first_column = begin - first_row * g.split.units;
-    const int64_t sample = first_row / g.C;
-    first_channel = static_cast<unsigned>(first_row - sample * g.C);
-    if (g.ghosts > 1) {
-      first_ghost = sample / g.samples.units;
-      first_sample = sample - first_ghost * g.samples.units;
-    }
+    first_channel = static_cast<unsigned>(first_row % g.C);
   }
   BATCHOPS_DEVICE int batches() const { return 1; }
   // `of_stats`: the unit's column of the statistics.
@@ -413,13 +406,9 @@ struct Piece<Layout::channels_first, W> {
     int64_t column;
     grid.split.step(first_column, t, row, column);
     const unsigned c = first_channel + row;
-    const unsigned samples = grid.by_C.quotient(c);
-    of_stats = c - samples * grid.by_C.divisor;
+    of_stats = c - grid.by_C.quotient(c) * grid.by_C.divisor;
     if (grid.ghosts > 1) {
-      unsigned ghosts;
-      int64_t sample;
-      grid.samples.step(first_sample, samples, ghosts, sample);
-      const int64_t ghost = first_ghost + ghosts;
+      const int64_t ghost = grid.ghost_rows.quotient(first_row + row);
       of_stats += (ghost < grid.ghosts ? ghost : grid.ghosts - 1) * grid.C;
     }
     column *= W;

@@ -33,21 +33,38 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
                                  const __grid_constant__ Act act) {
   using MyChunk = Chunk<kLayout, W>;
   constexpr int kChannels = MyChunk::kChannels;
+  // Many channels a thread leave few registers: coefficients are read again for each unit.
+  constexpr bool kCrowded = kChannels == 8;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
+  BATCHOPS_SHARED(affines, Affine[kCrowded ? kTileChannels : 1]);
   const Gradients& gradients = args.gradients;
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
-    Affine affine[kChannels] = {};
+    Affine affine[kCrowded ? 1 : kChannels] = {};
+    if constexpr (kCrowded) {
+      const int channels = chunk.channels();
+      for (int r = threadIdx.x; r < channels; r += kThreads) {
+        affines[r] = gradients.affine(chunk.at.ghost, chunk.first_channel() + r);
+      }
+      __syncthreads();
+    } else {
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      if (chunk.has_channel(j)) {
-        affine[j] = gradients.affine(chunk.at.ghost, chunk.first_channel() + chunk.local(j));
+      for (int j = 0; j < kChannels; ++j) {
+        if (chunk.has_channel(j)) {
+          affine[j] = gradients.affine(chunk.at.ghost, chunk.first_channel() + chunk.local(j));
+        }
       }
     }
     float sums[2][kChannels];
-    sums_of<T, kLayout, W, kLoadsAhead<Act, kChannels == 8>>(
-        chunk, args.tensors, act, [&] { return [&](int j) { return affine[j]; }; },
+    sums_of<T, kLayout, W, kLoadsAhead<Act, kCrowded>, false>(
+        chunk, args.tensors, act,
+        [&] {
+          const int first = kCrowded ? forgotten(chunk.local(0)) : 0;
+          return [&, first](int j) {
+            return kCrowded ? affines[first + j] : affine[kCrowded ? 0 : j];
+          };
+        },
         [](int, const Loaded<T, W>&) {}, scratch, sums);
 
     if (!chunk.writes()) continue;

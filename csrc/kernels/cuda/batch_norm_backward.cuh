@@ -149,8 +149,9 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
 
 // The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
 // affines() gives what gives the coefficients of its j-th channel; keep(i, loaded) gets what it
-// loads of its i-th unit.
-template <class T, Layout kLayout, int W, int kAhead, class Act, class Affines, class Keep>
+// loads of its i-th unit. kShort: the chunk is too short for the errors of a plain sum to grow.
+template <class T, Layout kLayout, int W, int kAhead, bool kShort, class Act, class Affines,
+          class Keep>
 BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args, const Act& act,
                              Affines affines, Keep keep,
                              typename Chunk<kLayout, W>::Scratch& scratch,
@@ -165,7 +166,7 @@ BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args
 #pragma unroll
   for (int j = 0; j < kChannels; ++j) sums[0][j] = sums[1][j] = 0.0f;
   for (int batch = 0; batch < chunk.batches(); ++batch) {
-    float batch_sums[2][kChannels] = {};
+    float of_batch[2][kShort ? 1 : kChannels] = {};
 #pragma unroll 1
     for (int part = 0; part < kInFlight; part += kAhead) {
       Loaded<T, W> loaded[kAhead];
@@ -199,15 +200,18 @@ BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args
             loaded[u].bits);
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          batch_sums[0][j % kChannels] += dz[j];
-          batch_sums[1][j % kChannels] += dz[j] * (v[j] - affine(j % kChannels).mean);
+          const int c = j % kChannels;
+          (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += dz[j];
+          (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * (v[j] - affine(c).mean);
         }
       }
     }
+    if constexpr (!kShort) {
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      sums[0][j] += batch_sums[0][j];
-      sums[1][j] += batch_sums[1][j];
+      for (int j = 0; j < kChannels; ++j) {
+        sums[0][j] += of_batch[0][j];
+        sums[1][j] += of_batch[1][j];
+      }
     }
   }
   chunk.sum(sums, scratch);

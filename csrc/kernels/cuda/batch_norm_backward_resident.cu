@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   using MyChunk = Chunk<kLayout, W>;
   constexpr int kChannels = MyChunk::kChannels;
   constexpr int kTile = kLayout == Layout::channels_first ? 1 : kMostResidentTile;
-  // Many channels a thread leave few registers: there fewer units are loaded ahead, and
-  // coefficients are read from shared memory again for each unit.
+  // Large units leave few registers, so that fewer are loaded ahead, and many channels a thread
+  // even less: there coefficients are read from shared memory again for each unit.
   constexpr bool kCrowded = kChannels == 8;
-  constexpr int kAhead = !kCrowded ? kLoadsAhead<Act> : kAnyActivation<Act> ? 1 : 2;
+  constexpr int kAhead = W < 8 ? kLoadsAhead<Act> : kCrowded && kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   BATCHOPS_SHARED(own_sums, float2[kTile]);
@@ -43,10 +43,11 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   for (int64_t set = blockIdx.x / team.parts; set < team.sets; set += gridDim.x / team.parts) {
     const int64_t ghost = set / args.grid.across;
     const int64_t across = set - ghost * args.grid.across;
-    const MyChunk chunk(args.grid, (ghost * team.parts + rank) * args.grid.across + across);
+    const int64_t piece = (ghost * team.parts + rank) * args.grid.across + across;
     const Meeting<float2> meeting{team, set, rank, own_sums};
-    const int channels = chunk.channels();
     {
+      const MyChunk chunk(args.grid, forgotten(piece));
+      const int channels = chunk.channels();
       Affine affine[kCrowded ? 1 : kChannels] = {};
       if constexpr (kCrowded) {
         for (int r = threadIdx.x; r < channels; r += kThreads) {
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         }
       }
       float sums[2][kChannels];
-      sums_of<T, kLayout, W, kAhead>(
+      sums_of<T, kLayout, W, kAhead, true>(
           chunk, tensors, act,
           [&] {
             const int first = kCrowded ? forgotten(chunk.local(0)) : 0;
@@ -86,6 +87,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       }
     }
     meeting.meet();
+    const MyChunk chunk(args.grid, forgotten(piece));
+    const int channels = chunk.channels();
     meeting.for_channels(channels, [&](int r, int lane, int lanes) {
       const int channel = r < channels ? r : 0;
       double sum = 0.0;
@@ -124,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         Place places[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) places[u] = chunk.place(batch, part + u);
-        const int first = kCrowded ? forgotten(chunk.local(0)) : 0;
+        const int first = chunk.local(0);
         propagate<T, W, kAhead>(
             tensors, act, places,
             [&](int u, const Place& place, Loaded<T, W>& to) {
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
               }
             },
             [&](int, int j) {
-              return kCrowded ? directions[first + j] : direction[j % kChannels];
+              return kCrowded ? directions[forgotten(first) + j] : direction[j % kChannels];
             });
       }
     }
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 
 Keeping keeping_of(const BatchNormShape& shape, bool residual) {
   // Without a mask to write, rows need no padding.
-  return {residual ? 3 : 2, static_cast<int>(size_of(shape.dtype)), false};
+  return {residual ? 3 : 2, static_cast<int>(size_of(shape.dtype)), sizeof(float2), false};
 }
 
 // The workspace: the team's, then sums of columns [C, ghosts].
@@ -162,9 +165,10 @@ size_t columns_bytes(const Plan& plan) {
 
 size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,
                                    const Device& device) {
-  const Residency found = make_residency(plan, keeping_of(shape, residual), device);
+  const Keeping keeping = keeping_of(shape, residual);
+  const Residency found = make_residency(plan, keeping, device);
   if (!found.possible) return 0;
-  return TeamPlaces(found, sizeof(float2)).bytes() + columns_bytes(plan);
+  return TeamPlaces(found, keeping).bytes() + columns_bytes(plan);
 }
 
 const char* backward_resident(const BatchNormBackward& args, const Plan& plan, void* workspace,
@@ -176,7 +180,7 @@ const char* backward_resident(const BatchNormBackward& args, const Plan& plan, v
   const Keeping keeping = keeping_of(shape, tensors.residual != nullptr);
   const Residency found = make_residency(plan, keeping, on);
   if (!found.possible) return nullptr;
-  const TeamPlaces places(found, sizeof(float2));
+  const TeamPlaces places(found, keeping);
   auto* columns =
       plan.ghosts == 1
           ? nullptr

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
     Moments found[kChannels];
-    moments_of<T, kLayout, W>(chunk, x, [](int, const Unit<T, W>&) {}, scratch, found);
+    moments_of<T, kLayout, W, false>(chunk, x, [](int, const Unit<T, W>&) {}, scratch, found);
     if (!chunk.writes()) continue;
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {

@@ -79,8 +79,8 @@ inline bool walks_mask(const BatchNormForward& args) {
 }
 
 // Moments of a chunk for the thread's channels, in all threads. keep(i, unit) gets each unit that
-// it loads, by its number.
-template <class T, Layout kLayout, int W, class Keep>
+// it loads, by its number. kShort: the chunk is too short for the errors of a plain sum to grow.
+template <class T, Layout kLayout, int W, bool kShort, class Keep>
 BATCHOPS_DEVICE void moments_of(const Chunk<kLayout, W>& chunk, const T* __restrict__ x, Keep keep,
                                 typename Chunk<kLayout, W>::Scratch& scratch,
                                 Moments (&found)[Chunk<kLayout, W>::kChannels]) {
@@ -113,7 +113,7 @@ BATCHOPS_DEVICE void moments_of(const Chunk<kLayout, W>& chunk, const T* __restr
 
   float sums[2][kChannels] = {};
   for (int batch = 0;;) {
-    float batch_sums[2][kChannels] = {};
+    float of_batch[2][kShort ? 1 : kChannels] = {};
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (!valid[u]) continue;
@@ -122,15 +122,18 @@ BATCHOPS_DEVICE void moments_of(const Chunk<kLayout, W>& chunk, const T* __restr
       to_float<T, W>(units[u], v);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const float d = v[j] - shift[0][j % kChannels];
-        batch_sums[0][j % kChannels] += d;
-        batch_sums[1][j % kChannels] += d * d;
+        const int c = j % kChannels;
+        const float d = v[j] - shift[0][c];
+        (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += d;
+        (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += d * d;
       }
     }
+    if constexpr (!kShort) {
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      sums[0][j] += batch_sums[0][j];
-      sums[1][j] += batch_sums[1][j];
+      for (int j = 0; j < kChannels; ++j) {
+        sums[0][j] += of_batch[0][j];
+        sums[1][j] += of_batch[1][j];
+      }
     }
     if (++batch >= chunk.batches()) break;
     load(batch);

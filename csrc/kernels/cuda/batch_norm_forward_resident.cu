@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   for (int64_t set = blockIdx.x / team.parts; set < team.sets; set += gridDim.x / team.parts) {
     const int64_t ghost = set / args.grid.across;
     const int64_t across = set - ghost * args.grid.across;
-    const MyChunk chunk(args.grid, (ghost * team.parts + rank) * args.grid.across + across);
+    const int64_t piece = (ghost * team.parts + rank) * args.grid.across + across;
     const Meeting<Moments> meeting{team, set, rank, moments};
     {
+      const MyChunk chunk(args.grid, forgotten(piece));
       Moments found[kChannels];
-      moments_of<T, kLayout, W>(
+      moments_of<T, kLayout, W, true>(
           chunk, x,
           [&](int i, const Unit<T, W>& unit) {
             if (kept.has(i)) kept.at(0, i) = unit;
@@ -55,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       }
     }
     meeting.meet();
+    const MyChunk chunk(args.grid, forgotten(piece));
     const int channels = chunk.channels();
     meeting.for_channels(channels, [&](int r, int lane, int lanes) {
       const int channel = r < channels ? r : 0;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 }
 
 Keeping keeping_of(const BatchNormShape& shape, bool mask) {
-  return {1, static_cast<int>(size_of(shape.dtype)), mask};
+  return {1, static_cast<int>(size_of(shape.dtype)), sizeof(Moments), mask};
 }
 
 // The workspace: the team's, then moments of columns [C, ghosts].
@@ -120,9 +122,10 @@ bool keep_on_chip = [] {
 
 size_t forward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool mask,
                                   const Device& device) {
-  const Residency found = make_residency(plan, keeping_of(shape, mask), device);
+  const Keeping keeping = keeping_of(shape, mask);
+  const Residency found = make_residency(plan, keeping, device);
   if (!found.possible) return 0;
-  return TeamPlaces(found, sizeof(Moments)).bytes() + columns_bytes(plan);
+  return TeamPlaces(found, keeping).bytes() + columns_bytes(plan);
 }
 
 const char* forward_resident(const BatchNormForward& args, const Plan& plan, void* workspace,
@@ -133,7 +136,7 @@ const char* forward_resident(const BatchNormForward& args, const Plan& plan, voi
   const Keeping keeping = keeping_of(shape, walks_mask(args));
   const Residency found = make_residency(plan, keeping, on);
   if (!found.possible) return nullptr;
-  const TeamPlaces places(found, sizeof(Moments));
+  const TeamPlaces places(found, keeping);
   auto* columns =
       plan.ghosts == 1
           ? nullptr

@@ -23,6 +23,7 @@ constexpr int kMostResidentTile = 128;  // channels of a set
 // Bytes of a part from which it is worth being shared out further.
 constexpr int64_t kSmallPart = 24 * 1024;
 constexpr int64_t kSector = 32;
+constexpr int64_t kTileBytes = 256;  // channels_last: of a row
 
 // Whether anything is kept at all: BATCHOPS_CUDA_RESIDENT=0 in the environment of the process says
 // no, for timing the one against the other.
@@ -32,6 +33,7 @@ extern bool keep_on_chip;
 struct Keeping {
   int tensors;
   int size;  // of an element
+  int sums;  // bytes of a channel's sums
   bool mask;
 };
 
@@ -118,8 +120,16 @@ inline int64_t parts_for(const Plan& plan, const Keeping& keeping, Residency& fo
   return 0;
 }
 
+// Ways to hold a set, from the one that costs least.
+enum class Way {
+  neighbours,  // one block or a cluster
+  team,        // whose blocks read each other's sums for a fraction of what they read of tensors
+  any_team,
+};
+
 // With sets of this tile.
-inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device, Residency& found) {
+inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device, Way way,
+                 Residency& found) {
   const int64_t across =
       plan.channels_last() ? ceil_divide<int64_t>(plan.C, int64_t{found.tile}) : plan.C;
   found.sets = plan.ghosts * across;
@@ -127,23 +137,34 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
       length(plan, keeping) * found.tile * keeping.size * int64_t{keeping.tensors};
   const int64_t wanted = ceil_divide<int64_t>(2 * device.multiprocessors, found.sets);
   const int64_t useful = clamp<int64_t>(of_set / kSmallPart, 1, wanted);
-  const int64_t pair = room(plan, keeping, device, 2);
-  const int64_t most = device.clusters ? kMostCluster : 1;
-  int64_t parts = parts_for(plan, keeping, found, pair, most);
-  if (parts > 0) {
-    while (parts < useful && parts < most) ++parts;
+  found.cluster = false;
+  if (way == Way::neighbours) {
+    const int64_t most = device.clusters ? kMostCluster : 1;
+    int64_t parts = parts_for(plan, keeping, found, room(plan, keeping, device, 2), most);
+    if (parts == 0 || (!device.clusters && useful > 1)) return false;
+    if (parts < useful) parts = useful < most ? useful : most;
     int64_t whole = 1;
     while (whole < parts) whole *= 2;
     found.cluster = whole > 1;
     cut(plan, keeping, found, whole);
-    if (found.cluster || useful == 1) return true;
+    return true;
   }
-  found.cluster = false;
   for (int blocks = 2; blocks > 0; --blocks) {
     const int64_t resident = int64_t{blocks} * device.multiprocessors;
-    parts = parts_for(plan, keeping, found, room(plan, keeping, device, blocks), resident);
+    const int64_t parts =
+        parts_for(plan, keeping, found, room(plan, keeping, device, blocks), resident);
     if (parts == 0) continue;
-    cut(plan, keeping, found, clamp(useful, parts, resident));
+    // Each block reads the sums of all parts: a quarter of what it reads of tensors, at most.
+    const auto cheap = [&](int64_t count) {
+      return 4 * count * count * found.tile * keeping.sums <= of_set;
+    };
+    if (way == Way::team && !cheap(parts)) return false;
+    // No block that the teams leave over.
+    const int64_t teams = resident / parts < found.sets ? resident / parts : found.sets;
+    int64_t more = resident / teams < of_set / kSmallPart ? resident / teams : of_set / kSmallPart;
+    more = clamp(more, parts, resident);
+    while (more > parts && !cheap(more)) --more;
+    cut(plan, keeping, found, more);
     return true;
   }
   return false;
@@ -153,19 +174,21 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
 
 // The widest tiles that fit; where none does, the narrowest in part, if that is at least half.
 inline Residency make_residency(const Plan& plan, const Keeping& keeping, const Device& device) {
+  using residency::Way;
   Residency found;
   if (!keep_on_chip) return found;
-  const int64_t row = plan.channels_last() ? plan.C : 1;
   const int64_t narrowest = plan.channels_last() ? kSector / keeping.size : 1;
-  int64_t tile =
-      plan.channels_last() ? clamp<int64_t>(256 / keeping.size, 8, kMostResidentTile) : 1;
-  while (tile > narrowest && tile / 2 >= row) tile /= 2;
-  for (;; tile /= 2) {
-    found.tile = static_cast<int>(tile);
-    found.possible = residency::fits(plan, keeping, device, found);
-    if (found.possible || tile <= narrowest) break;
+  int64_t widest = narrowest;
+  while (plan.channels_last() && widest < plan.C && widest * keeping.size < kTileBytes) widest *= 2;
+  for (const Way way : {Way::neighbours, Way::team, Way::any_team}) {
+    // Rows in pieces of one sector are worth a team's trouble to avoid.
+    const int64_t least = way == Way::neighbours && widest > narrowest ? 2 * narrowest : narrowest;
+    for (int64_t tile = way == Way::any_team ? least : widest; tile >= least; tile /= 2) {
+      found.tile = static_cast<int>(tile);
+      found.possible = residency::fits(plan, keeping, device, way, found);
+      if (found.possible) return found;
+    }
   }
-  if (found.possible) return found;
   const int64_t pair = 2 * residency::room(plan, keeping, device, 2);
   const int64_t alone = residency::room(plan, keeping, device, 1);
   const int blocks = pair * 5 > alone * 4 ? 2 : 1;
@@ -195,9 +218,10 @@ struct TeamPlaces {
   size_t sums;  // bytes
   size_t arrivals;
 
-  TeamPlaces(const Residency& found, size_t of_channel)
-      : sums(found.team() ? static_cast<size_t>(found.sets * found.parts * found.tile) * of_channel
-                          : 0),
+  TeamPlaces(const Residency& found, const Keeping& keeping)
+      : sums(found.team()
+                 ? static_cast<size_t>(found.sets * found.parts * found.tile * keeping.sums)
+                 : 0),
         arrivals(found.team() ? round_up<size_t>(static_cast<size_t>(found.sets) * 4, 16) : 0) {}
   size_t bytes() const { return sums + arrivals; }
 };

@@ -25,6 +25,23 @@ struct FastDivide {
   }
 };
 
+// Quotients of any n ≥ 0 by a positive divisor; fast where both are below 2^31.
+struct WideDivide {
+  int64_t divisor = 1;
+  FastDivide fast;
+
+  WideDivide() = default;
+  explicit WideDivide(int64_t d) : divisor(d), fast(d < kLimit ? static_cast<unsigned>(d) : 1u) {}
+
+  BATCHOPS_DEVICE int64_t quotient(int64_t n) const {
+    if (n < kLimit) return divisor < kLimit ? fast.quotient(static_cast<unsigned>(n)) : 0;
+    return n / divisor;
+  }
+
+ private:
+  static constexpr int64_t kLimit = int64_t{1} << 31;
+};
+
 // Walks rows of `units` each, from a start that is worked out once with 64-bit division: step(t)
 // gives the row, counted from the start's, and the column of the t-th unit from the start.
 struct RowSplit {
