@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -84,9 +85,20 @@ def _cast(
     return input, residual
 
 
-def _check_tensor(op: str, input: Any) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{op}: expected input to be a Tensor, got {type(input).__name__}")
+def _of_arrays(op: Callable[..., Tensor], arguments: dict[str, Any]) -> Any:
+    """``op`` of cupy arrays: tensors over the same memory, and y as an array. Other kinds raise."""
+    cupy, input = sys.modules.get("cupy"), arguments["input"]
+    if cupy is None or not isinstance(input, cupy.ndarray):
+        raise TypeError(
+            f"{op.__name__}: expected input to be a Tensor or a cupy.ndarray, got "
+            f"{type(input).__name__}"
+        )
+    tensors = {
+        name: torch.from_dlpack(value) if isinstance(value, cupy.ndarray) else value
+        for name, value in arguments.items()
+    }
+    with torch.no_grad():
+        return cupy.from_dlpack(op(**tensors))
 
 
 def _one_running_statistic(
@@ -171,6 +183,7 @@ def batch_norm(
     Args:
         input: ``(N, C, *)``, 2 or more dimensions; float32, bfloat16, float16, and float64 on the
             CPU. Contiguous and channels-last memory are both native: the output keeps the layout.
+            A ``cupy.ndarray`` gives one back, without gradients; the other tensors are arrays then.
         running_mean, running_var: ``(C,)``, of ``input``'s dtype or float32; or both ``None`` when
             ``training``. Updated in place when ``training``.
         weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
@@ -219,7 +232,8 @@ def batch_norm(
             residual=residual,
             ghost_batch_size=ghost_batch_size,
         )
-    _check_tensor("batch_norm", input)
+    if not isinstance(input, Tensor):
+        return _of_arrays(batch_norm, locals())
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
     name, slope = _activation_of(activation)
@@ -272,6 +286,7 @@ def group_norm(
     Args:
         input: ``(N, C, *)``, 2 or more dimensions; float32, bfloat16, float16, and float64 on the
             CPU. Contiguous and channels-last memory are both native: the output keeps the layout.
+            A ``cupy.ndarray`` gives one back, without gradients; the other tensors are arrays then.
         num_groups: divides ``C``.
         weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
         eps: added to the variance, in squared units of ``input``.
@@ -308,7 +323,8 @@ def group_norm(
             residual=residual,
             cast_output=cast_output,
         )
-    _check_tensor("group_norm", input)
+    if not isinstance(input, Tensor):
+        return _of_arrays(group_norm, locals())
     if input.dim() < 2:
         raise RuntimeError(
             f"Expected at least 2 dimensions for input tensor but received {input.dim()}"
@@ -343,7 +359,8 @@ def layer_norm(
 
     Args:
         input: ``(*, *normalized_shape)``; float32, bfloat16, float16, and float64 on the CPU. A
-            non-contiguous one is copied once; the output is contiguous, as torch's is.
+            non-contiguous one is copied once; the output is contiguous, as torch's is. A
+            ``cupy.ndarray`` as for :func:`group_norm`.
         normalized_shape: the sizes of a row.
         weight, bias: of size ``normalized_shape``, of ``input``'s dtype or float32; or ``None``.
         eps: added to the variance, in squared units of ``input``.
@@ -371,7 +388,8 @@ def layer_norm(
             residual=residual,
             cast_output=cast_output,
         )
-    _check_tensor("layer_norm", input)
+    if not isinstance(input, Tensor):
+        return _of_arrays(layer_norm, locals())
     name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
     if not _takes_kernel(input, residual):
@@ -403,7 +421,7 @@ def instance_norm(
     the unbiased variances.
 
     Args:
-        input: ``(N, C, *)`` with more than one position; dtypes and layouts as for
+        input: ``(N, C, *)`` with more than one position; dtypes, layouts and kinds of array as for
             :func:`group_norm`.
         running_mean, running_var: ``(C,)``, of ``input``'s dtype or float32; both or none.
         weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
@@ -436,7 +454,8 @@ def instance_norm(
             residual=residual,
             cast_output=cast_output,
         )
-    _check_tensor("instance_norm", input)
+    if not isinstance(input, Tensor):
+        return _of_arrays(instance_norm, locals())
     if (running_mean is None) != (running_var is None) or (
         running_mean is None and not use_input_stats
     ):

@@ -79,7 +79,7 @@ CASES = {
         RuntimeError,
         "running_mean to be 1-D",
     ),
-    "list input": ({"input": [1.0]}, TypeError, "input to be a Tensor, got list"),
+    "list input": ({"input": [1.0]}, TypeError, "Tensor or a cupy.ndarray, got list"),
     "no momentum": ({"momentum": None}, TypeError, "momentum to be a float"),
     "activation": ({"activation": "selu"}, ValueError, "'relu', .*'hardswish', got 'selu'"),
     "no statistics in eval": (
