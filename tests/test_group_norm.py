@@ -321,7 +321,11 @@ ERRORS = {
         ValueError,
         "activation must be one of",
     ),
-    "no tensor": (lambda: BF.group_norm([[1.0]], 1), TypeError, "Tensor or a cupy.ndarray, got list"),
+    "no tensor": (
+        lambda: BF.group_norm([[1.0]], 1),
+        TypeError,
+        "Tensor or a cupy.ndarray, got list",
+    ),
     "row": (
         lambda: BF.layer_norm(torch.randn(2, 6), (5,)),
         RuntimeError,
