@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -63,6 +64,12 @@ GHOSTS = {  # N, C, HxW, ghost
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     return batch_norm.library()
+
+
+@pytest.fixture(params=["Hopper", "streams"])
+def device(library, request) -> Iterator[str]:
+    with batch_norm.device(library, request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +432,7 @@ def test_without_parameters_and_running_statistics(library, layout):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.usefixtures("device")
 def test_every_choice_of_gradients(library, training):
     names = ("dx", "dresidual", "dweight", "dbias")
     everything = Problem(3, 6, 10, activation="relu", residual=True, training=training)
@@ -448,6 +456,7 @@ def test_every_choice_of_gradients(library, training):
         pytest.param((2, 32, 49), id="one chunk, element accesses"),
     ],
 )
+@pytest.mark.usefixtures("device")
 def test_large_offset(library, layout, shape):
     # |mean| / std = 1e4: E[x^2] - E[x]^2 would leave nothing, a mean rounded to float32 a dweight
     # 1.75 % off.
@@ -458,6 +467,7 @@ def test_large_offset(library, layout, shape):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ["outlier first", "trend", "constant"])
+@pytest.mark.usefixtures("device")
 def test_statistics_of_awkward_data(library, layout, case):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 3, 4096))
@@ -474,6 +484,7 @@ def test_statistics_of_awkward_data(library, layout, case):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("device")
 def test_nan_and_infinity_stay_in_their_channel(library, layout):
     x = np.random.default_rng(0).standard_normal((2, 6, 10))
     x[0, 1, 3] = np.nan
@@ -485,6 +496,7 @@ def test_nan_and_infinity_stay_in_their_channel(library, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("device")
 def test_eval_gradient_ignores_infinite_x(library, layout):
     # dx = scale * dz there: an infinite x has no part in it, where 0 * inf would make a NaN of it.
     x = np.random.default_rng(0).standard_normal((2, 6, 10))

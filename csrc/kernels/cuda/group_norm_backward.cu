@@ -312,15 +312,19 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
   }
 }
 
-// Blackwell's code for the wide instances needs more than the 128 registers of two blocks.
+// Blocks on a multiprocessor at the least. Blackwell's code for wide units whose z is made again
+// needs more than the 128 registers of two; float and SiLU manage.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kManyRegisters = true;
+template <class T, int W, class Act>
+constexpr int kLeastBlocks =
+    W > 1 && Act::kNeedsZ && (sizeof(T) == 2 || kAnyActivation<Act>) ? 1 : kLeastResident;
 #else
-constexpr bool kManyRegisters = false;
+template <class T, int W, class Act>
+constexpr int kLeastBlocks = kLeastResident;
 #endif
 
 template <class T, Layout kLayout, int W, class Act>
-__global__ void __launch_bounds__(kBlock, kManyRegisters&& W > 1 ? 1 : kLeastResident)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<T, W, Act>)
     group_norm_backward(const __grid_constant__ BackwardArguments args,
                         const __grid_constant__ Act act) {
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
