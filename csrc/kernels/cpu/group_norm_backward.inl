@@ -56,17 +56,22 @@ struct GroupBackward {
     }
   }
   template <class Lanes>
-  BATCHOPS_INLINE void write(int64_t at, Lanes lanes, bool past, V dz, V value, V mean, V scale,
-                             V slope, V offset) const {
-    if (dx != nullptr) {
-      put(dx + at, fma(scale, dz, fma(slope, value - mean, offset)), lanes, past);
-    }
+  BATCHOPS_INLINE void write(int64_t at, Lanes lanes, bool past, V dz, V centred, V scale, V slope,
+                             V offset) const {
+    if (dx != nullptr) put(dx + at, fma(scale, dz, fma(slope, centred, offset)), lanes, past);
     if (dresidual != nullptr) put(dresidual + at, dz, lanes, past && past_residual);
   }
 
   struct Coefficients {
     T slope, offset;
   };
+  // Nothing summed yet in sample n's block for channels [first, end), if n is its first sample.
+  void begin_block(int64_t n, int64_t first, int64_t end) const {
+    if (n % plan.block_samples != 0) return;
+    double* const dweight = partial + n / plan.block_samples * 2 * shape.C;
+    double* const dbias = dweight + shape.C;
+    for (int64_t c = first; c < end; ++c) dweight[c] = dbias[c] = 0;
+  }
   // From the sums of the group's channels, which are added to the block's dweight and dbias.
   Coefficients finish(int64_t index, const double* dz, const double* dz_x) const {
     const int64_t n = index / shape.G, c0 = index % shape.G * plan.D;
@@ -163,7 +168,7 @@ struct GroupBackward {
           } else {
             dz = load<T>(kept + (j - begin), lanes);
           }
-          write(base + j, lanes, past_cache, dz, value, mean, scale, slope, offset);
+          write(base + j, lanes, past_cache, dz, value - mean, scale, slope, offset);
         });
   }
 
@@ -199,53 +204,98 @@ struct GroupBackward {
     return flat;
   }
 
-  // One group of a row, which begins at `at`: sums of its columns to dz and dz_xhat, then dx.
-  // `kept` holds dz where there is an activation.
-  void group_of_row(int64_t index, int64_t at, const T* kept, const T* weight, T* dz,
-                    T* dz_xhat) const {
-    const GroupStats<T> of = stats_of(index);
-    const V mean(of.hi), rstd(of.rstd), minus_low(-of.low * of.rstd), zero(T(0));
-    const auto gradient = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
+  // So many rows go through a group together that the columns' weights are loaded, and their sums
+  // loaded and stored, less often. They must stay in the second-level cache until dx is written;
+  // from memory, rows come fastest one after the other.
+  static constexpr int kRows = 4;
+  bool takes_rows_together() const {
+    constexpr int64_t kCacheBytes = 512 << 10;
+    const int64_t bytes = kRows * 2 * plan.width * static_cast<int64_t>(sizeof(S));
+    return !past_cache && bytes <= kCacheBytes;
+  }
+
+  // Group g of R samples from n on: sums of the columns to dz and dz_xhat, and dx. `kept` holds dz
+  // of R whole rows, `stride` apart, where there is an activation.
+  template <int R>
+  void group_of_rows(int64_t n, int64_t g, const T* kept, int64_t stride, T* dz, T* dz_xhat) const {
+    constexpr int kChains = R == 1 ? 4 : 1;
+    const int64_t first = g * plan.M, at = rows.row_offset(n, 0) + first;
+    const T* const weight = affine.weight + first;
+    const V zero(T(0));
+    const auto gradient = [&](int k, int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
       if constexpr (kOne) {
-        return load<T>(dy + at + j, lanes);
+        return load<T>(dy + at + k * plan.width + j, lanes);
       } else {
-        return load<T>(kept + j, lanes);
+        return load<T>(kept + k * stride + first + j, lanes);
       }
     };
-    double a = 0, b = 0;
-    for (int64_t from = 0; from < plan.M; from += kPieceElements) {
-      const int64_t count = plan.M - from < kPieceElements ? plan.M - from : kPieceElements;
-      V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
-      for_blocks<T>(
-          0, count, [](int64_t, auto) {},
-          [&](int64_t i, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-            const int64_t j = from + i;
-            const V g = gradient(j, lanes);
-            const V xhat = fma(load<T>(x + at + j, lanes) - mean, rstd, minus_low);
-            const V weighted = g * load<T>(weight + j);
-            s[u] = s[u] + weighted;
-            q[u] = fma(weighted, xhat, q[u]);
-            put(dz + j, load<T>(dz + j, lanes) + g, lanes, false);
-            put(dz_xhat + j, fma(g, xhat, load<T>(dz_xhat + j, lanes)), lanes, false);
-          },
-          [](int64_t, auto) {});
-      a += sum((s[0] + s[1]) + (s[2] + s[3]));
-      b += sum((q[0] + q[1]) + (q[2] + q[3]));
+    double a[R] = {}, b[R] = {};
+    {
+      V mean[R], rstd[R], minus_low[R];
+      for (int k = 0; k < R; ++k) {
+        const GroupStats<T> of = stats_of((n + k) * shape.G + g);
+        mean[k] = V(of.hi);
+        rstd[k] = V(of.rstd);
+        minus_low[k] = V(-of.low * of.rstd);
+      }
+      for (int64_t from = 0; from < plan.M; from += kPieceElements) {
+        const int64_t count = plan.M - from < kPieceElements ? plan.M - from : kPieceElements;
+        V s[R][kChains], q[R][kChains];
+        for (int k = 0; k < R; ++k) {
+          for (int u = 0; u < kChains; ++u) s[k][u] = q[k][u] = zero;
+        }
+        for_blocks<T>(
+            0, count, [](int64_t, auto) {},
+            [&](int64_t i, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+              const int64_t j = from + i;
+              const V weight_j = load<T>(weight + j);
+              V sum_j = load<T>(dz + j), product_j = load<T>(dz_xhat + j);
+              for (int k = 0; k < R; ++k) {
+                const V d = gradient(k, j, lanes), weighted = d * weight_j;
+                const V centred = load<T>(x + at + k * plan.width + j, lanes) - mean[k];
+                s[k][u % kChains] = s[k][u % kChains] + weighted;
+                q[k][u % kChains] = fma(weighted, centred, q[k][u % kChains]);
+                sum_j = sum_j + d;
+                product_j = fma(d, fma(centred, rstd[k], minus_low[k]), product_j);
+              }
+              put(dz + j, sum_j, lanes, false);
+              put(dz_xhat + j, product_j, lanes, false);
+            },
+            [](int64_t, auto) {});
+        for (int k = 0; k < R; ++k) {
+          for (int u = 1; u < kChains; ++u) {
+            s[k][0] = s[k][0] + s[k][u];
+            q[k][0] = q[k][0] + q[k][u];
+          }
+          a[k] += sum(s[k][0]);
+          b[k] += sum(q[k][0]);
+        }
+      }
     }
     if (output == nullptr) return;
-    const Coefficients with = coefficients(of, a, b / of.rstd, 1.0 / static_cast<double>(plan.M));
-    const V slope(with.slope), offset(with.offset);
-    const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
-      write(at + j, lanes, past_cache, gradient(j, lanes), load<T>(x + at + j, lanes), mean,
-            rstd * load<T>(weight + j), slope, offset);
-    };
-    int64_t start = 0;
-    if (past_cache) {
-      const int64_t head = to_boundary<T>(output + at);
-      start = head < plan.M ? head : plan.M;
-      if (start > 0) vector(0, First{start}, 0);
+    for (int k = 0; k < R; ++k) {
+      const GroupStats<T> of = stats_of((n + k) * shape.G + g);
+      const double inverse = 1.0 / static_cast<double>(plan.M);
+      const Coefficients with = coefficients(of, a[k], b[k] - of.low * a[k], inverse);
+      const V mean(of.hi), rstd(of.rstd), slope(with.slope), offset(with.offset);
+      const int64_t row = at + k * plan.width;
+      const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        // The memory would idle while this loop runs in the cache.
+        if (u % (64 / (L * static_cast<int>(sizeof(S)))) == 0) {
+          prefetch(x, row + R * plan.width + j);
+          prefetch(dy, row + R * plan.width + j);
+        }
+        write(row + j, lanes, past_cache, gradient(k, j, lanes), load<T>(x + row + j, lanes) - mean,
+              rstd * load<T>(weight + j), slope, offset);
+      };
+      int64_t start = 0;
+      if (past_cache) {
+        const int64_t head = to_boundary<T>(output + row);
+        start = head < plan.M ? head : plan.M;
+        if (start > 0) vector(0, First{start}, 0);
+      }
+      for_blocks<T>(start, plan.M, [](int64_t, auto) {}, vector, [](int64_t, auto) {});
     }
-    for_blocks<T>(start, plan.M, [](int64_t, auto) {}, vector, [](int64_t, auto) {});
   }
 
   // ------------------------------------------------------------------- pixels
@@ -341,7 +391,7 @@ struct GroupBackward {
         const V scale = load<T>(scales + j);
         const V shift = kDerivative == Derivative::recomputed ? load<T>(shifts + j) : mean;
         const V g = derivative(at + j, lanes, bits >> (u * L), value, mean, scale, shift);
-        write(at + j, lanes, past, g, value, mean, scale, load<T>(slopes + j),
+        write(at + j, lanes, past, g, value - mean, scale, load<T>(slopes + j),
               load<T>(offsets + j));
       };
       int64_t start = 0;
@@ -413,6 +463,7 @@ inline const char* backward_planes(const Pass& pass, const Parallel& par) {
         double* const unused = sums + 2 * plan.D;
         for (int64_t i = 0; i < 4 * plan.D; ++i) sums[i] = 0;
         for_block_groups(plan, shape, begin, end, [&](int64_t n, int64_t g, int64_t g_end) {
+          pass.begin_block(n, g * plan.D, g_end * plan.D);
           for (; g < g_end; ++g) {
             const int64_t unit = n * shape.G + g;
             for (int64_t i = 0; i < 2 * plan.D; ++i) sums[i] = 0;
@@ -434,10 +485,10 @@ inline const char* backward_planes(const Pass& pass, const Parallel& par) {
   }
   // [unit][chunk][2][D], then slope and offset of each unit.
   Scratch<double> partial;
-  Scratch<typename Pass::Coefficients> of_unit;
+  const std::unique_ptr<typename Pass::Coefficients[]> of_unit(
+      new (std::nothrow) typename Pass::Coefficients[plan.units]);
   const int64_t tasks = plan.units * plan.chunks, stride = 2 * plan.D;
-  of_unit.memory.reset(new (std::nothrow) typename Pass::Coefficients[plan.units]);
-  if (!partial.allocate(tasks * stride) || of_unit.get() == nullptr) return kOutOfMemory;
+  if (!partial.allocate(tasks * stride) || of_unit == nullptr) return kOutOfMemory;
   double* const at = partial.get();
   par(tasks, [&](int64_t begin, int64_t end) {
     with_scratch(0, [&](T* kept, double*) {
@@ -450,11 +501,12 @@ inline const char* backward_planes(const Pass& pass, const Parallel& par) {
   });
   if (failed) return kOutOfMemory;
   for (int64_t unit = 0; unit < plan.units; ++unit) {
+    if (unit % shape.G == 0) pass.begin_block(unit / shape.G, 0, shape.C);
     double* total = at + unit * plan.chunks * stride;
     for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
       for (int64_t d = 0; d < stride; ++d) total[d] += total[chunk * stride + d];
     }
-    of_unit.get()[unit] = pass.finish(unit, total, total + plan.D);
+    of_unit[unit] = pass.finish(unit, total, total + plan.D);
   }
   if (pass.output == nullptr) return nullptr;
   par(tasks, [&](int64_t begin, int64_t end) {
@@ -463,7 +515,7 @@ inline const char* backward_planes(const Pass& pass, const Parallel& par) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t unit = i / plan.chunks, chunk = i % plan.chunks;
         if constexpr (!Pass::kOne) pass.sum_planes(unit, chunk, kept, unused, unused + plan.D);
-        pass.apply_planes(unit, chunk, kept, of_unit.get()[unit]);
+        pass.apply_planes(unit, chunk, kept, of_unit[unit]);
       }
       fence();
     });
@@ -478,20 +530,39 @@ inline const char* backward_rows(const Pass& pass, const Parallel& par) {
   const GroupNormShape& shape = pass.shape;
   std::atomic<bool> failed{false};
   par(plan.blocks, [&](int64_t begin, int64_t end) {
-    // dz, dz · x̂ of the columns; the row's dz; mean, scale and shift of the columns
+    // dz and dz · x̂ of the columns, dz of a few rows; mean, scale and shift of the columns
     ScratchRows<T> columns, spread;
     Scratch<uint8_t> flat;
     const bool spreads = !Pass::kOne && shape.G > 1;
-    if (!columns.allocate(Pass::kOne ? 2 : 3, plan.width) ||
+    if (!columns.allocate(2 + (Pass::kOne ? 0 : Pass::kRows), plan.width) ||
         (spreads && !spread.allocate(3, plan.width)) ||
         (Pass::kBits && !flat.allocate(plan.width / 8 + 16))) {
       failed.store(true, std::memory_order_relaxed);
       return;
     }
-    T* const kept = Pass::kOne ? nullptr : columns[2];
+    const auto derive = [&](int64_t n, T* to) {
+      if (spreads) {
+        column_affine(pass.rows, pass.stats, n, pass.affine, spread[0], spread[1], spread[2]);
+        pass.derive_row(n, ColumnAffine<T>{spread[0], spread[1], spread[2]}, to, flat.get());
+      } else {
+        const RowAffine<T> of(pass.stats_of(n), pass.affine.weight, pass.affine.bias);
+        pass.derive_row(n, of, to, flat.get());
+      }
+    };
+    const auto take_rows = [&](auto count, int64_t n) {
+      constexpr int R = decltype(count)::value;
+      T* const kept = Pass::kOne ? nullptr : columns[2];
+      for (int k = 0; k < R && !Pass::kOne; ++k) derive(n + k, columns[2 + k]);
+      for (int64_t g = 0; g < shape.G; ++g) {
+        pass.template group_of_rows<R>(n, g, kept, columns.stride, columns[0] + g * plan.M,
+                                       columns[1] + g * plan.M);
+      }
+    };
+    const bool together = pass.takes_rows_together();
     for (int64_t block = begin; block < end; ++block) {
       double* const dweight = pass.partial + block * 2 * shape.C;
       const int64_t first = block * plan.block_samples;
+      pass.begin_block(first, 0, shape.C);
       const int64_t stop =
           first + plan.block_samples < shape.N ? first + plan.block_samples : shape.N;
       for (int64_t n = first; n < stop;) {
@@ -499,24 +570,9 @@ inline const char* backward_rows(const Pass& pass, const Parallel& par) {
           for (int64_t j = 0; j < plan.width; ++j) columns[row][j] = T(0);
         }
         const int64_t flush = stop - n < kRowsPerFlush ? stop : n + kRowsPerFlush;
-        for (; n < flush; ++n) {
-          const T* const weight = pass.affine.weight;
-          if constexpr (!Pass::kOne) {
-            if (spreads) {
-              column_affine(pass.rows, pass.stats, n, pass.affine, spread[0], spread[1], spread[2]);
-              pass.derive_row(n, ColumnAffine<T>{spread[0], spread[1], spread[2]}, kept,
-                              flat.get());
-            } else {
-              const RowAffine<T> of(pass.stats_of(n), weight, pass.affine.bias);
-              pass.derive_row(n, of, kept, flat.get());
-            }
-          }
-          for (int64_t g = 0; g < shape.G; ++g) {
-            const int64_t j = g * plan.M;
-            pass.group_of_row(n * shape.G + g, pass.rows.row_offset(n, 0) + j, kept + j, weight + j,
-                              columns[0] + j, columns[1] + j);
-          }
-        }
+        constexpr int R = Pass::kRows;
+        for (; together && n + R <= flush; n += R) take_rows(std::integral_constant<int, R>{}, n);
+        for (; n < flush; ++n) take_rows(std::integral_constant<int, 1>{}, n);
         pass.rows.fold_channels(columns[1], plan.width, dweight);
         pass.rows.fold_channels(columns[0], plan.width, dweight + shape.C);
       }
@@ -556,6 +612,7 @@ inline const char* backward_pixels(const Pass& pass, const Parallel& par) {
         const int64_t stop =
             end * plan.block_samples < shape.N ? end * plan.block_samples : shape.N;
         for (int64_t n = begin * plan.block_samples; n < stop; ++n) {
+          pass.begin_block(n, 0, C);
           pass.set_columns(n, columns);
           pass.sum_pixels(n, 0, columns, flat, sums, sums + C);
           for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
@@ -593,6 +650,7 @@ inline const char* backward_pixels(const Pass& pass, const Parallel& par) {
   });
   if (failed) return kOutOfMemory;
   for (int64_t n = 0; n < shape.N; ++n) {
+    pass.begin_block(n, 0, C);
     double* total = at + n * plan.chunks * 2 * C;
     for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
       for (int64_t i = 0; i < 2 * C; ++i) total[i] += total[chunk * 2 * C + i];
@@ -642,7 +700,6 @@ const char* group_norm_backward(const GroupNormBackward& args, const Parallel& p
   const char* error = nullptr;
   Scratch<double> partial;
   if (!partial.allocate(plan.blocks * 2 * shape.C)) return kOutOfMemory;
-  for (int64_t i = 0; i < plan.blocks * 2 * shape.C; ++i) partial.get()[i] = 0;
   with_element(shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     AffineValues<AccOf<S>> affine;

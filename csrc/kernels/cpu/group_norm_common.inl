@@ -1,20 +1,27 @@
 // What the forward and the backward of group norm share: channel values, statistics of one group,
 // the way columns belong to channels and groups, scratch memory and the order of work.
 
+// Begins with a cache line: a vector that lies across two of them costs twice, a store more.
 template <class T>
 struct Scratch {
-  std::unique_ptr<T[]> memory;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<T[], Free> memory;
 
   // Room for a whole vector past the end, zeros there, so that a load may run over.
   bool allocate(int64_t count) {
     const int64_t padded = count + 64;
-    memory.reset(new (std::nothrow) T[padded]);
+    memory.reset(static_cast<T*>(::operator new(padded * sizeof(T), kAlignment, std::nothrow)));
     if (memory == nullptr) return false;
     for (int64_t i = count; i < padded; ++i) memory[i] = T(0);
     return true;
   }
   T* get() const { return memory.get(); }
 };
+// The next row's beginning after `width` values, with room for a vector between.
+constexpr int64_t padded(int64_t width) { return (width + 64 + 63) / 64 * 64; }
 
 constexpr const char* kOutOfMemory = "group_norm: out of memory for the channel values and sums";
 
@@ -24,7 +31,7 @@ struct ScratchRows {
   Scratch<T> scratch;
   int64_t stride = 0;
   bool allocate(int64_t rows, int64_t width) {
-    stride = width + 64;
+    stride = padded(width);
     if (!scratch.allocate(rows * stride)) return false;
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t j = width; j < stride; ++j) (*this)[row][j] = T(0);
@@ -66,7 +73,9 @@ struct RowGeometry {
   // channels[c] += the columns of channel c, of the first `width` columns; width is a multiple of C
   template <class T>
   void fold_channels(const T* columns, int64_t width, double* channels) const {
-    if (plan.kind == GroupNormPlan::rows) {
+    if (plan.kind == GroupNormPlan::rows && shape.HxW == 1) {
+      for (int64_t c = 0; c < shape.C; ++c) channels[c] += columns[c];
+    } else if (plan.kind == GroupNormPlan::rows) {
       for (int64_t c = 0; c < shape.C; ++c) {
         double total = 0;
         for (int64_t i = 0; i < shape.HxW; ++i) total += *columns++;
@@ -147,11 +156,11 @@ struct AffineValues {
     const bool direct = plan.width == shape.C;
     const int64_t width = direct ? shape.C : plan.width;
     Scratch<T> channels;
-    if (!memory.allocate(2 * (width + 64))) return false;
+    if (!memory.allocate(2 * padded(width))) return false;
     if (!direct && !channels.allocate(shape.C)) return false;
     weight = memory.get();
-    bias = weight + width + 64;
-    for (int64_t i = 0; i < 64; ++i) weight[width + i] = bias[width + i] = T(0);
+    bias = weight + padded(width);
+    for (int64_t i = width; i < padded(width); ++i) weight[i] = bias[i] = T(0);
     const auto fill = [&](T* to, const void* from, T otherwise) {
       read_channels(direct ? to : channels.get(), from, shape.param_dtype, 0, shape.C, otherwise);
       if (!direct) RowGeometry{shape, plan}.spread_channels(channels.get(), to);

@@ -76,6 +76,10 @@ inline GroupNormPlan plan_group_norm(const GroupNormShape& shape) {
   const int64_t per_sample = shape.C * shape.HxW;
   plan.blocks = std::min({shape.N, kMaxBlocks, ceil_div(shape.N * per_sample, kBlockElements),
                           std::max(kPartials / shape.C, int64_t{1})});
+  if (plan.kind == GroupNormPlan::rows) {
+    // The sums of a block, 32 bytes a channel, should cost little beside its samples.
+    plan.blocks = std::min(plan.blocks, std::max(shape.N / 16, std::min(shape.N, int64_t{8})));
+  }
   plan.block_samples = ceil_div(shape.N, plan.blocks);
   plan.blocks = ceil_div(shape.N, plan.block_samples);
   return plan;
