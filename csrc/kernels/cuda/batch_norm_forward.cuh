@@ -20,7 +20,9 @@ struct Statistics {
   double eps;
 
   BATCHOPS_DEVICE int64_t count(int64_t ghost) const { return ghost + 1 == ghosts ? last_M : M; }
-  BATCHOPS_DEVICE bool runs() const { return running_mean != nullptr || running_var != nullptr; }
+  __host__ __device__ bool runs() const {
+    return running_mean != nullptr || running_var != nullptr;
+  }
 
   BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
     const int64_t columns = ghosts * C;
