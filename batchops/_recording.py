@@ -150,18 +150,28 @@ class _Kept:
         _check_version(self._tensor, self._version, tuple(self._tensor.shape))
         return self._tensor
 
+    get_ahead = get
+
 
 class _Elsewhere:
-    """A saved tensor that the hooks around the block have taken."""
+    """A saved tensor that the hooks around the block have taken. They are asked once in a backward,
+    as torch.utils.checkpoint wants it: what a recipe has got stays for the norm itself."""
 
-    __slots__ = ("__weakref__", "_packed", "_unpack")
+    __slots__ = ("__weakref__", "_ahead", "_packed", "_unpack")
 
     def __init__(self, t: Tensor, hooks: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
         pack, self._unpack = hooks
         self._packed = pack(t)
+        self._ahead: Tensor | None = None
 
     def get(self) -> Tensor:
-        return self._unpack(self._packed)
+        t, self._ahead = self._ahead, None
+        return self._unpack(self._packed) if t is None else t
+
+    def get_ahead(self) -> Tensor:
+        if self._ahead is None:
+            self._ahead = self._unpack(self._packed)
+        return self._ahead
 
 
 class _Output:
@@ -182,7 +192,7 @@ class _Output:
         op, rest, size, stride = self._op, self._rest, self.size, self.stride
 
         def rebuild() -> Tensor:
-            x = kept.get()
+            x = kept.get_ahead()
             with torch.no_grad():
                 y = op(x, *(a.get() if isinstance(a, _Kept) else a for a in rest))
                 if y.size() != size:  # rows of layer norm
@@ -215,6 +225,8 @@ class _Rebuilt:
             return y
         return y.as_strided(size, stride, offset)
 
+    get_ahead = get
+
 
 def _pack(outer: Any, t: Tensor) -> Any:
     at = _place(t) if _thread.known or _thread.packed is not None else None
@@ -230,7 +242,7 @@ def _rebuilt(t: Tensor, at: tuple[Any, ...] | None) -> _Rebuilt | None:
     output = _thread.known.get(at[0]) if at is not None else None
     if output is None or output.storage.expired():
         return None
-    if t._version != output.version or t.dtype != output.dtype:
+    if t._version != output.version or t.dtype != output.dtype or t.is_neg() or t.is_conj():
         return None
     recipe = output.recipe()
     return None if recipe is None else _Rebuilt(t, output, recipe)

@@ -372,6 +372,39 @@ def test_inside_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=False))
 
 
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_a_norms_input_inside_checkpoint_is_asked_for_once(consumers):
+    """Both the rebuilt output and the norm's own backward need it; a checkpoint gives it once."""
+    norm, convs = bnn.BatchNorm2d(3, momentum=0.0), [nn.Conv2d(3, 3, 1) for _ in range(consumers)]
+    x = image().requires_grad_()
+
+    def layers(t):
+        y = norm(t)
+        return sum(conv(y) for conv in convs)
+
+    def block(t):
+        with batchops.recompute():
+            return layers(t)
+
+    (expected,) = torch.autograd.grad(layers(x).square().sum(), x)
+    for _ in range(2):
+        y = checkpoint(block, x, use_reentrant=False)
+        assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
+def test_lazily_negated_views_are_kept():
+    x, w = image().requires_grad_(), torch.randn(4, 3, 12, 6, requires_grad=True)
+
+    def product():
+        y = BF.batch_norm(x, None, None, training=True)
+        return (torch.view_as_complex(y.unflatten(-1, (6, 2))).conj().imag * w).sum()
+
+    (expected,) = torch.autograd.grad(product(), w)
+    with batchops.recompute():
+        again = product()
+    assert torch.equal(torch.autograd.grad(again, w)[0], expected)
+
+
 def test_hooks_around_get_what_is_not_rebuilt():
     model, x = small_net(), image()
     expected = gradients(model, x)
