@@ -103,7 +103,7 @@ struct BackwardSums {
     const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
     const BatchNormPlan& plan = geometry.plan;
     const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
-    const bool together = reads_rows_together(plan, args.shape);
+    const bool together = reads_rows_together(plan, args.shape, 2);
     Columns<T> mean, scale, shift, s, q;
     Sums row_sums;
     columns_of(group, mean, scale, shift);
@@ -156,6 +156,9 @@ struct BackwardSums {
             if (far) {
               prefetch(p, (k + R) * stride + j);
               prefetch(gradient, (k + R) * stride + j);
+            } else if (R > 1) {
+              prefetch(p, R * (stride + j) + k * L);
+              prefetch(gradient, R * (stride + j) + k * L);
             }
             const V value = load<T>(p + k * stride + j, lanes);
             const V d =

@@ -160,9 +160,10 @@ struct Geometry {
 
 // Several rows at a time share the loads of the channel values. That pays while the tensor is in
 // the cache. From memory, strictly ascending reads and whole lines of one row after the other are
-// worth more; but where rows lie far apart anyhow (segment > 1) reading several costs nothing.
-inline bool reads_rows_together(const BatchNormPlan& plan, const BatchNormShape& shape) {
-  return plan.segment > 1 || !streams(shape);
+// worth more; but where rows lie far apart anyhow (segment > 1) reading several costs nothing, and
+// see sums_wait().
+inline bool reads_rows_together(const BatchNormPlan& plan, const BatchNormShape& shape, int rows) {
+  return plan.segment > 1 || !streams(shape) || sums_wait(shape.dtype, rows, plan.row_stride);
 }
 inline bool writes_rows_together(const BatchNormShape& shape) { return !streams(shape); }
 

@@ -101,7 +101,7 @@ struct Statistics {
     const Group group = geometry.group(g);
     const int64_t begin = geometry.first_step(chunk), end = geometry.end_step(chunk);
     const BatchNormPlan& plan = geometry.plan;
-    const bool together = reads_rows_together(plan, args.shape);
+    const bool together = reads_rows_together(plan, args.shape, kRows);
     Columns<T> shift, s, q;
     Sums sums;
     T channel[kMaxWidth];
@@ -177,7 +177,12 @@ struct Statistics {
           const V about = load<T>(shift + j);
           V sum_j = load<T>(s + j), square_j = load<T>(q + j);
           for (int k = 0; k < R; ++k) {
-            if (far) prefetch(p, (k + R) * stride + j);
+            // The next R rows: where they lie together, in the order of memory.
+            if (far) {
+              prefetch(p, (k + R) * stride + j);
+            } else if (R > 1) {
+              prefetch(p, R * (stride + j) + k * L);
+            }
             const V d = load<T>(p + k * stride + j, lanes) - about;
             sum_j = sum_j + d;
             square_j = fma(d, d, square_j);

@@ -307,7 +307,7 @@ struct GroupBackward {
                   double* dz, double* dz_x) const {
     const int64_t C = shape.C, end = rows.end_step(chunk);
     const int64_t full_end = plan.tail > 0 && end == plan.steps ? end - 1 : end;
-    const bool together = !kBits && !streams(shape);
+    const bool together = !kBits && (!streams(shape) || sums_wait(shape.dtype, 2, plan.width));
     T* const s = columns[5];
     T* const q = columns[6];
     for (int64_t c = 0; c < C; ++c) dz[c] = dz_x[c] = 0;
@@ -330,7 +330,7 @@ struct GroupBackward {
   BATCHOPS_INLINE void add_rows(int64_t n, int64_t step, const ScratchRows<T>& columns,
                                 uint8_t* flat, T* s, T* q) const {
     const uint8_t* mask = mask_of(n, step, flat);
-    const int64_t at = rows.row_offset(n, step);
+    const int64_t at = rows.row_offset(n, step), stride = plan.width;
     const T* const means = columns[0];
     const T* const scales = columns[1];
     const T* const shifts = columns[2];
@@ -349,7 +349,11 @@ struct GroupBackward {
           }
           V sum_j = load<T>(s + j), product_j = load<T>(q + j);
           for (int k = 0; k < R; ++k) {
-            const int64_t from = at + k * plan.width + j;
+            const int64_t from = at + k * stride + j;
+            if constexpr (R > 1) {  // the next R rows, in the order of memory
+              prefetch(x, at + R * (stride + j) + k * L);
+              prefetch(dy, at + R * (stride + j) + k * L);
+            }
             const V value = load<T>(x + from, lanes);
             const V g = derivative(from, lanes, bits >> (u * L), value, mean, scale, shift);
             sum_j = sum_j + g;

@@ -111,9 +111,7 @@ struct GroupStatistics {
       const double inverse = 1.0 / values(begin, stop);
       for (int64_t g = 0; g < G; ++g) mean[g] = first[g] * inverse;
     }
-    // From memory, float rows come fastest one after the other; 16-bit ones need more arithmetic
-    // a byte than one row at a time leaves room for.
-    const bool together = sizeof(S) == 2 || !streams(shape);
+    const bool together = !streams(shape) || sums_wait(shape.dtype, 4, plan.width);
     for (int64_t step = begin; step < end;) {
       // The short last row is folded alone: its columns have fewer values.
       const int64_t stop = step >= full_end                  ? end

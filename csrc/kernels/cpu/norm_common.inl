@@ -238,3 +238,9 @@ template <class Shape>
 inline bool streams(const Shape& shape) {
   return shape.numel() * size_of(shape.dtype) >= kStreamBytes;
 }
+
+// A row at a time, sums of 16-bit columns wait on arithmetic, not on memory, and take several rows
+// together even where those come from memory, as long as they lie within a page or two.
+inline bool sums_wait(DType dtype, int64_t rows, int64_t width) {
+  return size_of(dtype) == 2 && rows * width * 2 <= 8192;
+}
