@@ -56,7 +56,7 @@ def _rule(op: Any) -> Callable[..., Any]:
 
 
 def register() -> None:
-    """For each operator that torch.vmap meets: layer norm's and activation's come apart first."""
+    """For each operator: torch's own way for those without a rule warns, and updates nothing."""
     for op in (
         _ops.batch_norm,
         _ops.batch_norm_update,
@@ -66,5 +66,7 @@ def register() -> None:
         _ops.group_norm,
         _ops.group_norm_apply,
         _ops.group_norm_backward,
+        _ops.layer_norm,
+        _ops.activation,
     ):
         torch.library.register_vmap(op.default, _rule(op.default))

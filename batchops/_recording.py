@@ -234,7 +234,8 @@ def _pack(outer: Any, t: Tensor) -> Any:
     if packed is None:
         packed = _Kept(t) if outer is None else _Elsewhere(t, outer)
     if _thread.packed is not None:
-        _thread.packed.append((at, packed))
+        # parameters may share the input's storage
+        _thread.packed.append((at if t.dim() > 1 else None, packed))
     return packed
 
 

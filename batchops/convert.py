@@ -86,6 +86,11 @@ def revert(model: _Model) -> _Model:
     norms = {name: m for name, m in model.named_modules() if type(m) in STOCK}
     marked = [norm for norm in norms.values() if _MARK in norm.__dict__]
     for name, norm in norms.items():
+        if getattr(norm, "ghost_batch_size", None) is not None:
+            raise ValueError(
+                f"revert: expected no ghost batches, but {name or 'the model'!r} has "
+                f"ghost_batch_size={norm.ghost_batch_size}, which a stock module cannot hold"
+            )
         if norm.activation is not None and not {_MARK, _FROM} & set(norm.__dict__):
             raise ValueError(
                 "revert: expected only activations that convert() fused, but "

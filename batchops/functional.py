@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ _activation = torch.ops.batchops.activation.default
 # None, a name, or a name and its parameter.
 Activation = str | tuple[str, float] | None
 _SLOPE = 0.01  # torch's default for leaky_relu
+_WHOLE = 2**62  # ghost batches larger than any batch
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -93,10 +96,13 @@ def _of_arrays(op: Callable[..., Tensor], arguments: dict[str, Any]) -> Any:
             f"{op.__name__}: expected input to be a Tensor or a cupy.ndarray, got "
             f"{type(input).__name__}"
         )
-    tensors = {
-        name: torch.from_dlpack(value) if isinstance(value, cupy.ndarray) else value
-        for name, value in arguments.items()
-    }
+    arrays = {name: v for name, v in arguments.items() if isinstance(v, cupy.ndarray)}
+    for name, array in arrays.items():
+        if any(stride < 0 for stride in array.strides):  # torch would end the process
+            raise ValueError(
+                f"{op.__name__}: expected {name} with strides of 0 or more, got {array.strides}"
+            )
+    tensors = arguments | {name: torch.from_dlpack(array) for name, array in arrays.items()}
     with torch.no_grad():
         return cupy.from_dlpack(op(**tensors))
 
@@ -117,16 +123,17 @@ def _ghost_size(ghost_batch_size: int | None) -> int:
     """As the operators take it: 0 for the whole batch."""
     if ghost_batch_size is None:
         return 0
-    if isinstance(ghost_batch_size, bool) or not isinstance(ghost_batch_size, int):
+    if isinstance(ghost_batch_size, bool) or not isinstance(ghost_batch_size, SupportsIndex):
         raise TypeError(
             "batch_norm: expected ghost_batch_size to be an int or None, got "
             f"{type(ghost_batch_size).__name__}"
         )
+    ghost_batch_size = operator.index(ghost_batch_size)
     if ghost_batch_size <= 0:
         raise ValueError(
             f"batch_norm: expected ghost_batch_size to be positive or None, got {ghost_batch_size}"
         )
-    return ghost_batch_size
+    return min(ghost_batch_size, _WHOLE)
 
 
 def _stock_ghosts(
@@ -141,7 +148,7 @@ def _stock_ghosts(
 ) -> Tensor:
     """Ghost batches by torch's operators, where there is no kernel."""
     ends = list(range(ghost, input.size(0), ghost))
-    values = input[0].numel() // input.size(1)
+    values = math.prod(input.shape[2:])
     if ends and (input.size(0) - ends[-1]) * values == 1:
         ends.pop()
     y = torch.cat(
@@ -153,7 +160,8 @@ def _stock_ghosts(
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             dims = [0, *range(2, input.dim())]
-            var, mean = torch.var_mean(input, dims, correction=1)
+            accurate = input.float() if input.itemsize < 4 else input
+            var, mean = torch.var_mean(accurate, dims, correction=1)
             for running, batch in ((running_mean, mean), (running_var, var)):
                 running.lerp_(batch.to(running.dtype), momentum)
     return y
@@ -237,9 +245,11 @@ def batch_norm(
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
     name, slope = _activation_of(activation)
-    ghost = _ghost_size(ghost_batch_size) if training else 0
+    ghost = _ghost_size(ghost_batch_size)
+    if not training:
+        ghost = 0
     if not _takes_kernel(input, residual):
-        if 0 < ghost < input.size(0):
+        if input.dim() > 1 and 0 < ghost < input.size(0) and input.numel() != 0:
             stats = running_mean, running_var
             y = _stock_ghosts(input, *stats, weight, bias, momentum, eps, ghost)
         else:

@@ -18,6 +18,10 @@ class Array:
     def __init__(self, values):
         self.values = np.asarray(values)
 
+    @property
+    def strides(self):
+        return self.values.strides
+
     def __dlpack__(self, **options):
         return self.values.__dlpack__(**options)
 
@@ -69,6 +73,11 @@ def test_other_kinds_raise(name, array):
     message = f"{name}: expected input to be a Tensor or a cupy.ndarray, got ndarray"
     with pytest.raises(TypeError, match=message):
         CALLS[name](values(4, 6, 6), None, None)
+
+
+def test_negative_strides_raise(array):
+    with pytest.raises(ValueError, match="group_norm: expected input with strides of 0 or more"):
+        BF.group_norm(array(values(4, 6, 6)[::-1]), 2)
 
 
 @pytest.mark.cuda

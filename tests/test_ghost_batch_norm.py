@@ -190,6 +190,8 @@ def test_errors(size, error, message):
     with pytest.raises(error, match=message):
         BF.batch_norm(torch.randn(4, 3), None, None, training=True, ghost_batch_size=size)
     with pytest.raises(error, match=message):
+        BF.batch_norm(torch.randn(4, 3), torch.zeros(3), torch.ones(3), ghost_batch_size=size)
+    with pytest.raises(error, match=message):
         bnn.BatchNorm1d(3, ghost_batch_size=size)
 
 
@@ -276,6 +278,40 @@ def test_recompute():
         y = conv(norm(x))
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(dx, expected)
+
+
+def test_without_a_kernel_statistics_are_in_float32():
+    x = (torch.randn(7, 4, 3, 3) + 3).bfloat16()
+    mean, var = torch.zeros(4), torch.ones(4)
+    residual = torch.randn(7, 4, 3, 3)  # of another dtype: torch's operators
+    BF.batch_norm(x, mean, var, training=True, momentum=1.0, residual=residual, ghost_batch_size=3)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3))
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 0), (0, 2, 3), (4, 0, 3)], ids=str)
+def test_without_a_kernel_empty(shape):
+    stats = torch.zeros(shape[1]), torch.ones(shape[1])
+    x, residual = torch.empty(shape), torch.empty(shape, dtype=torch.float64)
+    y = BF.batch_norm(x, *stats, training=True, residual=residual, ghost_batch_size=2)
+    assert y.shape == shape
+    assert torch.equal(stats[1], torch.ones(shape[1]))
+
+
+def test_revert_refuses():
+    model = torch.nn.Sequential(bnn.BatchNorm2d(4, ghost_batch_size=2))
+    with pytest.raises(ValueError, match="'0' has ghost_batch_size=2"):
+        batchops.revert(model)
+    assert type(model[0]) is bnn.BatchNorm2d
+
+
+def test_sizes_of_other_integer_types():
+    x = torch.randn(6, 4)
+    y = BF.batch_norm(x, None, None, training=True, ghost_batch_size=np.int64(3))
+    assert torch.equal(y, BF.batch_norm(x, None, None, training=True, ghost_batch_size=3))
+    y = BF.batch_norm(x, None, None, training=True, ghost_batch_size=2**70)
+    assert torch.equal(y, BF.batch_norm(x, None, None, training=True))
 
 
 @pytest.mark.parametrize("shape", [(7, 4, 3, 3), (5, 4)], ids=str)

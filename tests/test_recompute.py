@@ -174,6 +174,21 @@ def test_layer_norm(dims):
     assert without - saved_bytes(model, x, context=batchops.recompute) == x.nbytes
 
 
+def test_layer_norm_with_input_and_weight_in_one_storage():
+    """The input must be copied to rows, so what is saved there is the weight."""
+    memory = torch.randn(12)
+    x = memory[:6].view(1, 3, 2).transpose(1, 2).requires_grad_()
+    weight = memory[:6].view(2, 3)
+
+    def loss():
+        return F.linear(BF.layer_norm(x, (2, 3), weight), torch.ones(1, 3)).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(), x)
+    with batchops.recompute():
+        again = loss()
+    assert torch.equal(torch.autograd.grad(again, x)[0], expected)
+
+
 def test_group_and_instance_norm():
     for norm in (bnn.GroupNorm(3, 6, activation="silu"), bnn.InstanceNorm2d(6, affine=True)):
         model, x = nn.Sequential(norm, nn.Conv2d(6, 4, 3)), torch.randn(3, 6, 9, 9)

@@ -48,9 +48,13 @@ void check_training(const Tensor& input, double eps, int64_t ghost) {
 c10::SymInt stats_columns(const Tensor& input, int64_t ghost) {
   const c10::SymInt N = input.sym_size(0), C = input.sym_size(1);
   if (ghost <= 0 || N <= ghost) return C;
-  c10::SymInt left = N % ghost;
-  for (int64_t d = 2; d < input.dim(); d++) left = left * input.sym_size(d);
-  return (N / ghost + (left > 1 ? 1 : 0)) * C;
+  // One condition on N at a time: of a product with other sizes torch.compile may lose the guard.
+  const c10::SymInt full = N / ghost, left = N % ghost;
+  if (left == 0) return full * C;
+  if (left > 1) return (full + 1) * C;
+  c10::SymInt positions = 1;
+  for (int64_t d = 2; d < input.dim(); d++) positions = positions * input.sym_size(d);
+  return (positions > 1 ? full + 1 : full) * C;
 }
 
 ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
