@@ -6,8 +6,8 @@ import pkgutil
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from . import (
-    _batching,
-    _binding,
+    _binding,  # first: loads the native libraries and registers the operators
+    _vmap,
     data,
     functional,
     nn,
@@ -18,7 +18,7 @@ from .convert import convert, revert
 from .patch import patch
 from .recompute import recompute
 
-_batching.register()
+_vmap.register()
 __version__ = _binding.version()
 
 __all__ = [
