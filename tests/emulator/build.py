@@ -82,7 +82,7 @@ INSTRUMENTED = (
     "-include",
     str(HERE / "instrument_prefix.h"),
 )
-SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 def _compiler() -> str:
