@@ -143,12 +143,11 @@ BackwardOutputs batch_norm_backward(const Tensor& dy, const Tensor& input,
   call.check(stats_columns(input, ghost).expect_int());
   NormBackwardTensors tensors(call);
   if (tensors.done) return tensors.outputs();
-  const Parameter w(weight), b(bias);
   BatchNormBackward args;
   args.shape = norm_shape<BatchNormShape>(tensors.x, weight, bias, call.activation, slope);
   args.shape.ghost = ghost;
   args.training = training;
-  tensors.fill(args, call, w, b);
+  tensors.fill(args, call);
   launch(op, input, args, batch_norm_backward_cpu, batch_norm_backward_workspace_cuda,
          batch_norm_backward_cuda);
   return tensors.outputs();

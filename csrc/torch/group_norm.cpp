@@ -71,11 +71,10 @@ BackwardOutputs group_norm_backward(const Tensor& dy, const Tensor& input,
   call.check(input.size(0) * num_groups);
   NormBackwardTensors tensors(call);
   if (tensors.done) return tensors.outputs();
-  const Parameter w(weight), b(bias);
   GroupNormBackward args;
   args.shape = norm_shape<GroupNormShape>(tensors.x, weight, bias, call.activation, slope);
   args.shape.G = num_groups;
-  tensors.fill(args, call, w, b);
+  tensors.fill(args, call);
   launch(op, input, args, group_norm_backward_cpu, group_norm_backward_workspace_cuda,
          group_norm_backward_cuda);
   return tensors.outputs();

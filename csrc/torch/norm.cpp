@@ -151,7 +151,9 @@ void NormBackwardCall::check(int64_t columns) const {
 }
 
 NormBackwardTensors::NormBackwardTensors(const NormBackwardCall& call)
-    : x(call.mask ? in_layout(call.input, layout_of_mask(*call.mask)) : to_dense(call.input)) {
+    : x(call.mask ? in_layout(call.input, layout_of_mask(*call.mask)) : to_dense(call.input)),
+      weight(call.weight),
+      bias(call.bias) {
   const auto [want_dx, want_dresidual, want_dweight, want_dbias] = call.wanted;
   const int64_t C = call.input.size(1);
   const auto param_type = param_type_of(call.input, call.weight, call.bias);

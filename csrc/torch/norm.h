@@ -164,6 +164,7 @@ struct NormBackwardCall {
 struct NormBackwardTensors {
   Dense x;
   Tensor dy, residual, dx, dresidual, dweight, dbias;
+  Parameter weight, bias;
   bool done = false;  // nothing is left for a kernel
 
   explicit NormBackwardTensors(const NormBackwardCall& call);
@@ -171,8 +172,7 @@ struct NormBackwardTensors {
 
   // Fills the fields of `Args` that both norms have.
   template <class Args>
-  void fill(Args& args, const NormBackwardCall& call, const Parameter& weight,
-            const Parameter& bias) {
+  void fill(Args& args, const NormBackwardCall& call) {
     TORCH_CHECK(!call.mask || call.mask->numel() == args.shape.mask_bytes(), call.op,
                 ": expected a mask of ", args.shape.mask_bytes(),
                 " bytes as the forward returned it, got ", call.mask ? call.mask->numel() : 0);

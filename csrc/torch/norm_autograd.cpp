@@ -204,7 +204,10 @@ BackwardOutputs differentiable_backward(const Tensor& dy, const Tensor& input,
     dbias = k == 0 ? b : dbias + b;
   }
   const auto type = param_type_of(input, defined_or_none(weight), defined_or_none(bias));
-  return {at::cat(dx), at::cat(dresidual), dweight.to(type), dbias.to(type)};
+  const auto joined = [](const std::vector<Tensor>& parts) {
+    return parts.size() == 1 ? parts[0] : at::cat(parts);
+  };
+  return {joined(dx), joined(dresidual), dweight.to(type), dbias.to(type)};
 }
 
 struct NormDoubleBackward : NormNode {

@@ -426,7 +426,7 @@ inline const char* backward_ghosts(const BatchNormBackward& args, const Parallel
         return backward_ghost(part, args, k, runner, params ? sums.get() + k * 2 * C : nullptr);
       });
   if (error != nullptr || !params) return error;
-  for_each_channel_block(shape, par, [&](int64_t first, int64_t count) {
+  for_each_channel_block(C, ghosts, par, [&](int64_t first, int64_t count) {
     double* const dweight = sums.get() + first;
     double* const dbias = dweight + C;
     for (int64_t k = 1; k < ghosts; ++k) {

@@ -172,6 +172,24 @@ struct alignas(64) Sums {
   double first[kMaxWidth], second[kMaxWidth];
 };
 
+// Calls body(first, count) over blocks of channels, for work on `rows` values of each.
+template <class Body>
+inline void for_each_channel_block(int64_t C, int64_t rows, const Parallel& par, Body&& body) {
+  constexpr int64_t kBlockChannels = 128;
+  const int64_t blocks = (C + kBlockChannels - 1) / kBlockChannels;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlockChannels, left = C - first;
+      body(first, left < kBlockChannels ? left : kBlockChannels);
+    }
+  };
+  if (rows * C > kForkElements) {
+    par(blocks, run);
+  } else {
+    run(0, blocks);
+  }
+}
+
 template <class Pass>
 inline const char* apply_only(const Geometry& geometry, const Parallel& par, Pass& pass) {
   const BatchNormPlan& plan = geometry.plan;
@@ -235,25 +253,14 @@ inline const char* reduce_and_apply(const Geometry& geometry, const Parallel& pa
       pass.reduce(g, chunk, at, at + C);
     }
   });
-  constexpr int64_t kMergeChannels = 128;
-  const auto merge = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t c = block * kMergeChannels;
-      const int64_t count = C - c < kMergeChannels ? C - c : kMergeChannels;
-      double* first = partial + c;
-      double* second = first + C;
-      for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
-        pass.merge(chunk, count, first, second, first + chunk * 2 * C, second + chunk * 2 * C);
-      }
-      pass.finish(c, count, first, second);
+  for_each_channel_block(C, plan.chunks, par, [&](int64_t c, int64_t count) {
+    double* first = partial + c;
+    double* second = first + C;
+    for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
+      pass.merge(chunk, count, first, second, first + chunk * 2 * C, second + chunk * 2 * C);
     }
-  };
-  const int64_t blocks = (C + kMergeChannels - 1) / kMergeChannels;
-  if (plan.chunks * C > kForkElements) {
-    par(blocks, merge);
-  } else {
-    merge(0, blocks);
-  }
+    pass.finish(c, count, first, second);
+  });
   if (apply) return apply_only(geometry, par, pass);
   return nullptr;
 }
@@ -309,20 +316,4 @@ inline const char* for_each_ghost(const Args& args, const Parallel& par, Run&& r
     }
   });
   return error;
-}
-
-// Calls body(first, count) over blocks of channels, for work on a value of each ghost batch.
-template <class Body>
-inline void for_each_channel_block(const BatchNormShape& shape, const Parallel& par, Body&& body) {
-  constexpr int64_t kBlockChannels = 128;
-  const int64_t blocks = (shape.C + kBlockChannels - 1) / kBlockChannels;
-  const auto run = [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kBlockChannels, last = end * kBlockChannels;
-    body(first, (last < shape.C ? last : shape.C) - first);
-  };
-  if (shape.ghosts() * shape.C > kForkElements) {
-    par(blocks, run);
-  } else {
-    run(0, blocks);
-  }
 }

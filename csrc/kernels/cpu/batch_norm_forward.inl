@@ -263,7 +263,7 @@ inline const char* forward_ghosts(const BatchNormForward& args, const Parallel& 
         return forward_ghost(part, args, k, runner, update ? moments.get() + k * 2 * C : nullptr);
       });
   if (error != nullptr || !update) return error;
-  for_each_channel_block(shape, par, [&](int64_t first, int64_t count) {
+  for_each_channel_block(C, ghosts, par, [&](int64_t first, int64_t count) {
     double* const mean = moments.get() + first;
     double* const m2 = mean + C;
     for (int64_t k = 1; k < ghosts; ++k) {
