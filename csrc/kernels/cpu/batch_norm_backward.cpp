@@ -12,7 +12,7 @@ namespace batchops {
 
 const char* batch_norm_backward_cpu(const BatchNormBackward& args, const Parallel& par) {
   if (args.shape.numel() == 0) return nullptr;
-  return BATCHOPS_ISA_CALL(batch_norm_backward, args, par);
+  return BATCHOPS_ISA_CALL_AT(isa_for(args.shape.dtype), batch_norm_backward, args, par);
 }
 
 }  // namespace batchops

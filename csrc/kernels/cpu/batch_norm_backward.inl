@@ -8,23 +8,63 @@
 // What dz = dy · activation'(z) is made from.
 enum class Derivative { one, recomputed, bits };
 
-template <class S, class Act, Derivative kDerivative>
-struct BackwardSums {
-  using T = AccOf<S>;
-  using V = Vec<T>;
-  static constexpr int L = V::kLanes;
-  static constexpr bool kBits = kDerivative == Derivative::bits;
-  static constexpr bool kRecomputed = kDerivative == Derivative::recomputed;
-  static constexpr bool kMayAdd = std::is_same_v<Act, AnyActivation>;
-
+// What the sums of a channel come to.
+template <class T>
+struct BackwardResults {
   const BatchNormBackward& args;
   const Geometry& geometry;
   const ChannelStats<const T> stats;
   double* const sums;     // dweight [C], dbias [C] of a ghost batch; null: the outputs themselves
   T* const coefficients;  // slope [C], offset [C]
+
+  void merge(int64_t, int64_t count, double* dz, double* dz_x, const double* chunk_dz,
+             const double* chunk_dz_x) const {
+    for (int64_t i = 0; i < count; ++i) dz[i] += chunk_dz[i];
+    for (int64_t i = 0; i < count; ++i) dz_x[i] += chunk_dz_x[i];
+  }
+
+  BATCHOPS_NOINLINE void finish(int64_t first, int64_t count, const double* dz,
+                                const double* dz_x) const {
+    const int64_t C = args.shape.C;
+    const double inverse = 1.0 / static_cast<double>(args.shape.N * args.shape.HxW);
+    constexpr int64_t kPart = 128;
+    T mean[kPart], scale[kPart], shift[kPart];
+    double dweight[kPart];
+    for (int64_t part = 0; part < count; part += kPart) {
+      const int64_t c = first + part, n = count - part < kPart ? count - part : kPart;
+      affine_of(stats, args.weight, nullptr, args.shape.param_dtype, c, n, mean, scale, shift);
+      for (int64_t i = 0; i < n; ++i) {
+        const double low = stats.low[c + i], rstd = stats.rstd[c + i];
+        dweight[i] = (dz_x[part + i] - low * dz[part + i]) * rstd;
+        const double slope = -scale[i] * rstd * dweight[i] * inverse;
+        coefficients[c + i] = static_cast<T>(slope);
+        coefficients[C + c + i] = static_cast<T>(-scale[i] * dz[part + i] * inverse - slope * low);
+      }
+      if (sums == nullptr) {
+        write_channels(args.dweight, args.shape.param_dtype, c, n, dweight);
+        write_channels(args.dbias, args.shape.param_dtype, c, n, dz + part);
+      } else {
+        std::memcpy(sums + c, dweight, n * sizeof(double));
+        std::memcpy(sums + C + c, dz + part, n * sizeof(double));
+      }
+    }
+  }
+};
+
+template <class S, class Act, Derivative kDerivative>
+struct BackwardSums : BackwardResults<AccOf<S>> {
+  using T = AccOf<S>;
+  using Base = BackwardResults<T>;
+  using Base::args, Base::geometry, Base::stats, Base::merge;
+  using V = Vec<T>;
+  static constexpr int L = V::kLanes;
+  static constexpr bool kBits = kDerivative == Derivative::bits;
+  static constexpr bool kRecomputed = kDerivative == Derivative::recomputed;
+  static constexpr bool kMayAdd = std::is_same_v<Act, GenericActivation>;
+
   const S* const x = static_cast<const S*>(args.x);
   const S* const dy = static_cast<const S*>(args.dy);
-  const S* const residual = static_cast<const S*>(args.residual);
+  const S* const residual = residual_of<S>(args);
   const Act act = activation_of<Act>(args.shape);
 
   template <class Lanes, class Param>
@@ -48,12 +88,6 @@ struct BackwardSums {
   }
 
   // --------------------------------------------------------------------- sums
-
-  void merge(int64_t, int64_t count, double* dz, double* dz_x, const double* chunk_dz,
-             const double* chunk_dz_x) const {
-    for (int64_t i = 0; i < count; ++i) dz[i] += chunk_dz[i];
-    for (int64_t i = 0; i < count; ++i) dz_x[i] += chunk_dz_x[i];
-  }
 
   void reduce(int64_t g, int64_t chunk, double* dz, double* dz_x) const {
     if (geometry.plan.by_rows) {
@@ -195,35 +229,12 @@ struct BackwardSums {
       }
     }
   }
-
-  void finish(int64_t first, int64_t count, const double* dz, const double* dz_x) const {
-    const int64_t C = args.shape.C;
-    const double inverse = 1.0 / static_cast<double>(args.shape.N * args.shape.HxW);
-    constexpr int64_t kPart = 128;
-    T mean[kPart], scale[kPart], shift[kPart];
-    double dweight[kPart];
-    for (int64_t part = 0; part < count; part += kPart) {
-      const int64_t c = first + part, n = count - part < kPart ? count - part : kPart;
-      affine(c, n, mean, scale, shift);
-      for (int64_t i = 0; i < n; ++i) {
-        const double low = stats.low[c + i], rstd = stats.rstd[c + i];
-        dweight[i] = (dz_x[part + i] - low * dz[part + i]) * rstd;
-        const double slope = -scale[i] * rstd * dweight[i] * inverse;
-        coefficients[c + i] = static_cast<T>(slope);
-        coefficients[C + c + i] = static_cast<T>(-scale[i] * dz[part + i] * inverse - slope * low);
-      }
-      if (sums == nullptr) {
-        write_channels(args.dweight, args.shape.param_dtype, c, n, dweight);
-        write_channels(args.dbias, args.shape.param_dtype, c, n, dz + part);
-      } else {
-        std::memcpy(sums + c, dweight, n * sizeof(double));
-        std::memcpy(sums + C + c, dz + part, n * sizeof(double));
-      }
-    }
-  }
 };
 
-template <class S, class Act, Derivative kDerivative, bool kTraining>
+// Which of the two formulas of dx an instance is for.
+enum class Mode { training, eval, either };
+
+template <class S, class Act, Derivative kDerivative, Mode kMode>
 struct BackwardPass : BackwardSums<S, Act, kDerivative> {
   using Base = BackwardSums<S, Act, kDerivative>;
   using T = typename Base::T;
@@ -233,6 +244,7 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
 
   S* const dx = static_cast<S*>(args.dx);
   S* const dresidual = static_cast<S*>(args.dresidual);
+  const bool training = kMode == Mode::either ? args.training : kMode == Mode::training;
   const bool past_cache = streams(args.shape);
 
   // R runs of n elements, `stride` apart, with the same channel values.
@@ -249,18 +261,19 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     bool past_residual = past_cache;
     int64_t start = 0;
     uint64_t bits[R] = {};
+    const bool centred = kMode == Mode::either ? training : kMode == Mode::training;
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
       const V scale_j = scale[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
         V value(T(0));
-        if constexpr (kTraining || kRecomputed) value = load<T>(p + at, lanes);
+        if (kRecomputed || centred) value = load<T>(p + at, lanes);
         const V dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,
                                       scale, shift);
         if (to_residual != nullptr) put(to_residual + at, dz, lanes, past_residual);
         if (to != nullptr) {
           V d = scale_j * dz;
-          if constexpr (kTraining) d = fma(scale_j, dz, fma(slope[j], value - mean[j], extra[j]));
+          if (centred) d = fma(scale_j, dz, fma(slope[j], value - mean[j], extra[j]));
           put(to + at, d, lanes, past);
         }
       }
@@ -314,7 +327,7 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     const Group group = geometry.group(g);
     Columns<T> mean, scale, shift, slope, extra;
     this->columns_of(group, mean, scale, shift);
-    if (kTraining) {
+    if (training) {
       geometry.spread(group, coefficients + group.first_channel, slope.at);
       geometry.spread(group, coefficients + args.shape.C + group.first_channel, extra.at);
     }
@@ -365,14 +378,23 @@ inline const char* run_backward(const BatchNormBackward& args, const Geometry& g
   return apply_only(geometry, par, pass);
 }
 
+// Identity has an instance for each mode, Relu one for training.
 template <class S, class Act, Derivative kDerivative>
 inline const char* backward_of(const BatchNormBackward& args, const Geometry& geometry,
                                const Parallel& par, const ChannelStats<const AccOf<S>>& stats,
                                double* sums) {
-  return args.training ? run_backward<BackwardPass<S, Act, kDerivative, true>>(args, geometry, par,
-                                                                               stats, sums)
-                       : run_backward<BackwardPass<S, Act, kDerivative, false>>(args, geometry, par,
-                                                                                stats, sums);
+  const auto run = [&](auto mode) {
+    using Pass = BackwardPass<S, Act, kDerivative, decltype(mode)::value>;
+    return run_backward<Pass>(args, geometry, par, stats, sums);
+  };
+  if constexpr (std::is_same_v<Act, GenericActivation>) {
+    return run(std::integral_constant<Mode, Mode::either>{});
+  } else {
+    if constexpr (std::is_same_v<Act, Identity>) {
+      if (!args.training) return run(std::integral_constant<Mode, Mode::eval>{});
+    }
+    return run(std::integral_constant<Mode, Mode::training>{});
+  }
 }
 
 template <class S, class Act>
@@ -400,14 +422,16 @@ inline const char* backward_ghost(const BatchNormBackward& part, const BatchNorm
   with_element(part.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const ChannelStats<const AccOf<S>> stats(whole.stats, whole.shape, k);
-    // Only that instance looks for a residual when it recomputes z.
-    const bool adds = traits_of(part.shape.activation).needs_z && part.mask == nullptr &&
-                      part.residual != nullptr;
-    if (adds) {
-      error = backward_of<S, AnyActivation>(part, geometry, runner, stats, sums);
+    const auto generic = [&] {
+      return backward_of<S, GenericActivation>(part, geometry, runner, stats, sums);
+    };
+    // Only that instance looks for a residual when it recomputes z, or has Relu in eval mode.
+    const bool adds = part.mask == nullptr && residual_of<S>(part) != nullptr;
+    if (adds || (!part.training && part.shape.activation != Activation::none)) {
+      error = generic();
       return;
     }
-    with_activation<Identity, Relu>(part.shape.activation, 0, [&](auto act) {
+    with_instance<S, Identity, Relu>(part.shape, [&](auto act) {
       error = backward_of<S, decltype(act)>(part, geometry, runner, stats, sums);
     });
   });

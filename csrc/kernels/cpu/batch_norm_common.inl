@@ -26,9 +26,9 @@ struct ChannelStats {
 //   scale = rstd · weight,   shift = bias - low · scale,   low = the mean's part below rounding.
 // The product is exact in double, so no contraction can change `shift`.
 template <class T, class Stat>
-inline void affine_of(const ChannelStats<Stat>& stats, const void* weight, const void* bias,
-                      DType param_dtype, int64_t first, int64_t count, T* mean, T* scale,
-                      T* shift) {
+BATCHOPS_NOINLINE void affine_of(const ChannelStats<Stat>& stats, const void* weight,
+                                 const void* bias, DType param_dtype, int64_t first, int64_t count,
+                                 T* mean, T* scale, T* shift) {
   read_channels(scale, weight, param_dtype, first, count, T(1));
   read_channels(shift, bias, param_dtype, first, count, T(0));
   for (int64_t i = 0; i < count; ++i) {

@@ -15,7 +15,7 @@ const char* batch_norm_forward_cpu(const BatchNormForward& args, const Parallel&
   if (!args.training && (args.running_mean == nullptr || args.running_var == nullptr)) {
     return "batch_norm: running_mean and running_var are needed in evaluation, got null";
   }
-  return BATCHOPS_ISA_CALL(batch_norm_forward, args, par);
+  return BATCHOPS_ISA_CALL_AT(isa_for(args.shape.dtype), batch_norm_forward, args, par);
 }
 
 }  // namespace batchops

@@ -243,7 +243,7 @@ inline const char* forward_ghost(const BatchNormForward& part, const BatchNormFo
   with_element(part.shape.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     const ChannelStats<AccOf<S>> stats(whole.stats, whole.shape, k);
-    with_activation<Identity, Relu>(part.shape.activation, 0, [&](auto act) {
+    with_instance<S, Identity, Relu>(part.shape, [&](auto act) {
       error = forward_of<S, decltype(act)>(part, geometry, runner, stats, moments);
     });
   });

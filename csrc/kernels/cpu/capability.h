@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/common.h"
+
 namespace batchops {
 
 // avx512 is x86-64-v4 (F, BW, CD, DQ, VL), avx2 is x86-64-v3 (with FMA and F16C). baseline is
@@ -15,5 +17,11 @@ Isa isa();
 
 // Whether isa() is avx512 and the machine also converts to bfloat16 by itself.
 bool has_avx512_bf16();
+
+// The set that kernels over elements of this dtype run with: bfloat16 goes no higher than avx2
+// where the machine does not convert to it by itself.
+inline Isa isa_for(DType dtype) {
+  return dtype == DType::bf16 && isa() == Isa::avx512 && !has_avx512_bf16() ? Isa::avx2 : isa();
+}
 
 }  // namespace batchops

@@ -12,7 +12,7 @@ namespace batchops {
 
 const char* group_norm_backward_cpu(const GroupNormBackward& args, const Parallel& par) {
   if (args.shape.numel() == 0) return nullptr;
-  return BATCHOPS_ISA_CALL(group_norm_backward, args, par);
+  return BATCHOPS_ISA_CALL_AT(isa_for(args.shape.dtype), group_norm_backward, args, par);
 }
 
 }  // namespace batchops

@@ -28,7 +28,7 @@ struct GroupBackward {
   const T* const stats = static_cast<const T*>(args.stats);
   const S* const x = static_cast<const S*>(args.x);
   const S* const dy = static_cast<const S*>(args.dy);
-  const S* const residual = static_cast<const S*>(args.residual);
+  const S* const residual = residual_of<S>(args);
   S* const dx = static_cast<S*>(args.dx);
   S* const dresidual = static_cast<S*>(args.dresidual);
   S* const output = dx != nullptr ? dx : dresidual;
@@ -717,17 +717,16 @@ const char* group_norm_backward(const GroupNormBackward& args, const Parallel& p
                                                 : backward_pixels(pass, runner);
     };
     if (args.mask != nullptr) {
-      const AnyActivation any{shape.activation, shape.slope};
-      error = run(GroupBackward<S, AnyActivation, Derivative::bits>{args, plan, affine, any,
-                                                                    partial.get()});
+      using Act = GenericActivation;
+      error = run(GroupBackward<S, Act, Derivative::bits>{
+          args, plan, affine, activation_of<Act>(shape), partial.get()});
       return;
     }
-    error = with_activation<Identity, FastSilu<sizeof(S) == 2>>(
-        shape.activation, shape.slope, [&](const auto& act) {
-          using Act = std::remove_cvref_t<decltype(act)>;
-          constexpr auto kDerivative = Act::kNeedsZ ? Derivative::recomputed : Derivative::one;
-          return run(GroupBackward<S, Act, kDerivative>{args, plan, affine, act, partial.get()});
-        });
+    error = with_instance<S, Identity, FastSilu<sizeof(S) == 2>>(shape, [&](const auto& act) {
+      using Act = std::remove_cvref_t<decltype(act)>;
+      constexpr auto kDerivative = Act::kNeedsZ ? Derivative::recomputed : Derivative::one;
+      return run(GroupBackward<S, Act, kDerivative>{args, plan, affine, act, partial.get()});
+    });
   });
   if (error != nullptr) return error;
   if (args.dweight == nullptr && args.dbias == nullptr) return nullptr;

@@ -12,7 +12,7 @@ namespace batchops {
 
 const char* group_norm_forward_cpu(const GroupNormForward& args, const Parallel& par) {
   if (args.shape.numel() == 0) return nullptr;
-  return BATCHOPS_ISA_CALL(group_norm_forward, args, par);
+  return BATCHOPS_ISA_CALL_AT(isa_for(args.shape.dtype), group_norm_forward, args, par);
 }
 
 }  // namespace batchops

@@ -306,14 +306,15 @@ const char* group_norm_forward(const GroupNormForward& args, const Parallel& par
              : plan.kind == GroupNormPlan::rows ? forward_rows(pass, runner)
                                                 : forward_pixels(pass, runner);
     };
-    const AnyActivation any{shape.activation, shape.slope};
-    error = args.mask != nullptr
-                ? run(GroupForward<S, AnyActivation, true>{{args, plan}, affine, any})
-                : with_activation<Identity, FastSilu<sizeof(S) == 2>>(
-                      shape.activation, shape.slope, [&](const auto& act) {
-                        using Act = std::remove_cvref_t<decltype(act)>;
-                        return run(GroupForward<S, Act, false>{{args, plan}, affine, act});
-                      });
+    if (args.mask != nullptr) {
+      using Act = GenericActivation;
+      error = run(GroupForward<S, Act, true>{{args, plan}, affine, activation_of<Act>(shape)});
+      return;
+    }
+    error = with_instance<S, Identity, FastSilu<sizeof(S) == 2>>(shape, [&](const auto& act) {
+      using Act = std::remove_cvref_t<decltype(act)>;
+      return run(GroupForward<S, Act, false>{{args, plan}, affine, act});
+    });
   });
   return error;
 }

@@ -11,13 +11,64 @@ BATCHOPS_INLINE V normalize(V x, V mean, V scale, V shift) {
   return fma(x - mean, scale, shift);
 }
 
+// Every activation, chosen at run time. What costs less than a call is done in place.
+struct GenericActivation : AnyActivation {
+  template <class V>
+  BATCHOPS_INLINE V forward(V z) const {
+    if (kind == Activation::none) return z;
+    if (kind == Activation::relu) return Relu::forward(z);
+    return AnyActivation::forward(z);
+  }
+  template <class V>
+  BATCHOPS_INLINE V backward(V dy, V z) const {
+    if (kind == Activation::none) return dy;
+    if (kind == Activation::relu) return Relu::backward(dy, z);
+    return AnyActivation::backward(dy, z);
+  }
+};
+
 template <class Act, class Shape>
 inline Act activation_of(const Shape& shape) {
   const auto slope = static_cast<Scalar>(shape.slope);
-  if constexpr (std::is_same_v<Act, AnyActivation>) {
-    return {shape.activation, slope};
+  if constexpr (std::is_same_v<Act, GenericActivation>) {
+    return {{shape.activation, slope}};
   } else {
     return make_functor<Act>(slope);
+  }
+}
+
+// What z is made again from, besides x: nothing where the derivative does not ask for z.
+template <class S, class Args>
+inline const S* residual_of(const Args& args) {
+  return traits_of(args.shape.activation).needs_z ? static_cast<const S*>(args.residual) : nullptr;
+}
+
+// Whether the usual activations have instances of their own for elements stored as S. Each costs
+// time to compile, in every set: float and bfloat16 have them, but for x86-64 without AVX2.
+#if defined(BATCHOPS_X86) && !defined(BATCHOPS_ISA_AVX2) && !defined(BATCHOPS_ISA_AVX512)
+template <class S>
+constexpr bool kOwnInstances = false;
+#else
+template <class S>
+constexpr bool kOwnInstances = std::is_same_v<S, float> || std::is_base_of_v<BFloat16, S>;
+#endif
+
+// Calls f(functor), with one of `Own` where S has instances of its own and that is the activation,
+// else with GenericActivation.
+template <class S, class... Own, class Shape, class F>
+inline auto with_instance(const Shape& shape, F&& f) {
+  const auto generic = [&] { return f(activation_of<GenericActivation>(shape)); };
+  if constexpr (kOwnInstances<S>) {
+    return with_activation<Own...>(shape.activation, shape.slope, [&](const auto& act) {
+      using Act = std::remove_cvref_t<decltype(act)>;
+      if constexpr (std::is_same_v<Act, AnyActivation>) {
+        return generic();
+      } else {
+        return f(act);
+      }
+    });
+  } else {
+    return generic();
   }
 }
 
@@ -55,7 +106,7 @@ BATCHOPS_INLINE void put(S* p, T value) {
 }
 
 // Calls f with a null pointer of the storage type.
-template <class F>
+template <class BF16 = BFloat16, class F>
 BATCHOPS_INLINE void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::f32:
@@ -63,25 +114,26 @@ BATCHOPS_INLINE void with_dtype(DType dtype, F&& f) {
     case DType::f16:
       return f(static_cast<Half*>(nullptr));
     case DType::bf16:
-      return f(static_cast<BFloat16*>(nullptr));
+      return f(static_cast<BF16*>(nullptr));
     case DType::f64:
       return f(static_cast<double*>(nullptr));
   }
 }
 
-// The same for the elements of x and y, of which there are enough to choose the conversion.
+// The same for the elements of x and y.
 template <class F>
 BATCHOPS_INLINE void with_element(DType dtype, F&& f) {
 #if defined(BATCHOPS_ISA_AVX512)
-  if (dtype == DType::bf16 && has_avx512_bf16()) return f(static_cast<NativeBFloat16*>(nullptr));
-#endif
+  with_dtype<NativeBFloat16>(dtype, std::forward<F>(f));  // isa_for() sees to it
+#else
   with_dtype(dtype, std::forward<F>(f));
+#endif
 }
 
 // out[i] = values[first + i], or `otherwise` where there are no values.
 template <class T>
-inline void read_channels(T* out, const void* values, DType dtype, int64_t first, int64_t count,
-                          T otherwise) {
+BATCHOPS_NOINLINE void read_channels(T* out, const void* values, DType dtype, int64_t first,
+                                     int64_t count, T otherwise) {
   if (values == nullptr) {
     for (int64_t i = 0; i < count; ++i) out[i] = otherwise;
     return;
@@ -92,7 +144,8 @@ inline void read_channels(T* out, const void* values, DType dtype, int64_t first
   });
 }
 template <class T>
-inline void write_channels(void* values, DType dtype, int64_t first, int64_t count, const T* in) {
+BATCHOPS_NOINLINE void write_channels(void* values, DType dtype, int64_t first, int64_t count,
+                                      const T* in) {
   if (values == nullptr) return;
   with_dtype(dtype, [&](auto* type) {
     auto* to = static_cast<std::remove_pointer_t<decltype(type)>*>(values) + first;

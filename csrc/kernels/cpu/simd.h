@@ -69,10 +69,11 @@ struct Half {
 }  // namespace batchops
 
 #if defined(BATCHOPS_X86)
-#define BATCHOPS_ISA_CALL(function, ...)                \
-  (isa() == Isa::avx512 ? avx512::function(__VA_ARGS__) \
-   : isa() == Isa::avx2 ? avx2::function(__VA_ARGS__)   \
-                        : baseline::function(__VA_ARGS__))
+#define BATCHOPS_ISA_CALL_AT(set, function, ...)      \
+  (set == Isa::avx512 ? avx512::function(__VA_ARGS__) \
+   : set == Isa::avx2 ? avx2::function(__VA_ARGS__)   \
+                      : baseline::function(__VA_ARGS__))
 #else
-#define BATCHOPS_ISA_CALL(function, ...) baseline::function(__VA_ARGS__)
+#define BATCHOPS_ISA_CALL_AT(set, function, ...) baseline::function(__VA_ARGS__)
 #endif
+#define BATCHOPS_ISA_CALL(function, ...) BATCHOPS_ISA_CALL_AT(isa(), function, __VA_ARGS__)
