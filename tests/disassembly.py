@@ -89,6 +89,20 @@ def read_library(usage: str, target: str, reserved: int) -> Kernels:
     return found
 
 
+def read_attributes(elf: str, found: Kernels) -> None:
+    """cuobjdump -elf: launch bounds and barriers."""
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        kernel = found.get(re.match(r"\w+", section)[0])
+        if kernel is None:
+            continue
+        section = section.split("\n.", 1)[0]
+        values = dict(
+            re.findall(r"Attribute:\s*EIATTR_(\w+)\s+Format:\s*\w+\s+Value:\s*0x(\w+)", section)
+        )
+        kernel.threads = int(values.get("MAX_THREADS", "0"), 16)
+        kernel.barriers = int(values.get("NUM_BARRIERS", "0"), 16)
+
+
 def read_launch_bounds(ptx: str, found: Kernels) -> None:
     for name, directives in re.findall(r"\.entry\s+(\w+)\(.*?\)([^{]*)\{", ptx, re.DOTALL):
         if name in found and (match := re.search(r"\.maxntid\s+(\d+)", directives)):

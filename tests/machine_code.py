@@ -68,9 +68,20 @@ def compile_all(paths: Iterable[Path], targets: Iterable[str]) -> dict[tuple[str
         return {(path.name, t): found for (path, t), found in zip(pairs, results, strict=True)}
 
 
+def built_library() -> Path | None:
+    """The installed build's kernels; None where it has none for CUDA."""
+    import batchops
+    from batchops import _binding
+
+    if not _binding.core.built_with_cuda():
+        return None
+    return Path(batchops._C.__file__).with_name("libbatchops_core.so")
+
+
+@cache
 def library_kernels(library: Path) -> list[Kernel]:
-    """The kernels in a built library, of all its targets. Spills, launch bounds and barriers are
-    not told there; local memory accesses are."""
+    """The kernels in a built library, of all its targets. Bytes of spills are not told there; the
+    local memory accesses that they come to are."""
     cuobjdump, nvdisasm = toolkit.tool("cuobjdump"), toolkit.tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         raise RuntimeError("needs cuobjdump and nvdisasm")
@@ -84,10 +95,26 @@ def library_kernels(library: Path) -> list[Kernel]:
             hopper = int(target.removeprefix("sm_")) >= 90
             reserved = occupancy.TARGETS[target].shared_reserved if hopper else 0
             found = disassembly.read_library(usage, target, reserved)
+            disassembly.read_attributes(_output([cuobjdump, "-elf", str(cubin)]), found)
             disassembly.count_machine_code(_output([nvdisasm, "-c", str(cubin)]), found)
             disassembly.demangle(found)
             everything += found.values()
     return everything
+
+
+def checked_kernels() -> dict[str, list[Kernel]]:
+    """What the tests hold to the limits, by target: the installed build's kernels or, where
+    BATCHOPS_MACHINE_CODE_TARGETS names targets ("sm_80 sm_100"), what nvcc makes of the sources for
+    them. Nothing without a build for CUDA, nvcc or the tools that read machine code."""
+    by_target: dict[str, list[Kernel]] = {}
+    if named := os.environ.get("BATCHOPS_MACHINE_CODE_TARGETS", "").split():
+        for (_, target), found in compile_all(sources(), named).items():
+            by_target.setdefault(target, []).extend(found)
+    elif (library := built_library()) and toolkit.tool("cuobjdump") and toolkit.tool("nvdisasm"):
+        for kernel in library_kernels(library):
+            if kernel.target in occupancy.TARGETS:
+                by_target.setdefault(kernel.target, []).append(kernel)
+    return by_target
 
 
 def _compiled(source: Path, target: str) -> list[Kernel]:
@@ -260,9 +287,10 @@ def main() -> None:
     if not options.library and toolkit.tool("nvcc") is None:
         parser.error("needs nvcc, on PATH or under CUDA_HOME")
     if options.library:
-        import batchops
-
-        found = library_kernels(Path(batchops.__file__).with_name("libbatchops_core.so"))
+        library = built_library()
+        if library is None:
+            parser.error("the installed build is without CUDA")
+        found = library_kernels(library)
     else:
         groups = compile_all(sources(), options.targets)
         found = [kernel for group in groups.values() for kernel in group]

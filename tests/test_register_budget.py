@@ -49,7 +49,9 @@ def known(library: ctypes.CDLL, table: dict[str, int]) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, int]:
-    found = machine_code.compile_all(machine_code.sources(), machine_code.TARGETS)
+    found = machine_code.checked_kernels()
+    if not found:
+        pytest.skip("needs a build with CUDA, cuobjdump and nvdisasm")
     return most_registers(kernel for group in found.values() for kernel in group)
 
 
