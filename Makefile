@@ -19,8 +19,6 @@ BIN := $(VENV)/bin
 CUDA_ARCHS ?=
 DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90-real))
 PYTEST_ARGS ?=
-# An emulated kernel runs on one core: these tests go to all cores at once.
-EMULATED := $(wildcard tests/test_emulator*.py)
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 say = @printf '\n\033[1m==> %s\033[0m\n'
@@ -47,17 +45,13 @@ build: env
 	  $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e . -C build-dir=build/dev
 	$(BIN)/python -c 'import batchops; print(batchops.show_config())'
 
-# Most tests keep one core busy, so they go to all cores at once. Those that count threads, signals
-# or milliseconds have the machine to themselves afterwards.
+# Most tests keep one core busy: they go to all cores at once.
 test: build
 	$(say) "tests"
 ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	status=0; \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(EMULATED) || status=$$?; \
-	  $(BIN)/python -m pytest $(EMULATED:%=--ignore=%) || status=$$?; \
-	  exit $$status
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 endif
 
 lint: env

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -44,19 +44,8 @@ def sources() -> list[Path]:
 
 def kernels(source: Path, target: str) -> list[Kernel]:
     """Compiles one source for one target ("sm_90"); raises RuntimeError with nvcc's output."""
-    kept = CACHE / f"{source.stem}.{target}.{_content_hash(source, target)}.json"
-    if kept.exists():
-        kept.touch()
-        return [_restored(values) for values in json.loads(kept.read_text())]
-    found = _compiled(source, target)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.iterdir():
-        if old.stat().st_mtime < time.time() - 24 * 3600:
-            old.unlink(missing_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps([vars(kernel) for kernel in found]))
-    part.replace(kept)
-    return found
+    name = f"{source.stem}.{target}.{_content_hash(source, target)}"
+    return _kept(name, lambda: _compiled(source, target))
 
 
 def compile_all(paths: Iterable[Path], targets: Iterable[str]) -> dict[tuple[str, str], list]:
@@ -78,13 +67,18 @@ def built_library() -> Path | None:
     return Path(batchops._C.__file__).with_name("libbatchops_core.so")
 
 
-@cache
 def library_kernels(library: Path) -> list[Kernel]:
     """The kernels in a built library, of all its targets. Bytes of spills are not told there; the
     local memory accesses that they come to are."""
     cuobjdump, nvdisasm = toolkit.tool("cuobjdump"), toolkit.tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         raise RuntimeError("needs cuobjdump and nvdisasm")
+    digest = hashlib.sha256(library.read_bytes())
+    digest.update(Path(__file__).read_bytes() + Path(disassembly.__file__).read_bytes())
+    return _kept(f"library.{digest.hexdigest()[:16]}", lambda: _read(library, cuobjdump, nvdisasm))
+
+
+def _read(library: Path, cuobjdump: str, nvdisasm: str) -> list[Kernel]:
     everything: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
         _output([cuobjdump, "-xelf", "all", str(library)], cwd=folder)
@@ -115,6 +109,23 @@ def checked_kernels() -> dict[str, list[Kernel]]:
             if kernel.target in occupancy.TARGETS:
                 by_target.setdefault(kernel.target, []).append(kernel)
     return by_target
+
+
+def _kept(name: str, find: Callable[[], list[Kernel]]) -> list[Kernel]:
+    """What find() returned before, in this process or another."""
+    kept = CACHE / f"{name}.json"
+    if kept.exists():
+        kept.touch()
+        return [_restored(values) for values in json.loads(kept.read_text())]
+    found = find()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.iterdir():
+        if old.stat().st_mtime < time.time() - 24 * 3600:
+            old.unlink(missing_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps([vars(kernel) for kernel in found]))
+    part.replace(kept)
+    return found
 
 
 def _compiled(source: Path, target: str) -> list[Kernel]:

@@ -65,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         shutil.copy(BENCH / name, folder)
     (folder / "bench_tiny.py").write_text(TINY)
     for allocator, threshold in (("default", None), ("recycled", str(1 << 32))):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "PYTEST_"))
+        }
         if threshold:
             environment |= {
                 "MALLOC_MMAP_THRESHOLD_": threshold,
