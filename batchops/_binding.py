@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import pathlib
 import sys
+
+import numpy
 
 _REBUILD = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -44,8 +47,16 @@ def _load_operators() -> pathlib.Path:
     return library
 
 
+def _let_the_collator_read_tensors(library: pathlib.Path) -> None:
+    """How a tensor lies in memory differs from torch to torch: the operators' library knows."""
+    reader = ctypes.CDLL(str(library)).batchops_read_tensor
+    address = ctypes.cast(reader, ctypes.c_void_p).value
+    _C.read_tensors_by(torch.Tensor, address, numpy.memmap)
+
+
 operators = _load_operators()
 core = _C
+_let_the_collator_read_tensors(operators)
 
 
 def version() -> str:

@@ -1,5 +1,6 @@
-"""Batches for large-batch training: a DataLoader that gathers on native threads."""
+"""Batches for large-batch training, collated and gathered by native threads."""
 
+from batchops.data._collate import collate
 from batchops.data.loader import DataLoader
 
-__all__ = ["DataLoader"]
+__all__ = ["DataLoader", "collate"]

@@ -14,7 +14,7 @@ from batchops import _C
 
 # Types whose rows torch.stack copies bit by bit. What is absent (quantized, sub-byte, bits) takes
 # torch's path.
-_DTYPES = frozenset(
+DTYPES = frozenset(
     (
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.uint16, torch.uint32, torch.uint64),
@@ -67,7 +67,7 @@ def _is_gatherable(tensor: torch.Tensor) -> bool:
         type(tensor) is torch.Tensor
         and tensor.layout is torch.strided
         and tensor.device.type == "cpu"
-        and tensor.dtype in _DTYPES
+        and tensor.dtype in DTYPES
         and tensor.dim() >= 1
         and tensor.numel() > 0
         and not tensor.requires_grad

@@ -11,14 +11,12 @@
 #include <vector>
 
 #include "collate/gather_task.h"
+#include "python/run.h"
 
 namespace py = pybind11;
 
 namespace batchops::collate {
 namespace {
-
-// Waking a thread costs more than copying less than this: the caller does it, in wait().
-constexpr int64_t kBackgroundBytes = 64 << 10;
 
 // A run of int64 indices in memory that the caller keeps alive while it passes this on.
 struct IndexSpan {
@@ -144,7 +142,7 @@ class GatherJob {
  public:
   GatherJob(std::shared_ptr<GatherTask> task, py::object keep, int threads)
       : task_(std::move(task)), keep_(std::move(keep)) {
-    if (is_small()) return;
+    if (is_small(*task_)) return;
     if (threads > 0) ThreadPool::instance().submit(task_);
   }
   // What `keep` holds may go only when no thread reads or writes it: a chunk or two at most.
@@ -153,20 +151,9 @@ class GatherJob {
   GatherJob& operator=(const GatherJob&) = delete;
 
   bool done() const { return task_->done(); }
-  void wait() {
-    if (task_->done()) return;
-    if (is_small()) return ThreadPool::instance().wait(*task_);
-    // Not gil_scoped_release: a daemon thread that asks for the GIL while the interpreter exits is
-    // ended there by unwinding its stack, and unwinding out of a destructor would abort.
-    PyThreadState* const state = PyEval_SaveThread();
-    ThreadPool::instance().wait(*task_);
-    PyEval_RestoreThread(state);
-  }
+  void wait() { wait_for(*task_); }
 
  private:
-  // Over before another thread would be awake, or would have taken the GIL.
-  bool is_small() const { return task_->bytes() < kBackgroundBytes; }
-
   const std::shared_ptr<GatherTask> task_;
   py::object keep_;
 };
