@@ -46,11 +46,11 @@ from torch.utils.data.distributed import DistributedSampler
 
 from batchops import _C
 from batchops.data import DataLoader
-from batchops.data.loader import _GatherIter, _WorkerGatherIter
+from batchops.data._iterators import GatherIter, WorkerGatherIter
 
 from .threads import run_in_threads
 
-NATIVE = (_GatherIter, _WorkerGatherIter)
+NATIVE = (GatherIter, WorkerGatherIter)
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,9 @@ def drive(
                 break
             except Exception as error:
                 # A worker's traceback names files and lines; its last line is the error itself.
-                log.append((type(error), str(error).strip().splitlines()[-1]))
+                # What ours says beyond that, about the place in the batch, is left out.
+                text = str(error).split("\n  in the batch: ")[0]
+                log.append((type(error), text.strip().splitlines()[-1]))
                 states()
                 continue
             log.append(seen(batch))
@@ -447,7 +449,7 @@ def test_accepted_arguments_of_worker_processes() -> None:
     for _ in range(2):
         expected = [seen(b) for b in TorchLoader(images(), 10)]
         assert [seen(b) for b in loader] == expected
-    assert isinstance(loader._iterator, _WorkerGatherIter)
+    assert isinstance(loader._iterator, WorkerGatherIter)
 
 
 # --- what a batch is made of --------------------------------------------------------------------

@@ -19,20 +19,13 @@ from torch.utils.data._utils import collate as torch_collate
 from batchops import _C
 from batchops.data._errors import explained, note, step
 from batchops.data._memory import PlainMemory, shared_memory
-from batchops.data._source import DTYPES, nobody_watches
+from batchops.data._source import ARRAY_DTYPES, DTYPES, nobody_watches, refuse_truncated
 
+_default_collate = torch_collate.default_collate
 _tensor_fn = torch_collate.collate_tensor_fn
 _array_fn = torch_collate.collate_numpy_array_fn
 _float_fn = torch_collate.collate_float_fn
 _int_fn = torch_collate.collate_int_fn
-
-ARRAY_DTYPES = {
-    np.dtype(name): getattr(torch, name)
-    for name in (
-        *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64", "complex64", "complex128"),
-    )
-}
 
 # torch.tensor makes a vector of few numbers as fast.
 _FEW_NUMBERS = 16
@@ -74,6 +67,11 @@ def collate_into(batch: Any, memory: Any) -> Any:
         if better is error:
             raise
         raise better from better.__cause__
+
+
+def is_default(fn: Any) -> bool:
+    """Whether ``fn`` is torch's default_collate, or ours."""
+    return fn is _default_collate or fn is collate
 
 
 class _SharedMemory(PlainMemory):
@@ -213,6 +211,8 @@ class _Collation:
         dtype = ARRAY_DTYPES.get(elem.dtype)
         if dtype is None:
             return None
+        if type(elem) is np.memmap:
+            refuse_truncated(elem)
         if samples.readonly >= 0:
             torch.as_tensor(batch[samples.readonly])  # which warns, once
         return self.stacked(samples, elem.shape, dtype)

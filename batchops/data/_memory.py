@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class Memory:
         self._warned = False
         self._pid = os.getpid()
         self._ring = self._new_ring()
+        self._leases: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def _new_ring(self) -> _C.Ring:
         if self.pages is None:
@@ -77,11 +79,6 @@ class Memory:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of undefined values."""
-        tensor, _ = self.lease(shape, dtype)
-        return tensor
-
-    def lease(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
-        """The tensor, and its lease: None where its memory is torch's own."""
         count = math.prod(shape)
         nbytes = count * dtype.itemsize
         self.batch_bytes += nbytes
@@ -90,10 +87,20 @@ class Memory:
             lease = self.ring.acquire(nbytes)
             if lease is not None:
                 # resize_ to as many items moves nothing; unlike view, it leaves no base behind.
+                self._leases[lease.address] = lease
                 flat = torch.frombuffer(lease, dtype=dtype, count=count)
-                return flat.resize_(tuple(shape)), lease
+                return flat.resize_(tuple(shape))
             self._warn_of_capacity(nbytes)
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu"), None
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+    def hold(self, tensor: torch.Tensor, event: Any) -> None:
+        """The slot of ``tensor`` is not used again before ``event.query()`` is true.
+
+        Memory of torch's page-locked allocator waits for its copies by itself.
+        """
+        lease = self._leases.get(tensor.untyped_storage().data_ptr())
+        if lease is not None:
+            lease.hold_until(event)
 
     def _warn_of_capacity(self, nbytes: int) -> None:
         if self._warned:

@@ -62,6 +62,26 @@ Blocks::Added Blocks::add(const void* address, const int64_t* sample_sizes, cons
   return Added::ok;
 }
 
+void Blocks::add_row(const Column& column, int64_t row) {
+  const std::byte* const address = column.data + row * column.row_stride;
+  item_bytes = column.item_bytes;
+  if (!column.dense() || !strided.empty()) {
+    while (strided.size() < data.size()) {
+      Column before;
+      before.data = data[strided.size()];
+      before.rows = 1;
+      before.row_bytes = bytes[strided.size()];
+      before.item_bytes = item_bytes;
+      strided.push_back(std::move(before));
+    }
+    strided.push_back(column);
+    strided.back().data = address;
+    strided.back().rows = 1;
+  }
+  data.push_back(address);
+  bytes.push_back(column.row_bytes);
+}
+
 int64_t Blocks::total_bytes() const {
   return std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
 }

@@ -24,6 +24,9 @@ struct Blocks {
   Added add(const void* address, const int64_t* sample_sizes, const int64_t* strides, int64_t dim,
             bool ragged);
 
+  // Takes one more sample: row `row` of `column`. All columns have rows of the same shape.
+  void add_row(const Column& column, int64_t row);
+
   int64_t count() const { return static_cast<int64_t>(data.size()); }
   int64_t total_bytes() const;
   int64_t longest_bytes() const;

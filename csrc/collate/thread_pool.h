@@ -36,6 +36,7 @@ class Task {
  protected:
   // Idempotent: a forked child runs again what its parent's threads had under way.
   virtual void run(int64_t chunk) noexcept = 0;
+  static void run_chunk(Task& task, int64_t chunk) noexcept { task.run(chunk); }
 
  private:
   friend class ThreadPool;
