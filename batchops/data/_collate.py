@@ -59,9 +59,9 @@ def collate_into(batch: Any, memory: Any) -> Any:
         memory = shared_memory()
     native = nobody_watches() and torch.autograd.forward_ad._current_level < 0
     if get_worker_info() is not None:
-        memory = _SharedMemory()
+        memory = SharedMemory()
     try:
-        return _Collation(torch_collate.default_collate_fn_map, memory, native).collate(batch)
+        return Collation(torch_collate.default_collate_fn_map, memory, native).collate(batch)
     except Exception as error:
         better = explained(error)
         if better is error:
@@ -74,7 +74,7 @@ def is_default(fn: Any) -> bool:
     return fn is _default_collate or fn is collate
 
 
-class _SharedMemory(PlainMemory):
+class SharedMemory(PlainMemory):
     """Memory that a worker process hands to its parent without a copy, made as torch makes it."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class _SharedMemory(PlainMemory):
         return like.new(storage).resize_(*shape)
 
 
-class _Collation:
+class Collation:
     def __init__(self, fn_map: dict[Any, Any], memory: Any, native: bool) -> None:
         self.fn_map = fn_map
         self.memory = memory

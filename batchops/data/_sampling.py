@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -26,6 +27,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
+
+from batchops.data.columns import Columns
 
 # As they were on import: a patched sampler is user code, and iterated as such.
 _ITERATORS = {
@@ -41,7 +44,7 @@ _ITERATORS = {
 }
 
 # Their __len__ runs no user code (a Subset's: where its indices are of these types too).
-_PLAIN_SIZED = (TensorDataset, list, tuple, range, torch.Tensor)
+_PLAIN_SIZED = (TensorDataset, Columns, np.ndarray, np.memmap, list, tuple, range, torch.Tensor)
 
 
 def _is_plain_sized(data: Any) -> bool:
@@ -147,8 +150,13 @@ class IndexStream:
         self._ended = False
 
     @classmethod
-    def of(cls, index_sampler: Any, draws: Draws | None = None) -> IndexStream | None:
-        """A stream equal to iterating ``index_sampler``, or None where that is for it to do."""
+    def of(
+        cls, index_sampler: Any, draws: Draws | None = None, any_length: bool = False
+    ) -> IndexStream | None:
+        """A stream equal to iterating ``index_sampler``, or None where that is for it to do.
+
+        any_length: also where asking for a length runs user code, which it then does when taken.
+        """
         draws = Draws() if draws is None else draws
         if type(index_sampler) is not BatchSampler or type(index_sampler.batch_size) is not int:
             return None
@@ -160,10 +168,10 @@ class IndexStream:
             return None
         if kind is SequentialSampler and _is_plain_sized(sampler.data_source):
             return cls(index_sampler, _sequential, private=True, draws=draws)
-        if kind is RandomSampler and _is_plain_sized(sampler.data_source):
+        if kind is RandomSampler and (any_length or _is_plain_sized(sampler.data_source)):
             # Without a generator of the user's it makes one of its own, seeded on the first draw.
             return cls(index_sampler, _random, private=sampler.generator is None, draws=draws)
-        if kind is SubsetRandomSampler and type(sampler.indices) is list:
+        if kind is SubsetRandomSampler and (any_length or type(sampler.indices) is list):
             return cls(index_sampler, _subset_random, private=True, draws=draws)
         if kind is WeightedRandomSampler:
             return cls(index_sampler, _weighted_random, private=True, draws=draws)
@@ -274,9 +282,9 @@ class RecordedSampler:
         self.draws = draws
         self.skip = skip
 
-    def stream(self) -> IndexStream | None:
+    def stream(self, any_length: bool = False) -> IndexStream | None:
         """The rest of the epoch as vectors, or None."""
-        stream = IndexStream.of(self.inner, self.draws)
+        stream = IndexStream.of(self.inner, self.draws, any_length)
         if stream is not None:
             stream.skip(self.skip)
         return stream
@@ -287,7 +295,7 @@ class RecordedSampler:
         return type(sampler) in kinds and sampler.generator is None
 
     def __iter__(self) -> Iterator[Any]:
-        stream = self.stream() if self._draws_globally() else None
+        stream = self.stream(any_length=True) if self._draws_globally() else None
         if stream is not None:
             return _lists(stream)
         iterator = iter(self.inner)

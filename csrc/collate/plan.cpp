@@ -36,14 +36,14 @@ void shuffle(T* items, int64_t n, Random& random) {
 // A shuffle of ten million items misses the cache ten million times. Items dealt to random piles,
 // each shuffled in the cache, are as uniform (Rao 1961, Sandelius 1962).
 template <class T>
-void shuffle_large(std::vector<T>& items, Random& random) {
+void shuffle_large(Large<T>& items, Random& random) {
   constexpr size_t kCached = 1 << 15;
   constexpr size_t kPiles = 512;
   if (items.size() <= 2 * kCached) {
     shuffle(items.data(), static_cast<int64_t>(items.size()), random);
     return;
   }
-  std::vector<uint16_t> pile(items.size());
+  Large<uint16_t> pile(items.size());
   std::vector<size_t> ends(kPiles + 1, 0);
   for (size_t i = 0; i < pile.size(); ++i) {
     pile[i] = static_cast<uint16_t>(random.next() >> 55);
@@ -51,7 +51,7 @@ void shuffle_large(std::vector<T>& items, Random& random) {
   }
   std::partial_sum(ends.begin(), ends.end(), ends.begin());
   std::vector<size_t> next(ends.begin(), ends.end() - 1);
-  std::vector<T> dealt(items.size());
+  Large<T> dealt(items.size());
   for (size_t i = 0; i < pile.size(); ++i) dealt[next[pile[i]]++] = items[i];
   items.swap(dealt);
   for (size_t p = 0; p < kPiles; ++p) {
@@ -66,7 +66,7 @@ struct Entry {
 
 // Longest first, equal lengths in the order they came: the first batch shows whether memory is
 // enough. Two passes of counting where lengths are many.
-void sort_by_length(Entry* begin, int64_t n, std::vector<Entry>& scratch) {
+void sort_by_length(Entry* begin, int64_t n, Large<Entry>& scratch) {
   if (n < 256) {
     std::stable_sort(begin, begin + n,
                      [](const Entry& a, const Entry& b) { return a.length > b.length; });
@@ -94,22 +94,22 @@ void sort_by_length(Entry* begin, int64_t n, std::vector<Entry>& scratch) {
 
 }  // namespace
 
-std::vector<int64_t> permutation(int64_t n, uint64_t seed) {
-  std::vector<int64_t> order(static_cast<size_t>(n));
+Large<int64_t> permutation(int64_t n, uint64_t seed) {
+  Large<int64_t> order(static_cast<size_t>(n));
   std::iota(order.begin(), order.end(), int64_t{0});
   Random random(seed);
   shuffle_large(order, random);
   return order;
 }
 
-Plan plan_batches(const std::vector<int32_t>& lengths, const PlanOptions& options) {
+Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options) {
   const auto n = static_cast<int64_t>(lengths.size());
-  std::vector<Entry> entries(lengths.size());
+  Large<Entry> entries(lengths.size());
   for (size_t i = 0; i < lengths.size(); ++i) entries[i] = {lengths[i], static_cast<int32_t>(i)};
   Random random(options.seed);
   if (options.shuffle) shuffle_large(entries, random);
 
-  std::vector<Entry> scratch;
+  Large<Entry> scratch;
   const int64_t pool = options.pool == 0 ? std::max<int64_t>(n, 1) : options.pool;
   if (pool > 1) {
     for (int64_t i = 0; i < n; i += pool) {
@@ -121,7 +121,7 @@ Plan plan_batches(const std::vector<int32_t>& lengths, const PlanOptions& option
     int64_t begin;
     int64_t end;
   };
-  std::vector<Range> batches;
+  Large<Range> batches;
   const int64_t multiple = std::max<int64_t>(options.multiple, 1);
   Range batch{0, 0};
   int64_t longest = 0;

@@ -4,14 +4,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "collate/large.h"
+
 namespace batchops::collate {
 
 // A uniform permutation of [0, n) that depends on the seed alone.
-std::vector<int64_t> permutation(int64_t n, uint64_t seed);
+Large<int64_t> permutation(int64_t n, uint64_t seed);
 
 struct Plan {
-  std::vector<int32_t> samples;  // all batches end to end
-  std::vector<int64_t> starts;   // batch b is samples[starts[b], starts[b + 1])
+  Large<int32_t> samples;  // all batches end to end
+  Large<int64_t> starts;   // batch b is samples[starts[b], starts[b + 1])
 };
 
 struct PlanOptions {
@@ -26,6 +28,6 @@ struct PlanOptions {
 };
 
 // Expects lengths >= 0 and fewer than 2^31 of them.
-Plan plan_batches(const std::vector<int32_t>& lengths, const PlanOptions& options);
+Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options);
 
 }  // namespace batchops::collate

@@ -12,9 +12,9 @@ namespace batchops::collate {
 namespace {
 
 template <class T>
-py::array_t<T> to_array(std::vector<T> values) {
-  auto* const held = new std::vector<T>(std::move(values));
-  const py::capsule owner(held, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+py::array_t<T> to_array(Large<T> values) {
+  auto* const held = new Large<T>(std::move(values));
+  const py::capsule owner(held, [](void* p) { delete static_cast<Large<T>*>(p); });
   return py::array_t<T>(static_cast<py::ssize_t>(held->size()), held->data(), owner);
 }
 
@@ -36,7 +36,7 @@ py::tuple plan(const py::array_t<int64_t, py::array::c_style | py::array::forcec
   options.pool = pool;
   options.skip_oversized = skip_oversized;
   options.seed = seed;
-  std::vector<int32_t> narrow(static_cast<size_t>(lengths.size()));
+  Large<int32_t> narrow(static_cast<size_t>(lengths.size()));
   for (size_t i = 0; i < narrow.size(); ++i) {
     if (data[i] < 0 || data[i] > std::numeric_limits<int32_t>::max()) {
       throw py::value_error("plan: lengths: expected in [0, 2^31), got " + std::to_string(data[i]) +

@@ -15,7 +15,8 @@ bool is_plain(const c10::TensorImpl& impl) {
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                            c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
   const c10::DispatchKeySet keys = impl.key_set();
-  return keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU)) && (keys.raw_repr() & ~allowed.raw_repr()) == 0;
+  return keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU)) &&
+         (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
 // A forward-mode tangent would be lost.
