@@ -21,6 +21,7 @@ from batchops.data._resume import EpochStart
 from batchops.data._sampling import IndexStream, RecordedSampler
 from batchops.data._source import Batch, GatherSource, collate_only_stacks, nobody_watches
 from batchops.data._threads import Crew, End, WorkerInfo
+from batchops.data._tree import tensor_bytes
 
 _PLAIN = PlainMemory()
 
@@ -171,6 +172,10 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
             raise better from error.__cause__
 
     def _counted(self, data: Any) -> Any:
+        """Written once to shared memory, and once more where it is page-locked then."""
+        nbytes = tensor_bytes(data)
+        self._memory.batch_bytes += nbytes
+        self._memory.written += nbytes * (2 if self._pin_memory else 1)
         return data
 
 

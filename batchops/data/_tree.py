@@ -40,3 +40,16 @@ def map_tensors(data: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         except TypeError:
             return parts
     return data
+
+
+def tensor_bytes(data: Any) -> int:
+    """Bytes of the tensors in ``data``."""
+    total = 0
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    map_tensors(data, add)
+    return total
