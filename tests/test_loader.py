@@ -13,6 +13,7 @@ import random
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -346,6 +347,23 @@ def test_errors_name_the_dataset_index(arguments: dict[str, Any]) -> None:
     )
     assert "position 1, sample['x']: Tensor of shape (4,)" in text
     assert "(dataset index 9)" in text
+
+
+@pytest.mark.parametrize("arguments", [{"threads": 2}, {"num_workers": 2}], ids=str)
+def test_an_error_does_not_keep_the_iterator_alive(arguments: dict[str, Any]) -> None:
+    iterator = iter(DataLoader(Samples(9, fail=5), 3, **arguments))
+    next(iterator)
+    with contextlib.suppress(ValueError):
+        next(iterator)
+    alive = weakref.ref(iterator)
+    gc.disable()
+    try:
+        begun = time.perf_counter()
+        del iterator
+        assert alive() is None
+        assert time.perf_counter() - begun < 2
+    finally:
+        gc.enable()
 
 
 def test_worker_processes_collate_into_shared_memory() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -97,6 +97,21 @@ def with_indices(error: Exception, indices: Any) -> Exception:
     new = type(error)(f"{error.args[0]} (dataset index {index})")
     new.__traceback__ = error.__traceback__
     return new
+
+
+def raise_alone(error: Exception, indices: Any) -> NoReturn:
+    """Raises an error that was handed on from a worker, with the dataset's index.
+
+    The frames in which it was made again hold it, and it them, and with them the iterator: until
+    the garbage collector comes by, workers would live on, and torch's then take seconds to end.
+    The text holds the worker's own traceback; that of the hand-over is left out.
+    """
+    better = error if indices is None else with_indices(error, indices)
+    error.__traceback__ = None
+    try:
+        raise better.with_traceback(None) from None
+    finally:
+        del better, error
 
 
 def position_in(text: str) -> int | None:

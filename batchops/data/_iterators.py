@@ -14,7 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from batchops import _C
 from batchops.data._collate import collate, collate_into, is_default
-from batchops.data._errors import with_indices
+from batchops.data._errors import raise_alone, with_indices
 from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
 from batchops.data._resume import EpochStart
@@ -166,10 +166,7 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
         try:
             return self._counted(super()._process_data(data, *worker))
         except Exception as error:
-            better = error if index is None else with_indices(error, index)
-            if better is error:
-                raise
-            raise better from error.__cause__
+            raise_alone(error, index)
 
     def _counted(self, data: Any) -> Any:
         """Written once to shared memory, and once more where it is page-locked then."""
@@ -480,10 +477,7 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
         try:
             data.reraise()
         except Exception as error:
-            better = with_indices(error, index)
-            if better is error:
-                raise
-            raise better from error.__cause__
+            raise_alone(error, index)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):

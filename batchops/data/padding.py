@@ -105,8 +105,11 @@ def _item(value: Any, dtype: torch.dtype, name: str) -> bytes:
     """One value of `dtype`, as bytes."""
     try:
         item = torch.tensor([value], dtype=dtype)
+        fits = dtype.is_floating_point or dtype.is_complex or item.item() == value
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: expected a value of {dtype}, got {value!r}") from error
+    if not fits:
+        raise ValueError(f"{name}: expected a value of {dtype}, got {value!r}")
     return item.view(torch.uint8).numpy().tobytes()
 
 
