@@ -320,7 +320,7 @@ def fn_map() -> Any:
 def test_custom_functions(fn_map: dict[Any, Any]) -> None:
     def keep(batch: Any, *, collate_fn_map: Any = None) -> Any:
         assert collate_fn_map is fn_map
-        return ("kept", len(batch))
+        return ("kept", len(batch), type(batch).__name__)
 
     cases = [
         lambda: [{1}, {2}],

@@ -27,6 +27,9 @@ _array_fn = torch_collate.collate_numpy_array_fn
 _float_fn = torch_collate.collate_float_fn
 _int_fn = torch_collate.collate_int_fn
 
+# These take a tuple as well as a list.
+_ANY_SEQUENCE = (_tensor_fn, _array_fn)
+
 # torch.tensor makes a vector of few numbers as fast.
 _FEW_NUMBERS = 16
 
@@ -134,11 +137,15 @@ class Collation:
             raise
 
     def column(self, key: Any, batch: Any) -> Any:
-        try:
-            samples = [d[key] for d in batch]
-        except Exception as error:
-            note(error, batch)
-            raise
+        samples = _C.column(batch, key)
+        if samples is None:
+            try:
+                samples = [d[key] for d in batch]
+            except Exception as error:
+                note(error, batch)
+                raise
+        elif self.fn_map.get(type(samples[0])) not in _ANY_SEQUENCE:
+            samples = list(samples)  # as user functions, and strings, know it
         return self.part(key, samples)
 
     def mapping(self, elem: Any, batch: Any) -> Any:

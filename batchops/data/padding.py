@@ -54,8 +54,10 @@ def _read(sequences: Any, name: str) -> tuple[_C.Samples, torch.dtype]:
         raise ValueError(f"{name}: expected at least one sequence, got none")
     first = sequences[0]
     if isinstance(first, torch.Tensor):
-        plain = [t.detach() if type(t) is torch.Tensor else _as_tensor(t, name) for t in sequences]
-        samples, dtype = _C.Samples.of_tensors(plain, ragged=True), first.dtype
+        samples, dtype = _C.Samples.of_tensors(sequences, ragged=True), first.dtype
+        if samples is None:  # leaves, subclasses: what they hold is taken
+            plain = [_as_tensor(t, name) for t in sequences]
+            samples = _C.Samples.of_tensors(plain, ragged=True)
         known = dtype in DTYPES
     elif isinstance(first, np.ndarray):
         samples = _C.Samples.of_arrays(sequences, ragged=True)

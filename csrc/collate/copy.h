@@ -16,13 +16,16 @@ namespace batchops::collate {
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;
 
 #if defined(__SSE2__)
+// Whole lines; the source is asked for ahead, past the end of a page, where the hardware stops.
 inline void copy_streaming(std::byte* out, const std::byte* in, size_t bytes) {
-  const size_t head = std::min(bytes, (16 - (reinterpret_cast<uintptr_t>(out) & 15)) & 15);
+  const size_t head = std::min(bytes, (64 - (reinterpret_cast<uintptr_t>(out) & 63)) & 63);
   std::memcpy(out, in, head);
   out += head;
   in += head;
   bytes -= head;
+  constexpr size_t kAhead = 1024;
   for (; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(in) + kAhead, _MM_HINT_NTA);
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 16));
     const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 32));

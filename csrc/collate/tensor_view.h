@@ -17,4 +17,8 @@ struct TensorView {
 // False where the tensor is more than bytes with strides in host memory.
 using ReadTensor = bool (*)(void* object, TensorView* view);
 
+// Asks for the memory that reading it will touch: the tensor's, then (the tensor being there) its
+// storage's.
+using PrefetchTensor = void (*)(void* object);
+
 }  // namespace batchops::collate

@@ -25,9 +25,12 @@ inline void wait_for(Task& task) {
   PyEval_RestoreThread(state);
 }
 
-// Done when it returns, with the help of at most `threads` pool threads.
+// Done when it returns, with the help of at most `threads` pool threads. Nothing goes on meanwhile,
+// so help has to be worth a wake-up, and the GIL the wait for its return: some 30 µs of copying.
 inline void run_now(const std::shared_ptr<Task>& task, int threads) {
-  if (threads > 0 && !is_small(*task)) ThreadPool::instance().submit(task);
+  constexpr int64_t kWorthHelp = 256 << 10;
+  if (task->bytes() < kWorthHelp) return ThreadPool::instance().wait(*task);
+  if (threads > 0) ThreadPool::instance().submit(task);
   wait_for(*task);
 }
 

@@ -23,8 +23,22 @@ namespace {
 constexpr int kWriteable = 0x0400;  // NPY_ARRAY_WRITEABLE
 
 ReadTensor read_tensor = nullptr;
+PrefetchTensor prefetch_tensor = nullptr;
+PrefetchTensor prefetch_storage = nullptr;
 PyTypeObject* tensor_type = nullptr;  // torch.Tensor itself
 PyTypeObject* memmap_type = nullptr;  // numpy.memmap
+
+// Looks ahead of the sample that is being read, one pointer further the nearer it is.
+template <class Items>
+void look_ahead(const Items& items, Py_ssize_t i) {
+  constexpr Py_ssize_t kStep = 4;
+  const auto is_tensor = [&](Py_ssize_t k) {
+    return k < items.size() && Py_TYPE(items[k]) == tensor_type;
+  };
+  if (i + 3 * kStep < items.size()) __builtin_prefetch(items[i + 3 * kStep]);
+  if (is_tensor(i + 2 * kStep)) prefetch_tensor(items[i + 2 * kStep]);
+  if (is_tensor(i + kStep)) prefetch_storage(items[i + kStep]);
+}
 
 // A list or a tuple, whose items nobody replaces while they are read.
 class Items {
@@ -63,6 +77,7 @@ class Samples {
     int32_t dtype = -1;
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
       TensorView view;
+      look_ahead(items, i);
       if (Py_TYPE(items[i]) != tensor_type || !read_tensor(items[i], &view)) return std::nullopt;
       if (i == 0) {
         dtype = view.dtype;
@@ -311,6 +326,25 @@ bool write_numbers(const py::object& batch, uintptr_t address, int64_t bytes, Re
   return true;
 }
 
+// tuple(sample[key] for sample in batch) where that runs no code of the samples' own; None where it
+// might, or where a key is missing.
+py::object column(const py::object& batch, const py::object& key) {
+  const Items items(batch);
+  if (!items.readable() || !PyUnicode_CheckExact(key.ptr())) return py::none();
+  auto out = py::reinterpret_steal<py::tuple>(PyTuple_New(items.size()));
+  for (Py_ssize_t i = 0; i < items.size(); ++i) {
+    if (i + 8 < items.size()) __builtin_prefetch(items[i + 8]);
+    PyObject* const value =
+        PyDict_CheckExact(items[i]) ? PyDict_GetItemWithError(items[i], key.ptr()) : nullptr;
+    if (value == nullptr) {
+      PyErr_Clear();
+      return py::none();
+    }
+    PyTuple_SET_ITEM(out.ptr(), i, Py_NewRef(value));
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace batchops::collate
 
@@ -348,13 +382,19 @@ void bind_samples(py::module_& m) {
 
   m.def(
       "read_tensors_by",
-      [](const py::object& type, uintptr_t reader, const py::object& memmap) {
+      [](const py::object& type, uintptr_t reader, uintptr_t tensor, uintptr_t storage,
+         const py::object& memmap) {
         tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
         memmap_type = reinterpret_cast<PyTypeObject*>(memmap.inc_ref().ptr());
+        prefetch_tensor = reinterpret_cast<PrefetchTensor>(tensor);
+        prefetch_storage = reinterpret_cast<PrefetchTensor>(storage);
         read_tensor = reinterpret_cast<ReadTensor>(reader);
       },
-      py::arg("tensor_type"), py::arg("reader"), py::arg("memmap_type"));
+      py::arg("tensor_type"), py::arg("reader"), py::arg("prefetch_tensor"),
+      py::arg("prefetch_storage"), py::arg("memmap_type"));
 
+  m.def("column", &column, py::arg("batch"), py::arg("key"),
+        "tuple(sample[key] for sample in batch) for plain dicts, or None");
   m.def("write_floats", [](const py::object& batch, uintptr_t address, int64_t bytes) {
     return write_numbers<double>(batch, address, bytes, [](PyObject* item, double* value) {
       if (!PyFloat_CheckExact(item)) return false;
