@@ -44,6 +44,14 @@ class _Delivery:
         self._resumed = loader._resume_at
         self._finished = False
 
+    def _next_epoch(self, loader: Any) -> None:
+        """Of persistent workers, whose base seed is drawn once."""
+        base_seed = self._epoch.base_seed
+        self._epoch = loader._epoch
+        if self._epoch.base_seed is None:
+            self._epoch.base_seed = base_seed
+        self._resumed = loader._resume_at
+
     def _begin_epoch(self) -> None:
         """After torch's constructor (or _reset) drew its numbers."""
         self._num_yielded = self._resumed
@@ -147,11 +155,9 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         self._sent.clear()
         if not first_iter:
-            self._epoch = loader._epoch
-            self._resumed = loader._resume_at
+            self._next_epoch(loader)
             skip = self._resumed if self._dataset_kind == torch_dataloader._DatasetKind.Map else 0
             self._recorded.begin(self._epoch.draws, skip)
-            self._epoch.base_seed = self._epoch.base_seed or 0
         super()._reset(loader, first_iter)
         self._begin_epoch()
 
@@ -353,8 +359,7 @@ class WorkerGatherIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter:
-            self._epoch = loader._epoch
-            self._resumed = loader._resume_at
+            self._next_epoch(loader)
             self._recorded.begin(self._epoch.draws, self._resumed)
         super()._reset(loader, first_iter)
         source = self._source
