@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import pathlib
 import sys
+
+import numpy
 
 _REBUILD = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -44,8 +47,18 @@ def _load_operators() -> pathlib.Path:
     return library
 
 
+def _let_the_collator_read_tensors(library: pathlib.Path) -> None:
+    """How a tensor lies in memory differs from torch to torch: the operators' library knows."""
+    loaded = ctypes.CDLL(str(library))
+    names = ("read_tensor", "prefetch_tensor", "prefetch_storage")
+    functions = [getattr(loaded, f"batchops_{name}") for name in names]
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    _C.read_tensors_by(torch.Tensor, *addresses, numpy.memmap)
+
+
 operators = _load_operators()
 core = _C
+_let_the_collator_read_tensors(operators)
 
 
 def version() -> str:

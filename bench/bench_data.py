@@ -7,6 +7,7 @@ cache, so rotating it is not needed, and the floor counts one read and one write
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -147,3 +148,24 @@ def test_strided(pair: Any, threads: int) -> None:
     dataset = TensorDataset(pixels.permute(0, 3, 1, 2), torch.arange(SAMPLES))
     case = {"dataset": "uint8 HWC as 3×32×32 + int64", "order": "shuffled"}
     _bench(pair, dataset, op="data loader", case=case, workers=0)
+
+
+def test_beside_a_spinning_thread(pair: Any, threads: int) -> None:
+    """Another Python thread that never waits: who lets go of the GIL waits for its next turn."""
+    spinning = True
+
+    def spin() -> None:
+        while spinning:
+            pass
+
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8, generator=g)
+    dataset = TensorDataset(pixels, torch.arange(2048))
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    try:
+        case = {"dataset": "2,048 × uint8 3×32×32 + int64", "order": "shuffled, busy GIL"}
+        _bench(pair, dataset, op="data loader", case=case, workers=0)
+    finally:
+        spinning = False
+        thread.join()

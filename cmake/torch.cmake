@@ -45,7 +45,7 @@ function(batchops_add_torch_binding root result)
   set_target_properties(${_target} PROPERTIES PREFIX "" BUILD_WITH_INSTALL_RPATH ON)
   target_include_directories(${_target} PRIVATE csrc)
   target_include_directories(${_target} SYSTEM PRIVATE
-    "${root}/include" "${root}/include/torch/csrc/api/include")
+    "${root}/include" "${root}/include/torch/csrc/api/include" ${Python_INCLUDE_DIRS})
   # at::parallel_for is a header template over OpenMP. Compiled with OpenMP and linked without, so
   # that its symbols come from the very runtime libtorch_cpu has loaded: one pool of threads.
   target_compile_options(${_target} PRIVATE ${BATCHOPS_WARNINGS} -fopenmp)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -26,6 +27,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
+
+from batchops.data.columns import Columns
 
 # As they were on import: a patched sampler is user code, and iterated as such.
 _ITERATORS = {
@@ -41,7 +44,7 @@ _ITERATORS = {
 }
 
 # Their __len__ runs no user code (a Subset's: where its indices are of these types too).
-_PLAIN_SIZED = (TensorDataset, list, tuple, range, torch.Tensor)
+_PLAIN_SIZED = (TensorDataset, Columns, np.ndarray, np.memmap, list, tuple, range, torch.Tensor)
 
 
 def _is_plain_sized(data: Any) -> bool:
@@ -50,16 +53,44 @@ def _is_plain_sized(data: Any) -> bool:
     )
 
 
-def _sequential(sampler: SequentialSampler) -> Iterator[Any]:
+class Draws:
+    """The random numbers that an epoch's order came from: kept, and given again.
+
+    A sampler without a generator of the user's draws from the global one when it starts: a seed, or
+    the indices themselves. ``seed`` and ``state`` are what it drew, or met; an epoch that is taken
+    up again gets them in place of a new draw, and leaves the global generator alone.
+    """
+
+    def __init__(self, seed: int | None = None, state: torch.Tensor | None = None) -> None:
+        self.seed = seed
+        self.state = state
+
+    def new_seed(self) -> int:
+        if self.seed is None:
+            self.seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        return self.seed
+
+    def generator(self, given: torch.Generator | None) -> torch.Generator | None:
+        """The one to draw with: `given`, or the global one (None) as it was at the first draw."""
+        if given is not None:
+            return given
+        if self.state is None:
+            self.state = torch.get_rng_state()
+            return None
+        again = torch.Generator()
+        again.set_state(self.state)
+        return again
+
+
+def _sequential(sampler: SequentialSampler, draws: Draws) -> Iterator[Any]:
     yield range(len(sampler.data_source))
 
 
-def _random(sampler: RandomSampler) -> Iterator[Any]:
+def _random(sampler: RandomSampler, draws: Draws) -> Iterator[Any]:
     n = len(sampler.data_source)
     if sampler.generator is None:
-        seed = int(torch.empty((), dtype=torch.int64).random_().item())
         generator = torch.Generator()
-        generator.manual_seed(seed)
+        generator.manual_seed(draws.new_seed())
     else:
         generator = sampler.generator
     if sampler.replacement:
@@ -74,22 +105,25 @@ def _random(sampler: RandomSampler) -> Iterator[Any]:
         yield torch.randperm(n, generator=generator)[: sampler.num_samples % n]
 
 
-def _subset_random(sampler: SubsetRandomSampler) -> Iterator[Any]:
+def _subset_random(sampler: SubsetRandomSampler, draws: Draws) -> Iterator[Any]:
     # Looked up when it is taken, as the sampler's own generator would.
-    yield torch.randperm(len(sampler.indices), generator=sampler.generator)
+    yield torch.randperm(len(sampler.indices), generator=draws.generator(sampler.generator))
 
 
-def _weighted_random(sampler: WeightedRandomSampler) -> Iterator[Any]:
+def _weighted_random(sampler: WeightedRandomSampler, draws: Draws) -> Iterator[Any]:
     yield torch.multinomial(
-        sampler.weights, sampler.num_samples, sampler.replacement, generator=sampler.generator
+        sampler.weights,
+        sampler.num_samples,
+        sampler.replacement,
+        generator=draws.generator(sampler.generator),
     )
 
 
-def _distributed(sampler: DistributedSampler) -> Iterator[Any]:
+def _distributed(sampler: DistributedSampler, draws: Draws) -> Iterator[Any]:
     yield list(sampler.__iter__())
 
 
-def _one_by_one(sampler: Any) -> Iterator[list[Any]]:
+def _one_by_one(sampler: Any, draws: Draws) -> Iterator[list[Any]]:
     return ([index] for index in sampler)
 
 
@@ -99,12 +133,14 @@ class IndexStream:
     def __init__(
         self,
         batch_sampler: BatchSampler,
-        draw: Callable[[Any], Iterator[Any]],
+        draw: Callable[[Any, Draws], Iterator[Any]],
         private: bool,
+        draws: Draws,
     ) -> None:
         self._batch_sampler = batch_sampler
         self._draw = draw
         self._private = private
+        self._kept = draws
         self._kind = type(batch_sampler.sampler)
         self._sampler: Any = None  # the one that draws; a batch sampler's may be replaced later
         self._draws: Iterator[Any] | None = None
@@ -114,8 +150,14 @@ class IndexStream:
         self._ended = False
 
     @classmethod
-    def of(cls, index_sampler: Any) -> IndexStream | None:
-        """A stream equal to iterating ``index_sampler``, or None where that is for it to do."""
+    def of(
+        cls, index_sampler: Any, draws: Draws | None = None, any_length: bool = False
+    ) -> IndexStream | None:
+        """A stream equal to iterating ``index_sampler``, or None where that is for it to do.
+
+        any_length: also where asking for a length runs user code, which it then does when taken.
+        """
+        draws = Draws() if draws is None else draws
         if type(index_sampler) is not BatchSampler or type(index_sampler.batch_size) is not int:
             return None
         sampler = index_sampler.sampler
@@ -125,16 +167,16 @@ class IndexStream:
         ):
             return None
         if kind is SequentialSampler and _is_plain_sized(sampler.data_source):
-            return cls(index_sampler, _sequential, private=True)
-        if kind is RandomSampler and _is_plain_sized(sampler.data_source):
+            return cls(index_sampler, _sequential, private=True, draws=draws)
+        if kind is RandomSampler and (any_length or _is_plain_sized(sampler.data_source)):
             # Without a generator of the user's it makes one of its own, seeded on the first draw.
-            return cls(index_sampler, _random, private=sampler.generator is None)
-        if kind is SubsetRandomSampler and type(sampler.indices) is list:
-            return cls(index_sampler, _subset_random, private=True)
+            return cls(index_sampler, _random, private=sampler.generator is None, draws=draws)
+        if kind is SubsetRandomSampler and (any_length or type(sampler.indices) is list):
+            return cls(index_sampler, _subset_random, private=True, draws=draws)
         if kind is WeightedRandomSampler:
-            return cls(index_sampler, _weighted_random, private=True)
+            return cls(index_sampler, _weighted_random, private=True, draws=draws)
         if kind is DistributedSampler and _is_plain_sized(sampler.dataset):
-            return cls(index_sampler, _distributed, private=True)
+            return cls(index_sampler, _distributed, private=True, draws=draws)
         return None
 
     @property
@@ -162,7 +204,7 @@ class IndexStream:
             self._sampler = self._batch_sampler.sampler
             if type(self._sampler) is not self._kind:  # replaced since this stream was made
                 self._draw, self._private = _one_by_one, False
-            self._draws = self._draw(self._sampler)
+            self._draws = self._draw(self._sampler, self._kept)
         elif not self._drop_last:
             self._batch_size = self._batch_sampler.batch_size
         return self._batch_size
@@ -172,6 +214,14 @@ class IndexStream:
         if self._draws is None or self._ended:
             return False
         return self._private or sum(map(len, self._pending)) >= size
+
+    def skip(self, batches: int) -> None:
+        """Take so many batches and forget them; fewer where the epoch ends before."""
+        for _ in range(batches):
+            try:
+                self.take(self.batch_size())
+            except StopIteration:
+                return
 
     def untake(self, batch: Any) -> None:
         """Give back the batch that was taken last."""
@@ -214,3 +264,54 @@ class IndexStream:
         if not parts or (missing > 0 and self._drop_last):
             raise StopIteration
         return parts
+
+
+class RecordedSampler:
+    """A loader's index sampler whose random draws are kept, and which may start on the way.
+
+    Iterating it runs the sampler's own code at the moments at which it always runs; torch's
+    samplers without a generator are read as vectors, which draws the same numbers.
+    """
+
+    def __init__(self, index_sampler: Any) -> None:
+        self.inner = index_sampler
+        self.draws = Draws()
+        self.skip = 0  # batches that the next epoch leaves out
+
+    def begin(self, draws: Draws, skip: int) -> None:
+        self.draws = draws
+        self.skip = skip
+
+    def stream(self, any_length: bool = False) -> IndexStream | None:
+        """The rest of the epoch as vectors, or None."""
+        stream = IndexStream.of(self.inner, self.draws, any_length)
+        if stream is not None:
+            stream.skip(self.skip)
+        return stream
+
+    def _draws_globally(self) -> bool:
+        sampler = getattr(self.inner, "sampler", None)
+        kinds = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+        return type(sampler) in kinds and sampler.generator is None
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = self.stream(any_length=True) if self._draws_globally() else None
+        if stream is not None:
+            return _lists(stream)
+        iterator = iter(self.inner)
+        return itertools.islice(iterator, self.skip, None) if self.skip else iterator
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _lists(stream: IndexStream) -> Iterator[list[Any]]:
+    while True:
+        try:
+            taken = stream.take(stream.batch_size())
+        except StopIteration:
+            return
+        yield stream.as_list(taken)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import itertools
+import math
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils.data import Dataset, Subset, TensorDataset, get_worker_info
+from torch.utils.data import (
+    ConcatDataset,
+    StackDataset,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
 from torch.utils.data._utils import collate as torch_collate
 
 from batchops import _C
+from batchops.data.columns import Columns
 
 # Types whose rows torch.stack copies bit by bit. What is absent (quantized, sub-byte, bits) takes
 # torch's path.
-_DTYPES = frozenset(
+DTYPES = frozenset(
     (
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.uint16, torch.uint32, torch.uint64),
@@ -24,18 +37,32 @@ _DTYPES = frozenset(
     )
 )
 
-_TENSOR_GETITEM = TensorDataset.__getitem__
-_SUBSET_GETITEM = Subset.__getitem__
-_SUBSET_GETITEMS = Subset.__getitems__
+ARRAY_DTYPES = {
+    np.dtype(name): getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64", "complex128"),
+    )
+}
 
-# The last map that was found to leave tuples of tensors alone.
+# As they were on import: patched indexing is user code, and called as such.
+_GETITEM = {
+    cls: (cls.__getitem__, getattr(cls, "__getitems__", None))
+    for cls in (TensorDataset, Subset, ConcatDataset, StackDataset, Columns)
+}
+
+# What collates the samples of these, as it was on import.
+_FN_MAP = dict(torch_collate.default_collate_fn_map)
+_SAMPLES = (tuple, dict, torch.Tensor, np.ndarray, np.memmap)
+
+# The last map that was found to do nothing else to them.
 _plain_fn_map: dict[Any, Any] = {}
 
 _is_cow = getattr(torch._C, "_is_cow_tensor", lambda _: False)
 
 
 def collate_only_stacks() -> bool:
-    """Whether torch's default_collate does nothing to a tuple of tensors but to stack.
+    """Whether torch's default_collate does nothing to tuples and dicts of rows but to stack.
 
     ``default_collate_fn_map`` is the user's to extend, and read live. Inside a worker process
     stacking goes to shared memory.
@@ -43,9 +70,13 @@ def collate_only_stacks() -> bool:
     global _plain_fn_map
     fn_map = torch_collate.default_collate_fn_map
     if fn_map != _plain_fn_map:
-        if fn_map.get(torch.Tensor) is not torch_collate.collate_tensor_fn or any(
-            issubclass(tuple, key) for key in fn_map if key is not torch.Tensor
-        ):
+        for key, fn in fn_map.items():
+            if key in _FN_MAP:
+                if fn is not _FN_MAP[key]:
+                    return False
+            elif any(issubclass(sample, key) for sample in _SAMPLES):
+                return False
+        if any(key not in fn_map for key in _FN_MAP):
             return False
         _plain_fn_map = dict(fn_map)
     return get_worker_info() is None
@@ -67,7 +98,7 @@ def _is_gatherable(tensor: torch.Tensor) -> bool:
         type(tensor) is torch.Tensor
         and tensor.layout is torch.strided
         and tensor.device.type == "cpu"
-        and tensor.dtype in _DTYPES
+        and tensor.dtype in DTYPES
         and tensor.dim() >= 1
         and tensor.numel() > 0
         and not tensor.requires_grad
@@ -89,110 +120,236 @@ def _stacks_contiguously(tensor: torch.Tensor) -> bool:
     return tensor[0].is_contiguous()
 
 
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All that a Table remembers of a tensor, and what may be switched on it in place."""
+def _layout(column: Any) -> tuple[Any, ...]:
+    """All that a Table remembers of a column, and what may be switched on it in place."""
+    if isinstance(column, np.ndarray):
+        return (column.__array_interface__["data"], column.shape, column.strides, column.dtype)
     return (
-        tensor.data_ptr(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.requires_grad,
-        type(tensor),
-        tensor.is_conj(),
-        tensor.is_neg(),
+        column.data_ptr(),
+        column.shape,
+        column.stride(),
+        column.dtype,
+        column.requires_grad,
+        type(column),
+        column.is_conj(),
+        column.is_neg(),
     )
 
 
-def _indexes_as_torch_does(dataset: Dataset, subsets: list[Subset]) -> bool:
-    """Whether nobody has put another way of indexing on the classes or the objects."""
+@functools.lru_cache(maxsize=64)
+def _dtype_of_scalars(dtype: np.dtype) -> torch.dtype | None:
+    """What a list of scalars of an array becomes: not always the array's own dtype."""
+    return torch.as_tensor([dtype.type(0), dtype.type(1)]).dtype
+
+
+def _is_gatherable_array(array: np.ndarray) -> bool:
+    """Whether collating rows of it is a copy of rows and nothing else."""
     return (
-        type(dataset) is TensorDataset
-        and TensorDataset.__getitem__ is _TENSOR_GETITEM
-        and not hasattr(dataset, "__getitems__")
-        and (
-            not subsets
-            or (
-                Subset.__getitem__ is _SUBSET_GETITEM
-                and Subset.__getitems__ is _SUBSET_GETITEMS
-                and all(type(s) is Subset and "__getitems__" not in vars(s) for s in subsets)
-            )
+        type(array) in (np.ndarray, np.memmap)
+        and array.dtype in ARRAY_DTYPES
+        and array.dtype.isnative
+        and array.ndim >= 1
+        and array.size > 0
+        and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
+        and (array.ndim <= 4 or array[0].flags.c_contiguous)
+        and (array.ndim > 1 or _dtype_of_scalars(array.dtype) is ARRAY_DTYPES[array.dtype])
+    )
+
+
+def mapped_file(array: Any) -> tuple[Any, int] | None:
+    """The mmap behind an array, and where in the file it begins."""
+    while isinstance(array, np.ndarray):
+        mapped = getattr(array, "_mmap", None)
+        if mapped is not None:
+            offset = int(array.offset)
+            return mapped, offset - offset % mmap.ALLOCATIONGRANULARITY
+        array = array.base
+    return None
+
+
+def refuse_truncated(array: Any) -> None:
+    """Raises RuntimeError where the file of a memmap ends before the memory that is mapped."""
+    found = mapped_file(array)
+    if found is None:
+        return
+    mapped, start = found
+    try:
+        size = mapped.size()
+    except (OSError, ValueError):
+        return  # anonymous, or no file any more: nothing that can be cut
+    if size < start + len(mapped):
+        name = getattr(array, "filename", None)
+        raise RuntimeError(
+            f"memmap {name}: expected a file of at least {start + len(mapped)} bytes, and it has "
+            f"{size}: it was truncated, and reading it would end the process"
         )
+
+
+def _standard(dataset: Any, kind: type) -> bool:
+    """Whether `dataset` is of exactly this type, and nobody changed how it is indexed."""
+    return (
+        type(dataset) is kind
+        and (kind.__getitem__, getattr(kind, "__getitems__", None)) == _GETITEM[kind]
+        and "__getitems__" not in vars(dataset)
     )
+
+
+class _Part(NamedTuple):
+    """One table: its columns, and the shape in which a batch of them is handed out."""
+
+    columns: list[Any]
+    form: Any
+
+
+def _part(dataset: Any) -> _Part | None:
+    """The columns of a dataset whose samples are rows of them; None for any other."""
+    if isinstance(dataset, np.ndarray):
+        return _Part([dataset], "tensor") if _is_gatherable_array(dataset) else None
+    if isinstance(dataset, torch.Tensor):
+        ok = _is_gatherable(dataset) and _stacks_contiguously(dataset)
+        return _Part([dataset], "tensor") if ok else None
+    if _standard(dataset, TensorDataset):
+        children, keys = dataset.tensors, None
+        if type(children) is not tuple:
+            return None
+    elif _standard(dataset, StackDataset):
+        children = dataset.datasets
+        keys = tuple(children) if type(children) is dict else None
+    elif _standard(dataset, Columns):
+        children = dataset.columns
+        keys = tuple(children)
+    else:
+        return None
+    parts = [_part(child) for child in (children if keys is None else children.values())]
+    if not parts or any(part is None for part in parts):
+        return None
+    columns = [column for part in parts for column in part.columns]
+    if any(len(column) != len(columns[0]) for column in columns):
+        return None
+    return _Part(columns, (keys, tuple(part.form for part in parts)))
+
+
+def _assemble(form: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    if form == "tensor":
+        return next(tensors)
+    keys, forms = form
+    parts = [_assemble(each, tensors) for each in forms]
+    return parts if keys is None else dict(zip(keys, parts, strict=True))
+
+
+class _View(NamedTuple):
+    """A dataset taken apart: Subsets around one table, or around several in a row."""
+
+    subsets: list[Subset]
+    parts: list[_Part]
+
+
+def _view(dataset: Any) -> _View | None:
+    subsets: list[Subset] = []
+    while type(dataset) is Subset:
+        if not _standard(dataset, Subset):
+            return None
+        subsets.append(dataset)
+        dataset = dataset.dataset
+    datasets = [dataset]
+    if _standard(dataset, ConcatDataset):
+        datasets = dataset.datasets
+        sizes = [len(d) for d in datasets if _is_sized(d)]
+        if len(sizes) != len(datasets) or list(itertools.accumulate(sizes)) != (
+            dataset.cumulative_sizes
+        ):
+            return None
+    parts = [_part(d) for d in datasets]
+    if not parts or any(part is None for part in parts):
+        return None
+    rows = [[_row(column) for column in part.columns] for part in parts]
+    if any(part.form != parts[0].form for part in parts) or any(r != rows[0] for r in rows):
+        return None
+    return _View(subsets, parts)
+
+
+def _is_sized(dataset: Any) -> bool:
+    return isinstance(dataset, np.ndarray | torch.Tensor) or any(
+        _standard(dataset, kind) for kind in _GETITEM
+    )
+
+
+def _row(column: Any) -> tuple[torch.dtype, tuple[int, ...]]:
+    if isinstance(column, np.ndarray):
+        return ARRAY_DTYPES[column.dtype], tuple(column.shape[1:])
+    return column.dtype, tuple(column.shape[1:])
+
+
+def _table(part: _Part) -> _C.Table:
+    columns = []
+    for c in part.columns:
+        if isinstance(c, np.ndarray):
+            address, strides, item = c.__array_interface__["data"][0], c.strides, c.itemsize
+        else:
+            item = c.element_size()
+            address, strides = c.data_ptr(), tuple(s * item for s in c.stride())
+        columns.append((address, c.shape[0], strides[0], item, list(c.shape[1:]), strides[1:]))
+    return _C.Table(columns)
 
 
 class GatherSource:
-    """The tensors behind a dataset, and how indices find their rows in them.
+    """The tables behind a dataset, and how indices find their rows in them.
 
     ``table`` holds addresses: it is good for as long as ``is_current()``. Lookups (the ``indices``
     of nested Subsets) are read anew for each batch, as torch does.
     """
 
-    def __init__(self, dataset: TensorDataset, subsets: list[Subset]) -> None:
-        self.tensors = dataset.tensors
+    def __init__(self, dataset: Any, view: _View) -> None:
         self._dataset = dataset
-        self._subsets = subsets
-        self._layouts = [_layout(t) for t in self.tensors]
+        self._subsets = view.subsets
+        self._form = view.parts[0].form
+        self._columns = [column for part in view.parts for column in part.columns]
+        self._tensors = [c for c in self._columns if isinstance(c, torch.Tensor)]
+        arrays = [c for c in self._columns if isinstance(c, np.ndarray)]
+        self._mapped = [a for a in arrays if mapped_file(a) is not None]
+        # Nobody counts what is written to an array.
+        self.counts_writes = not any(a.flags.writeable for a in arrays)
+        for array in arrays:
+            if not array.flags.writeable:
+                torch.as_tensor(array[:1])  # which warns, once
+                break
+        self._layouts = [_layout(c) for c in self._columns]
         # Held so that memory which threads read outlives a tensor made to point elsewhere.
-        self._storages = [t.untyped_storage() for t in self.tensors]
-        self._columns = [
-            (t.dtype, tuple(t.shape[1:]), t[0].numel() * t.element_size()) for t in self.tensors
+        self._held = [t.untyped_storage() for t in self._tensors] + arrays
+        self._rows = [
+            (dtype, shape, math.prod(shape) * dtype.itemsize)
+            for dtype, shape in map(_row, view.parts[0].columns)
         ]
-        self.row_bytes = sum(row_bytes for _, _, row_bytes in self._columns)
-        self.table = _C.Table(
-            [
-                (
-                    t.data_ptr(),
-                    t.shape[0],
-                    t.stride(0) * t.element_size(),
-                    t.element_size(),
-                    list(t.shape[1:]),
-                    [s * t.element_size() for s in t.stride()[1:]],
-                )
-                for t in self.tensors
-            ]
-        )
+        self.row_bytes = sum(row_bytes for _, _, row_bytes in self._rows)
+        tables = [_table(part) for part in view.parts]
+        self.table = tables[0] if len(tables) == 1 else _C.Concat(tables)
 
     @classmethod
-    def of(cls, dataset: Dataset) -> GatherSource | None:
-        """The source behind ``dataset``, or None where torch has to fetch the samples itself.
-
-        Exact types only: a subclass may have a ``__getitem__`` of its own.
-        """
-        subsets: list[Subset] = []
-        while type(dataset) is Subset:
-            subsets.append(dataset)
-            dataset = dataset.dataset
-        if not _indexes_as_torch_does(dataset, subsets):
-            return None
-        tensors = dataset.tensors
-        if (
-            type(tensors) is not tuple
-            or not tensors
-            or not all(_is_gatherable(t) for t in tensors)
-            or any(t.shape[0] != tensors[0].shape[0] for t in tensors)
-            or not all(_stacks_contiguously(t) for t in tensors)
-        ):
-            return None
-        return cls(dataset, subsets)
+    def of(cls, dataset: Any) -> GatherSource | None:
+        """A source with the same rows as ``dataset[i]``, or None where only Python can tell."""
+        view = _view(dataset)
+        return None if view is None else cls(dataset, view)
 
     def is_current(self) -> bool:
-        """Whether the tensors lie where the table says (their values may have changed)."""
-        return [_layout(t) for t in self.tensors] == self._layouts
+        """Whether the columns lie where the table says (their values may have changed)."""
+        return [_layout(c) for c in self._columns] == self._layouts
 
     def is_live(self) -> bool:
-        """Whether the dataset still refers to these tensors, through these subsets."""
-        dataset: Any = self._dataset
-        for subset in reversed(self._subsets):
-            if subset.dataset is not dataset:
-                return False
-            dataset = subset
-        return self._dataset.tensors is self.tensors and _indexes_as_torch_does(
-            self._dataset, self._subsets
+        """Whether the dataset still refers to these columns, through these subsets."""
+        view = _view(self._dataset)
+        if view is None or view.parts[0].form != self._form:
+            return False
+        columns = [column for part in view.parts for column in part.columns]
+        return (
+            len(columns) == len(self._columns)
+            and all(a is b for a, b in zip(columns, self._columns, strict=True))
+            and len(view.subsets) == len(self._subsets)
+            and all(a is b for a, b in zip(view.subsets, self._subsets, strict=True))
         )
 
     def versions(self) -> list[int]:
         """Counters that torch moves with every write to a tensor."""
-        return [t._version for t in self.tensors]
+        return [t._version for t in self._tensors]
 
     @property
     def has_lookups(self) -> bool:
@@ -202,7 +359,7 @@ class GatherSource:
         """A source for the dataset as it is now: self, where nothing moved."""
         if self.is_live() and self.is_current():
             return self
-        return GatherSource.of(self._subsets[0] if self._subsets else self._dataset)
+        return GatherSource.of(self._dataset)
 
     def resolve(self, indices: Any, lookups: tuple[Any, ...] = ()) -> _C.Rows | None:
         """Rows for a batch of indices, each looked up in ``lookups`` and in the subsets in turn.
@@ -215,31 +372,39 @@ class GatherSource:
         rows = self.table.resolve(_readable(indices), lookups)
         return rows if rows is not None and len(rows) else None
 
-    def start(self, rows: _C.Rows, threads: int, pin_memory: bool) -> Batch:
-        """Allocate a batch and start to fill it on at most ``threads`` pool threads."""
+    def start(self, rows: _C.Rows, threads: int, memory: Any) -> Batch:
+        """Begin to fill a batch on at most ``threads`` pool threads."""
+        for array in self._mapped:
+            refuse_truncated(array)
         n = len(rows)
-        batch = []
+        tensors = []
         outputs = []
-        for dtype, shape, row_bytes in self._columns:
-            out = torch.empty((n, *shape), dtype=dtype, device="cpu", pin_memory=pin_memory)
-            batch.append(out)
+        for dtype, shape, row_bytes in self._rows:
+            out = memory.empty((n, *shape), dtype)
+            tensors.append(out)
             outputs.append((out.data_ptr(), n * row_bytes))
-        return Batch(batch, self.table.gather(rows, outputs, (batch, self._storages), threads))
+        job = self.table.gather(rows, outputs, (tensors, self._held), threads)
+        return Batch(tensors, self._form, job)
 
 
 class Batch:
     """A batch that native threads are filling."""
 
-    __slots__ = ("_job", "_tensors")
+    __slots__ = ("_form", "_job", "_tensors")
 
-    def __init__(self, tensors: list[torch.Tensor], job: _C.GatherJob) -> None:
+    def __init__(self, tensors: list[torch.Tensor], form: Any, job: _C.GatherJob) -> None:
         self._tensors = tensors
+        self._form = form
         self._job = job
 
-    def result(self) -> list[torch.Tensor]:
-        """The finished tensors. The calling thread helps; the GIL is released while it does."""
+    @property
+    def done(self) -> bool:
+        return self._job.done
+
+    def result(self, each: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
+        """The finished batch. The calling thread helps; the GIL is released while it does."""
         self._job.wait()
-        return self._tensors
+        return _assemble(self._form, iter(map(each, self._tensors) if each else self._tensors))
 
 
 def _readable(indices: Any) -> Any:

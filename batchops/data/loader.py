@@ -1,75 +1,219 @@
-"""``DataLoader``: torch's, with batches of in-memory tensors gathered by native threads."""
+"""``DataLoader``: torch's, with one copy from a sample to its place in a page-locked batch."""
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any, NamedTuple, TypeVar
+import weakref
+from typing import Any, TypeVar
 
 import torch
-from torch._utils import ExceptionWrapper
 from torch.utils.data import dataloader as torch_dataloader
-from torch.utils.data._utils import collate as torch_collate
-from torch.utils.data._utils.pin_memory import pin_memory as pin
 
-from batchops import _C
-from batchops.data._sampling import IndexStream
-from batchops.data._source import Batch, GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._collate import is_default
+from batchops.data._iterators import (
+    GatherIter,
+    LocalIter,
+    ProcessIter,
+    ThreadIter,
+    WorkerGatherIter,
+)
+from batchops.data._memory import CudaPages, Memory
+from batchops.data._metrics import Metrics
+from batchops.data._resume import EpochStart, checked, restore
+from batchops.data._source import GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._transfer import Transfer
+from batchops.data._tree import map_tensors
 
 _T_co = TypeVar("_T_co", covariant=True)
-_DEFAULT_COLLATE = torch_collate.default_collate
 
 
 class DataLoader(torch_dataloader.DataLoader[_T_co]):
-    r"""batch[c][i] = dataset.tensors[c][index[i]], for the indices that torch's samplers give.
+    r"""batch[...][i] = dataset[index[i]][...], for the indices that torch's samplers give.
 
     A drop-in for :class:`torch.utils.data.DataLoader`: the same arguments, the same order of
     samples for the same seed, the same batches bit for bit, the same random numbers drawn at the
-    same moments.
+    same moments. A batch is written once, where it is used from: into slots that are used again
+    when no view of an earlier batch is alive, page-locked where ``pin_memory=True`` or ``device``
+    is a CUDA device.
 
-    Where the dataset is a ``TensorDataset`` of dense CPU tensors (or a ``Subset`` of one, nested or
-    not) and ``collate_fn`` is the default, batches are gathered by native threads without the GIL
-    and without Python for each sample, into page-locked memory with ``pin_memory=True`` where there
-    is an accelerator. Everything else takes torch's own path unchanged: other datasets and
-    subclasses of these two, other ``collate_fn``, ``batch_size=None``, a ``worker_init_fn``,
-    tensors that require grad, sparse, nested, quantized or non-CPU tensors, tensor subclasses, and
-    batches whose indices are not plain integers in range.
+    Where the data lie in memory and ``collate_fn`` is the default, batches are gathered by native
+    threads without the GIL and without Python for each sample: ``TensorDataset``, tensors,
+    ``numpy.ndarray`` and ``numpy.memmap`` as datasets, :class:`batchops.data.Columns`,
+    ``StackDataset`` and ``ConcatDataset`` of these, and ``Subset`` of any, nested or not. Samples
+    of every other dataset are collated natively (:func:`batchops.data.collate`).
+
+    Keyword arguments beyond torch's:
+
+    device
+        Batches are on this device when they are handed out. To a CUDA device they are copied on a
+        stream of its own while the previous batch is in use; the current stream waits for the
+        copy, the host does not.
+    threads
+        So many Python threads fetch and collate batches ahead, in this process; ``num_workers``
+        must be 0. Batches come in order (``in_order``), ``timeout`` and ``worker_init_fn`` work as
+        with worker processes. The dataset is shared by the threads, not copied. Inside them
+        :func:`batchops.data.get_worker_info` gives id, number of threads, seed (base seed + id, as
+        for worker processes) and a ``torch.Generator`` seeded with it; torch's own
+        ``get_worker_info`` gives None, and the global generators of torch, ``random`` and NumPy are
+        those of the process: not seeded for each thread, and drawn from in no fixed order. An
+        iterable dataset has one iterator, advanced by one thread at a time, in order. How many
+        batches are under way follows from how long the last ones were waited for.
+    collator
+        A :class:`batchops.data.Collator`, in the place of ``collate_fn``.
+    ring_bytes
+        The most memory for slots (an eighth of the machine's, at most 4 GiB). Beyond it batches
+        are in pageable memory, and a warning says so once.
+    checked
+        Released slots are filled with 0xFF, and a write to one after its release is an error.
 
     ``num_workers=0``
-        ``torch.get_num_threads()`` threads fill a batch, the caller's among them. While a batch is
-        in use the next one is gathered, if its indices can be known without running user code or
-        drawing from a generator that user code sees. A tensor that was written to meanwhile is
-        gathered again, so a batch holds what the dataset holds when it is asked for, as in torch.
-        Writes that torch does not count (through a NumPy array that shares the memory, or
-        ``.data``) may be seen one batch late; ``torch.set_num_threads(1)`` turns gathering ahead
-        off.
+        User code runs when and where torch would run it. Gathers alone go on in the background:
+        while a batch is in use the next ones are gathered, if their indices can be known without
+        running user code or drawing from a generator that user code sees. A tensor that was written
+        to meanwhile is gathered again, so a batch holds what the dataset holds when it is asked
+        for, as in torch. Writes that torch does not count (through a NumPy array that shares the
+        memory, or ``.data``) may be seen late; ``torch.set_num_threads(1)`` turns gathering ahead
+        off. Writable arrays are not gathered ahead.
     ``num_workers=k``
-        k threads take the place of k processes and gather ``prefetch_factor * k`` batches ahead.
-        Indices are drawn when torch would send them to its workers. Workers of torch's copy the
-        dataset when they start; here a batch holds what the tensors hold when it is gathered.
+        Gathers: k threads take the place of k processes and gather ``prefetch_factor * k`` batches
+        ahead. Indices are drawn when torch would send them to its workers. Workers of torch's copy
+        the dataset when they start; here a batch holds what the tensors hold when it is gathered.
         ``timeout``, ``multiprocessing_context`` and ``in_order`` are checked as in torch and
-        have nothing to do: no process is started and batches come in order.
+        have nothing to do. Everything else: torch's worker processes, which collate natively
+        into shared memory.
 
     Batches never share memory with one another or with the dataset. While an iterator is alive the
     tensors of the dataset must not be resized or moved to shared memory (``share_memory_``, which
     sending them to another process does too): that frees memory which threads may be reading.
 
-    Raises what torch raises, with torch's message.
+    ``state_dict()`` and ``load_state_dict()`` stop and go on in the middle of an epoch, exact to
+    the next sample. ``metrics`` tells samples a second, waiting, and the use of slots.
+
+    Raises what torch raises, with torch's message first; errors of collation name the position in
+    the batch, the way to the value, and the index in the dataset. RuntimeError for a memmap whose
+    file was truncated.
     """
 
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Any = None,
+        batch_sampler: Any = None,
+        num_workers: int = 0,
+        collate_fn: Any = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Any = None,
+        multiprocessing_context: Any = None,
+        generator: Any = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        device: torch.device | str | None = None,
+        threads: int | None = None,
+        collator: Any = None,
+        ring_bytes: int | None = None,
+        checked: bool = False,
+    ) -> None:
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(f"DataLoader: threads: expected an integer >= 1, got {threads!r}")
+        if threads is not None and num_workers != 0:
+            raise ValueError(
+                f"DataLoader: threads: expected num_workers=0 beside it, got {num_workers}"
+            )
+        if ring_bytes is not None and ring_bytes < 0:
+            raise ValueError(f"DataLoader: ring_bytes: expected >= 0, got {ring_bytes}")
+        if collator is not None:
+            # Both, where a framework makes a loader anew from the attributes of this one.
+            if collate_fn is not None and collate_fn is not collator:
+                raise ValueError("DataLoader: collator: expected no other collate_fn beside it")
+            collate_fn = collator
+        super().__init__(
+            dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory_device=pin_memory_device,
+            in_order=in_order,
+        )
+        self.device = device
+        self.threads = threads
+        self.collator = collator
+        self.ring_bytes = ring_bytes
+        self.checked = checked
+        self._metrics = Metrics()
+        self._memory: Memory | None = None
+        self._epoch: EpochStart | None = None
+        self._resume_at = 0
+        self._pending: dict[str, Any] | None = None
+        self._current: Any = None
+
+    # --- iteration ----------------------------------------------------------------------------
+
+    def __iter__(self) -> Any:
+        state, self._pending = self._pending, None
+        if state is None:
+            self._resume_at = 0
+            self._epoch = EpochStart(self)
+            iterator = super().__iter__()
+        else:
+            iterator = self._resume(state)
+        self._current = weakref.ref(iterator)
+        return iterator
+
+    def _resume(self, state: dict[str, Any]) -> Any:
+        self._resume_at = state["yielded"]
+        self._epoch = restore(self, state)
+        iterable = self._dataset_kind == torch_dataloader._DatasetKind.Iterable
+        replay = self._resume_at if iterable else 0
+        if "dataset" in state:
+            self.dataset.load_state_dict(state["dataset"])
+            replay = 0
+        # The epoch's numbers were drawn when it began: nothing more is taken from the global
+        # generator, so that it may be restored before this or after.
+        rng = torch.get_rng_state()
+        try:
+            iterator = super().__iter__()
+        finally:
+            torch.set_rng_state(rng)
+        if replay:
+            iterator._replay(replay)
+        return iterator
+
     def _get_iterator(self) -> torch_dataloader._BaseDataLoaderIter:
+        if self.threads is not None:
+            return ThreadIter(self)
         source = self._gather_source()
-        if source is None:
-            return super()._get_iterator()
+        if source is not None:
+            if self.num_workers == 0:
+                return GatherIter(self, source)
+            self.check_worker_number_rationality()
+            return WorkerGatherIter(self, source)
         if self.num_workers == 0:
-            return _GatherIter(self, source)
+            return LocalIter(self)
         self.check_worker_number_rationality()
-        return _WorkerGatherIter(self, source)
+        return ProcessIter(self)
 
     def _gather_source(self) -> GatherSource | None:
         if (
             self._dataset_kind != torch_dataloader._DatasetKind.Map
             or not self._auto_collation
-            or self.collate_fn is not _DEFAULT_COLLATE
+            or not is_default(self.collate_fn)
             or (self.num_workers > 0 and self.worker_init_fn is not None)
             or not collate_only_stacks()
             or not nobody_watches()
@@ -77,205 +221,72 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             return None
         return GatherSource.of(self.dataset)
 
+    # --- memory -------------------------------------------------------------------------------
 
-# Below this, torch's own lists of indices cost less than slices of vectors.
-_STREAM_BATCH = 128
+    def _memory_for_batches(self) -> Memory:
+        if self._memory is None:
+            device = torch.device(self.device) if self.device is not None else None
+            to_cuda = device is not None and device.type == "cuda"
+            pins = to_cuda or (self.pin_memory and torch.cuda.is_available())
+            pages = CudaPages() if pins else None
+            self._memory = Memory(self.ring_bytes, checked=self.checked, pages=pages)
+        return self._memory
 
-
-def _stream(index_sampler: Any, source: GatherSource) -> IndexStream | None:
-    """The batches of ``index_sampler`` as vectors, where that is possible and pays."""
-    stream = IndexStream.of(index_sampler)
-    if stream is None:
-        return None
-    size = index_sampler.batch_size
-    large = size >= _STREAM_BATCH or size * source.row_bytes >= _C.COLLATE_BACKGROUND_BYTES
-    return stream if large else None
-
-
-class _Ahead(NamedTuple):
-    """A batch that is gathered before it is asked for, and what it was gathered from."""
-
-    taken: Any
-    size: int
-    source: GatherSource
-    versions: list[int]
-    inference: bool
-    rows: _C.Rows
-    batch: Batch
-
-
-class _GatherIter(torch_dataloader._SingleProcessDataLoaderIter):
-    """One batch at a time, the next one gathered while this one is in use.
-
-    ::
-
-        __next__ k     take indices k · (gather k) · take indices k+1 · start gather k+1 · return k
-        user code      uses batch k, while pool threads gather k+1
-        __next__ k+1   still what the dataset holds? then wait for k+1, else gather it now
-    """
-
-    def __init__(self, loader: DataLoader, source: GatherSource) -> None:
-        super().__init__(loader)
-        self._source: GatherSource | None = source
-        self._stream = _stream(self._index_sampler, source)
-        self._ahead: _Ahead | None = None
-
-    def _next_data(self) -> Any:
-        stream = self._stream
-        if stream is None:
-            return self._load(self._next_index())
-        size = stream.batch_size()
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.size != size:
-            stream.untake(ahead.taken)
-            ahead = None
-        taken = stream.take(size) if ahead is None else ahead.taken
-        if ahead is not None and self._is_valid(ahead):
-            data = ahead.batch.result()
-        else:
-            data = self._load(taken)
-        self._read_ahead(size)
-        return data
-
-    def _gathers(self) -> bool:
-        """Whether the dataset can be gathered from right now; self._source is its source."""
-        if self._source is not None:
-            self._source = self._source.refreshed()
-        return self._source is not None and collate_only_stacks() and nobody_watches()
-
-    def _lookups(self) -> tuple[Any, ...]:
-        return () if self._stream is None else self._stream.lookups
-
-    def _load(self, taken: Any) -> Any:
-        if self._gathers():
-            rows = self._source.resolve(taken, self._lookups())
-            if rows is not None:
-                threads = torch.get_num_threads() - 1
-                return self._source.start(rows, threads, self._pin_memory).result()
-        index = taken if self._stream is None else self._stream.as_list(taken)
-        data = self._dataset_fetcher.fetch(index)
-        return pin(data, self._pin_memory_device) if self._pin_memory else data
-
-    def _read_ahead(self, size: Any) -> None:
-        threads = torch.get_num_threads() - 1
-        if threads < 1 or type(size) is not int or not self._stream.may_take_early(size):
-            return
-        if not self._gathers() or size * self._source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
-            return  # a small batch is gathered when it is asked for, by its thread
-        try:
-            taken = self._stream.take(size)
-        except StopIteration:
-            return
-        try:
-            self._ahead = self._start(taken, size, threads)
-        except (RuntimeError, MemoryError):
-            pass  # no memory for a second batch: this one is not lost, the next may fit later
-        finally:
-            if self._ahead is None:
-                self._stream.untake(taken)
-
-    def _start(self, taken: Any, size: int, threads: int) -> _Ahead | None:
-        source = self._source
-        rows = source.resolve(taken, self._lookups())
-        if rows is None:
+    def _transfer(self) -> Transfer | None:
+        if self.device is None:
             return None
-        versions = source.versions()
-        batch = source.start(rows, threads, self._pin_memory)
-        inference = torch.is_inference_mode_enabled()
-        return _Ahead(taken, size, source, versions, inference, rows, batch)
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            return Transfer(device, self._memory_for_batches().hold)
+        return None if device.type == "cpu" else _Moves(device)
 
-    def _is_valid(self, ahead: _Ahead) -> bool:
-        """Whether gathering now would give the same batch."""
-        if not self._gathers() or self._source is not ahead.source:
-            return False
-        if ahead.versions != ahead.source.versions():
-            return False
-        if ahead.inference != torch.is_inference_mode_enabled():
-            return False
-        lookups = self._lookups()
-        if lookups or ahead.source.has_lookups:
-            return ahead.rows == ahead.source.resolve(ahead.taken, lookups)
-        return True
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """samples, batches, samples_per_second, wait_seconds and wait_fraction (in ``next``),
+        prefetch_depth (batches under way), ring (slots, bytes, allocations ...), ring_occupancy
+        (bytes in use / bytes of slots), bytes_written_per_batch_byte."""
+        return self._metrics.snapshot(self._memory_for_batches())
 
+    # --- resumption ---------------------------------------------------------------------------
 
-class _WorkerGatherIter(torch_dataloader._BaseDataLoaderIter):
-    """Native threads in the place of torch's worker processes.
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: how many batches of the epoch were handed out, and what its order
+        came from.
 
-    Keeps ``prefetch_factor * num_workers`` batches under way, and takes indices at the moments
-    at which ``_MultiProcessingDataLoaderIter`` does: so many when it starts, one for each batch
-    handed out.
-    """
-
-    def __init__(self, loader: DataLoader, source: GatherSource) -> None:
-        super().__init__(loader)
-        if loader.prefetch_factor <= 0:
-            raise AssertionError(
-                "prefetch_factor must be greater than 0 for MultiProcessingDataLoaderIter"
-            )
-        self._source: GatherSource | None = source
-        self._prefetch_factor = loader.prefetch_factor
-        self._dataset_fetcher = torch_dataloader._DatasetKind.create_fetcher(
-            self._dataset_kind,
-            self._dataset,
-            self._auto_collation,
-            self._collate_fn,
-            self._drop_last,
+        Below 1 KB for torch's samplers, and 5 KB more for each generator of the user's (and for
+        ``SubsetRandomSampler`` and ``WeightedRandomSampler`` without one, which draw from the
+        global generator itself). Batches under way count as not handed out; the number of threads
+        or workers does not matter. Iterable datasets with ``state_dict`` and ``load_state_dict``
+        are asked for theirs where they are iterated in this process; others are replayed. Samplers
+        of the user's with these two methods get their state of the beginning of the epoch; others
+        must give the same order again.
+        """
+        iterator = self._current() if self._current is not None else None
+        if iterator is None and self._pending is not None:
+            return dict(self._pending)
+        state = None if iterator is None else iterator._state()
+        if state is None:
+            return {**EpochStart(self).as_dict(0), "between_epochs": True}
+        asks = self._dataset_kind == torch_dataloader._DatasetKind.Iterable and isinstance(
+            iterator, LocalIter
         )
-        self._reset(loader, first_iter=True)
+        if asks and callable(getattr(self.dataset, "load_state_dict", None)):
+            state["dataset"] = self.dataset.state_dict()
+        return state
 
-    def _reset(self, loader: DataLoader, first_iter: bool = False) -> None:
-        super()._reset(loader, first_iter)
-        source = self._source
-        self._stream = None if source is None else _stream(self._index_sampler, source)
-        self._under_way: deque[Any] = deque()
-        self._sent = 0
-        for _ in range(self._prefetch_factor * self._num_workers):
-            self._send()
-
-    def _send(self) -> None:
-        stream = self._stream
-        try:
-            taken = self._next_index() if stream is None else stream.take(stream.batch_size())
-        except StopIteration:
-            return
-        worker = self._sent % self._num_workers
-        self._sent += 1
-        if self._source is not None and not self._source.is_current():
-            self._source = self._source.refreshed()
-        lookups = () if stream is None else stream.lookups
-        rows = None
-        if self._source is not None and nobody_watches():
-            rows = self._source.resolve(taken, lookups)
-        # The sampler's own errors are raised now, as in torch.
-        index = taken if rows is not None or stream is None else stream.as_list(taken)
-        try:
-            if rows is not None:
-                # Inference mode is that of the moment at which a batch is handed out.
-                with torch.inference_mode(False):
-                    data = self._source.start(rows, self._num_workers, self._pin_memory)
-            else:
-                data = self._dataset_fetcher.fetch(index)
-                if self._pin_memory:
-                    data = pin(data, self._pin_memory_device)
-        except Exception:
-            # Raised, as in torch, when it is this batch's turn.
-            data = ExceptionWrapper(where=f"in DataLoader worker process {worker}")
-        self._under_way.append(data)
-
-    def _next_data(self) -> Any:
-        if not self._under_way:
-            raise StopIteration
-        data = self._under_way.popleft()
-        self._send()
-        if isinstance(data, Batch):
-            tensors = data.result()
-            return [_alias(t) for t in tensors] if torch.is_inference_mode_enabled() else tensors
-        if isinstance(data, ExceptionWrapper):
-            data.reraise()
-        return data
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next ``iter()`` goes on after the last batch that was handed out before ``state`` was
+        taken. Raises ValueError for a state of another format, or of a loader with other samplers.
+        """
+        self._pending = checked(state)
+        self._current = None
 
 
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """A new tensor over the same memory: in inference mode, an inference tensor."""
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())
+class _Moves:
+    """To a device that is no CUDA device: a plain copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, data: Any) -> Any:
+        return map_tensors(data, lambda tensor: tensor.to(self._device))

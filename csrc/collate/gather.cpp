@@ -4,9 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "collate/copy.h"
 
 namespace batchops::collate {
 namespace {
@@ -20,33 +18,6 @@ inline void prefetch_row(const std::byte* row, int64_t row_bytes) {
   const int64_t bytes = std::min(row_bytes, kPrefetchBytes);
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(row + i, 0, 3);
 }
-
-#if defined(__SSE2__)
-void copy_streaming(std::byte* out, const std::byte* in, size_t bytes) {
-  const size_t head = std::min(bytes, (16 - (reinterpret_cast<uintptr_t>(out) & 15)) & 15);
-  std::memcpy(out, in, head);
-  out += head;
-  in += head;
-  bytes -= head;
-  for (; bytes >= 64; bytes -= 64, out += 64, in += 64) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 16));
-    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 32));
-    const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 48));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out), a);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + 16), b);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + 32), c);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + 48), d);
-  }
-  std::memcpy(out, in, bytes);
-}
-inline void streaming_fence() { _mm_sfence(); }
-#else
-void copy_streaming(std::byte* out, const std::byte* in, size_t bytes) {
-  std::memcpy(out, in, bytes);
-}
-inline void streaming_fence() {}
-#endif
 
 // Rows of one machine word (labels): the compiler's loop beats a call of memcpy for each. memcpy of
 // a constant size is one move, and says nothing of alignment or type.

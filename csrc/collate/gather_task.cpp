@@ -2,16 +2,14 @@
 
 #include <algorithm>
 
+#include "collate/copy.h"
+
 namespace batchops::collate {
 namespace {
 
 // Small enough that threads finish together and that a cancelled batch is over at once (some 20
 // µs), large enough that claiming a chunk costs nothing beside it.
 constexpr int64_t kChunkBytes = 128 << 10;
-
-// From here on the batch would not be in the cache any more when it is used, and a plain store
-// reads each line before writing it.
-constexpr int64_t kStreamingBytes = 8 << 20;
 
 }  // namespace
 

@@ -18,7 +18,7 @@ class GatherTask final : public Task {
                                           std::shared_ptr<const std::vector<int64_t>> rows,
                                           std::vector<std::byte*> out, int max_threads);
 
-  int64_t bytes() const { return bytes_; }
+  int64_t bytes() const override { return bytes_; }
 
  protected:
   void run(int64_t chunk) noexcept override;

@@ -27,6 +27,8 @@ class Task {
   Task& operator=(const Task&) = delete;
 
   int64_t chunks() const { return chunks_; }
+  // What it writes: a small task is not worth waking a thread.
+  virtual int64_t bytes() const = 0;
   bool done() const {
     return finished_.load(std::memory_order_acquire) >= target_.load(std::memory_order_acquire);
   }
@@ -34,6 +36,7 @@ class Task {
  protected:
   // Idempotent: a forked child runs again what its parent's threads had under way.
   virtual void run(int64_t chunk) noexcept = 0;
+  static void run_chunk(Task& task, int64_t chunk) noexcept { task.run(chunk); }
 
  private:
   friend class ThreadPool;

@@ -5,20 +5,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "collate/gather_task.h"
+#include "collate/joined_task.h"
+#include "collate/stack_task.h"
+#include "python/run.h"
 
 namespace py = pybind11;
 
 namespace batchops::collate {
 namespace {
-
-// Waking a thread costs more than copying less than this: the caller does it, in wait().
-constexpr int64_t kBackgroundBytes = 64 << 10;
 
 // A run of int64 indices in memory that the caller keeps alive while it passes this on.
 struct IndexSpan {
@@ -140,11 +141,30 @@ struct Rows {
   std::shared_ptr<const std::vector<int64_t>> indices;
 };
 
+std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups, int64_t size) {
+  const IndexReader reader(indices.ptr());
+  if (!reader.readable()) return std::nullopt;
+  auto resolved = std::make_shared<std::vector<int64_t>>(static_cast<size_t>(reader.size()));
+  std::vector<int64_t>& rows = *resolved;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!reader.at(static_cast<int64_t>(i), &rows[i])) return std::nullopt;
+  }
+  for (const py::handle item : lookups) {
+    const IndexReader lookup(item.ptr());
+    if (!lookup.readable() || !normalize(rows, lookup.size())) return std::nullopt;
+    for (int64_t& row : rows) {
+      if (!lookup.at(row, &row)) return std::nullopt;
+    }
+  }
+  if (!normalize(rows, size)) return std::nullopt;
+  return Rows{std::move(resolved)};
+}
+
 class GatherJob {
  public:
-  GatherJob(std::shared_ptr<GatherTask> task, py::object keep, int threads)
+  GatherJob(std::shared_ptr<Task> task, py::object keep, int threads)
       : task_(std::move(task)), keep_(std::move(keep)) {
-    if (is_small()) return;
+    if (is_small(*task_)) return;
     if (threads > 0) ThreadPool::instance().submit(task_);
   }
   // What `keep` holds may go only when no thread reads or writes it: a chunk or two at most.
@@ -153,23 +173,41 @@ class GatherJob {
   GatherJob& operator=(const GatherJob&) = delete;
 
   bool done() const { return task_->done(); }
-  void wait() {
-    if (task_->done()) return;
-    if (is_small()) return ThreadPool::instance().wait(*task_);
-    // Not gil_scoped_release: a daemon thread that asks for the GIL while the interpreter exits is
-    // ended there by unwinding its stack, and unwinding out of a destructor would abort.
-    PyThreadState* const state = PyEval_SaveThread();
-    ThreadPool::instance().wait(*task_);
-    PyEval_RestoreThread(state);
-  }
+  void wait() { wait_for(*task_); }
 
  private:
-  // Over before another thread would be awake, or would have taken the GIL.
-  bool is_small() const { return task_->bytes() < kBackgroundBytes; }
-
-  const std::shared_ptr<GatherTask> task_;
+  const std::shared_ptr<Task> task_;
   py::object keep_;
 };
+
+// The check that nothing out of range is read or written: rows may come from another table.
+void check(const Table& table, const Rows& rows, const py::sequence& outputs, int64_t size,
+           std::vector<std::byte*>* out) {
+  if (outputs.size() != table.size()) {
+    throw py::value_error("gather: outputs: expected one for each of " +
+                          std::to_string(table.size()) + " columns, got " +
+                          std::to_string(outputs.size()));
+  }
+  const int64_t n = static_cast<int64_t>(rows.indices->size());
+  out->reserve(table.size());
+  for (size_t c = 0; c < table.size(); ++c) {
+    const auto [address, bytes] = outputs[c].cast<std::pair<uintptr_t, int64_t>>();
+    const Column& column = table[c];
+    if (bytes != n * column.row_bytes || (address == 0 && bytes != 0)) {
+      throw py::value_error("gather: output " + std::to_string(c) + ": expected " +
+                            std::to_string(n * column.row_bytes) + " bytes (" + std::to_string(n) +
+                            " rows of " + std::to_string(column.row_bytes) + "), got " +
+                            std::to_string(bytes) + " at " + std::to_string(address));
+    }
+    out->push_back(reinterpret_cast<std::byte*>(address));
+  }
+  for (const int64_t row : *rows.indices) {
+    if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(size)) {
+      throw py::index_error("gather: rows: expected in [0, " + std::to_string(size) + "), got " +
+                            std::to_string(row));
+    }
+  }
+}
 
 class PyTable {
  public:
@@ -194,58 +232,70 @@ class PyTable {
   int64_t rows() const { return table_->front().rows; }
 
   std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups) const {
-    const IndexReader reader(indices.ptr());
-    if (!reader.readable()) return std::nullopt;
-    auto resolved = std::make_shared<std::vector<int64_t>>(static_cast<size_t>(reader.size()));
-    std::vector<int64_t>& rows = *resolved;
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (!reader.at(static_cast<int64_t>(i), &rows[i])) return std::nullopt;
-    }
-    for (const py::handle item : lookups) {
-      const IndexReader lookup(item.ptr());
-      if (!lookup.readable() || !normalize(rows, lookup.size())) return std::nullopt;
-      for (int64_t& row : rows) {
-        if (!lookup.at(row, &row)) return std::nullopt;
-      }
-    }
-    if (!normalize(rows, this->rows())) return std::nullopt;
-    return Rows{std::move(resolved)};
+    return batchops::collate::resolve(indices, lookups, rows());
   }
+  const std::shared_ptr<const Table>& table() const { return table_; }
 
   std::unique_ptr<GatherJob> gather(const Rows& rows, const py::sequence& outputs, py::object keep,
                                     int threads) const {
-    if (outputs.size() != table_->size()) {
-      throw py::value_error("gather: outputs: expected one for each of " +
-                            std::to_string(table_->size()) + " columns, got " +
-                            std::to_string(outputs.size()));
-    }
-    const int64_t n = static_cast<int64_t>(rows.indices->size());
     std::vector<std::byte*> out;
-    out.reserve(table_->size());
-    for (size_t c = 0; c < table_->size(); ++c) {
-      const auto [address, bytes] = outputs[c].cast<std::pair<uintptr_t, int64_t>>();
-      const Column& column = (*table_)[c];
-      if (bytes != n * column.row_bytes || (address == 0 && bytes != 0)) {
-        throw py::value_error("gather: output " + std::to_string(c) + ": expected " +
-                              std::to_string(n * column.row_bytes) + " bytes (" +
-                              std::to_string(n) + " rows of " + std::to_string(column.row_bytes) +
-                              "), got " + std::to_string(bytes) + " at " + std::to_string(address));
-      }
-      // Rows may come from another table: the check that nothing out of range is read.
-      out.push_back(reinterpret_cast<std::byte*>(address));
-    }
-    for (const int64_t row : *rows.indices) {
-      if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(this->rows())) {
-        throw py::index_error("gather: rows: expected in [0, " + std::to_string(this->rows()) +
-                              "), got " + std::to_string(row));
-      }
-    }
+    check(*table_, rows, outputs, this->rows(), &out);
     auto task = GatherTask::make(table_, rows.indices, std::move(out), threads);
     return std::make_unique<GatherJob>(std::move(task), std::move(keep), threads);
   }
 
  private:
   std::shared_ptr<const Table> table_;
+};
+
+// Tables of the same columns, one after the other.
+class PyConcat {
+ public:
+  explicit PyConcat(std::vector<PyTable> tables) : tables_(std::move(tables)) {
+    if (tables_.empty()) throw py::value_error("gather: tables: expected at least one, got none");
+    for (const PyTable& table : tables_) {
+      const Table& first = *tables_[0].table();
+      const Table& other = *table.table();
+      bool alike = first.size() == other.size();
+      for (size_t c = 0; alike && c < first.size(); ++c) {
+        alike =
+            first[c].row_bytes == other[c].row_bytes && first[c].item_bytes == other[c].item_bytes;
+      }
+      if (!alike) throw py::value_error("gather: tables: expected the same columns in each");
+      ends_.push_back((ends_.empty() ? 0 : ends_.back()) + table.rows());
+    }
+  }
+
+  int64_t rows() const { return ends_.back(); }
+
+  std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups) const {
+    return batchops::collate::resolve(indices, lookups, rows());
+  }
+
+  std::unique_ptr<GatherJob> gather(const Rows& rows, const py::sequence& outputs, py::object keep,
+                                    int threads) const {
+    std::vector<std::byte*> out;
+    const Table& columns = *tables_[0].table();
+    check(columns, rows, outputs, this->rows(), &out);
+    std::vector<std::pair<size_t, int64_t>> places;
+    for (const int64_t row : *rows.indices) {
+      const auto part =
+          static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), row) - ends_.begin());
+      places.emplace_back(part, part > 0 ? row - ends_[part - 1] : row);
+    }
+    std::vector<std::shared_ptr<Task>> parts;
+    for (size_t c = 0; c < columns.size(); ++c) {
+      auto blocks = std::make_shared<Blocks>();
+      for (const auto& [part, row] : places) blocks->add_row((*tables_[part].table())[c], row);
+      parts.push_back(StackTask::make(std::move(blocks), out[c], threads));
+    }
+    auto task = JoinedTask::make(std::move(parts), threads);
+    return std::make_unique<GatherJob>(std::move(task), std::move(keep), threads);
+  }
+
+ private:
+  std::vector<PyTable> tables_;
+  std::vector<int64_t> ends_;
 };
 
 }  // namespace
@@ -284,6 +334,13 @@ void bind_collate(py::module_& m) {
            py::arg("threads"),
            "Start filling outputs [(address, bytes)] in the background on at most `threads` pool "
            "threads; `keep` lives until no thread touches them");
+
+  py::class_<PyConcat>(m, "Concat", "Tables one after the other")
+      .def(py::init<std::vector<PyTable>>(), py::arg("tables"))
+      .def_property_readonly("rows", &PyConcat::rows)
+      .def("resolve", &PyConcat::resolve, py::arg("indices"), py::arg("lookups") = py::tuple())
+      .def("gather", &PyConcat::gather, py::arg("rows"), py::arg("outputs"), py::arg("keep"),
+           py::arg("threads"));
 
   m.def(
       "collate_threads", [] { return ThreadPool::instance().threads(); },

@@ -6,6 +6,9 @@
 namespace py = pybind11;
 
 void bind_collate(py::module_& m);
+void bind_plan(py::module_& m);
+void bind_ring(py::module_& m);
+void bind_samples(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native parts of batchops that do not depend on torch";
@@ -20,4 +23,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_capability", &batchops::cpu_capability);
   bind_collate(m);
+  bind_plan(m);
+  bind_ring(m);
+  bind_samples(m);
 }

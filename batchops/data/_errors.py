@@ -1,0 +1,152 @@
+"""What went wrong with a batch, and where in it.
+
+Messages begin with torch's own text. What follows says where: the way to the value inside the
+sample, the position in the batch, what is there and what was expected.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+_MARK = "\n  in the batch: "
+
+
+class MissingKey(KeyError):
+    """A KeyError whose text goes on after the key. ``args[0]`` is the key, as ever."""
+
+    def __init__(self, key: Any, where: str = "") -> None:
+        super().__init__(key)
+        self._where = where
+
+    def __str__(self) -> str:
+        return super().__str__() + self._where
+
+    def __reduce__(self) -> Any:
+        return (MissingKey, (self.args[0], self._where))
+
+
+class Place:
+    """Where an error happened: kept on the exception on its way up."""
+
+    def __init__(self) -> None:
+        self.path: list[Any] = []
+        self.position: int | None = None
+        self.text = ""
+
+
+def noted(error: Exception) -> Place | None:
+    return getattr(error, "_batchops_place", None)
+
+
+def note(error: Exception, batch: Sequence[Any]) -> None:
+    """Remember what `batch`, in which it happened, tells about the error."""
+    if noted(error) is not None:
+        return
+    place = Place()
+    try:
+        place.position, place.text = _odd_one(batch)
+        error._batchops_place = place
+    except Exception:
+        pass  # an explanation must not hide the error
+
+
+def step(error: Exception, key: Any) -> None:
+    """The error came from the part `key` of the samples."""
+    place = noted(error)
+    if place is not None:
+        place.path.append(key)
+
+
+def explained(error: Exception) -> Exception:
+    """The error with the place in its text, or as it is where its text is not ours to change."""
+    place = noted(error)
+    if place is None:
+        return error
+    path = "sample" + "".join(f"[{key!r}]" for key in reversed(place.path))
+    where = _MARK + (f"position {place.position}, " if place.position is not None else "")
+    where += f"{path}: {place.text}"
+    if isinstance(error, KeyError):
+        new: Exception = MissingKey(error.args[0] if error.args else None, where)
+    elif getattr(builtins, type(error).__name__, None) is type(error) and len(error.args) == 1:
+        new = type(error)(f"{error.args[0]}{where}")
+    else:
+        return error
+    new.__traceback__ = error.__traceback__
+    new.__cause__ = error.__cause__
+    new._batchops_place = place
+    return new
+
+
+def with_indices(error: Exception, indices: Any) -> Exception:
+    """The error with the dataset's index of the sample that caused it."""
+    place = noted(error)
+    position = place.position if place is not None else position_in(str(error))
+    if position is None or isinstance(error, KeyError):
+        return error
+    try:
+        index = list(indices)[position]
+    except (TypeError, IndexError):
+        return error
+    if len(error.args) != 1 or getattr(builtins, type(error).__name__, None) is not type(error):
+        return error
+    new = type(error)(f"{error.args[0]} (dataset index {index})")
+    new.__traceback__ = error.__traceback__
+    return new
+
+
+def raise_alone(error: Exception, indices: Any) -> NoReturn:
+    """Raises an error that was handed on from a worker, with the dataset's index.
+
+    The frames in which it was made again hold it, and it them, and with them the iterator: until
+    the garbage collector comes by, workers would live on, and torch's then take seconds to end.
+    The text holds the worker's own traceback; that of the hand-over is left out.
+    """
+    better = error if indices is None else with_indices(error, indices)
+    error.__traceback__ = None
+    try:
+        raise better.with_traceback(None) from None
+    finally:
+        del better, error
+
+
+def position_in(text: str) -> int | None:
+    """The position that a message names; a worker process hands on no more than the text."""
+    _, found, rest = text.rpartition(f"{_MARK}position ")
+    digits = rest.split(",", 1)[0]
+    return int(digits) if found and digits.isdigit() else None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, np.ndarray):
+        return f"{type(value).__name__} of shape {value.shape}, {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {list(value)}"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return f"{type(value).__name__} of length {len(value)}"
+    return f"{type(value).__name__}"
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return (type(value), tuple(value.shape), str(value.dtype))
+    if isinstance(value, Mapping):
+        return (type(value), frozenset(value))
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return (type(value), len(value))
+    return type(value)
+
+
+def _odd_one(batch: Sequence[Any]) -> tuple[int | None, str]:
+    """The first sample that is unlike the first one."""
+    first = _kind(batch[0])
+    for position, value in enumerate(batch):
+        if _kind(value) != first:
+            return position, f"{_describe(value)}, expected as at position 0: {_describe(batch[0])}"
+    return 0, f"{_describe(batch[0])}, and the other {len(batch) - 1} alike"

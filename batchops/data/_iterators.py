@@ -1,0 +1,540 @@
+"""The loader's iterators: torch's own protocol, with what every one of them adds."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data._utils.pin_memory import pin_memory as pin
+
+from batchops import _C
+from batchops.data._collate import collate, collate_into, is_default
+from batchops.data._errors import raise_alone, with_indices
+from batchops.data._memory import PlainMemory
+from batchops.data._metrics import Depth, batch_length
+from batchops.data._resume import EpochStart
+from batchops.data._sampling import IndexStream, RecordedSampler
+from batchops.data._source import Batch, GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._threads import Crew, End, WorkerInfo
+from batchops.data._tree import tensor_bytes
+
+_PLAIN = PlainMemory()
+
+
+class _Delivery:
+    """Mixed into an iterator of torch's: memory, metrics, resumption, devices, errors.
+
+    ``_index_sampler`` and ``_collate_fn`` are set by torch's constructors; here they become a
+    sampler that is recorded and a function that collates natively.
+    """
+
+    _shares_batches = False  # collated in another process
+
+    def _attach(self, loader: Any) -> None:
+        """Before torch's constructor runs."""
+        self._loader_metrics = loader._metrics
+        self._memory = loader._memory_for_batches()
+        self._transfer = loader._transfer()
+        self._epoch: EpochStart = loader._epoch
+        self._resumed = loader._resume_at
+        self._finished = False
+
+    def _next_epoch(self, loader: Any) -> None:
+        """Of persistent workers, whose base seed is drawn once."""
+        base_seed = self._epoch.base_seed
+        self._epoch = loader._epoch
+        if self._epoch.base_seed is None:
+            self._epoch.base_seed = base_seed
+        self._resumed = loader._resume_at
+
+    def _begin_epoch(self) -> None:
+        """After torch's constructor (or _reset) drew its numbers."""
+        self._num_yielded = self._resumed
+        self._resumed = 0
+        self._finished = False
+
+    @property
+    def _index_sampler(self) -> Any:
+        return self._recorded
+
+    @_index_sampler.setter
+    def _index_sampler(self, sampler: Any) -> None:
+        self._recorded = RecordedSampler(sampler)
+        skip = self._resumed if self._dataset_kind == torch_dataloader._DatasetKind.Map else 0
+        self._recorded.begin(self._epoch.draws, skip)
+
+    @property
+    def _base_seed(self) -> int:
+        return self._epoch.base_seed
+
+    @_base_seed.setter
+    def _base_seed(self, seed: int) -> None:
+        if self._epoch.base_seed is None:
+            self._epoch.base_seed = seed
+
+    @property
+    def _collate_fn(self) -> Any:
+        return self._collates
+
+    @_collate_fn.setter
+    def _collate_fn(self, fn: Any) -> None:
+        if not is_default(fn):
+            into = getattr(fn, "collate_into", None)
+            memory = self._memory
+            self._collates = fn
+            if into is not None and not self._shares_batches:
+                self._collates = lambda batch: into(batch, memory)
+        elif self._shares_batches:
+            self._collates = collate
+        else:
+            memory = self._memory
+            self._collates = lambda batch: collate_into(batch, memory)
+
+    def __next__(self) -> Any:
+        begun = self._loader_metrics.begin()
+        try:
+            data = super().__next__()
+        except StopIteration:
+            self._finished = True
+            raise
+        if self._transfer is not None:
+            data = self._transfer(data)
+        self._loader_metrics.delivered(begun, batch_length(data))
+        return data
+
+    def _state(self) -> dict[str, Any] | None:
+        """Where this epoch is, or None at its end."""
+        return None if self._finished else self._epoch.as_dict(self._num_yielded)
+
+    def _replay(self, batches: int) -> None:
+        """Fetch and drop: the way to a place in a stream that cannot be asked for one."""
+        for _ in range(batches):
+            try:
+                super().__next__()
+            except StopIteration:
+                break
+        self._num_yielded = batches
+
+
+class LocalIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
+    """User code runs when and where torch would run it; its samples are collated natively."""
+
+    def __init__(self, loader: Any) -> None:
+        self._attach(loader)
+        super().__init__(loader)
+        self._begin_epoch()
+
+    def _next_data(self) -> Any:
+        index = self._next_index()
+        try:
+            data = self._dataset_fetcher.fetch(index)
+        except Exception as error:
+            better = with_indices(error, index)
+            if better is error:
+                raise
+            raise better from error.__cause__
+        return pin(data, self._pin_memory_device) if self._pin_memory else data
+
+
+class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
+    """torch's worker processes, which collate natively into shared memory."""
+
+    _shares_batches = True
+
+    def __init__(self, loader: Any) -> None:
+        self._attach(loader)
+        self._sent: dict[int, Any] = {}
+        super().__init__(loader)
+        self._begin_epoch()
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        self._sent.clear()
+        if not first_iter:
+            self._next_epoch(loader)
+            skip = self._resumed if self._dataset_kind == torch_dataloader._DatasetKind.Map else 0
+            self._recorded.begin(self._epoch.draws, skip)
+        super()._reset(loader, first_iter)
+        self._begin_epoch()
+
+    def _next_index(self) -> Any:
+        index = super()._next_index()
+        self._sent[self._send_idx] = index
+        return index
+
+    def _process_data(self, data: Any, *worker: Any) -> Any:
+        number = self._rcvd_idx - 1
+        index = self._sent.pop(number, None) if self._in_order else None
+        try:
+            return self._counted(super()._process_data(data, *worker))
+        except Exception as error:
+            raise_alone(error, index)
+
+    def _counted(self, data: Any) -> Any:
+        """Written once to shared memory, and once more where it is page-locked then."""
+        nbytes = tensor_bytes(data)
+        self._memory.batch_bytes += nbytes
+        self._memory.written += nbytes * (2 if self._pin_memory else 1)
+        return data
+
+
+# Below this, torch's own lists of indices cost less than slices of vectors.
+_STREAM_BATCH = 128
+
+
+def _stream(recorded: RecordedSampler, source: GatherSource) -> IndexStream | None:
+    """The batches of a sampler as vectors, where that is possible and pays."""
+    stream = IndexStream.of(recorded.inner)
+    if stream is None:
+        return None
+    size = recorded.inner.batch_size
+    large = size >= _STREAM_BATCH or size * source.row_bytes >= _C.COLLATE_BACKGROUND_BYTES
+    return recorded.stream() if large else None
+
+
+class _Ahead(NamedTuple):
+    """A batch that is gathered before it is asked for, and what it was gathered from."""
+
+    taken: Any
+    size: int
+    source: GatherSource
+    versions: list[int]
+    inference: bool
+    rows: _C.Rows
+    batch: Batch
+
+
+class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
+    """One batch at a time, the next ones gathered while this one is in use.
+
+    ::
+
+        __next__ k     take indices k · (gather k) · take indices k+1 · start gather k+1 · return k
+        user code      uses batch k, while pool threads gather k+1
+        __next__ k+1   still what the dataset holds? then wait for k+1, else gather it now
+    """
+
+    MOST_AHEAD = 4
+
+    def __init__(self, loader: Any, source: GatherSource) -> None:
+        self._attach(loader)
+        super().__init__(loader)
+        self._source: GatherSource | None = source
+        self._stream = _stream(self._recorded, source)
+        self._ahead: deque[_Ahead] = deque()
+        self._depth = Depth(1, self.MOST_AHEAD)
+        self._last_request = 0.0
+        self._begin_epoch()
+
+    def _next_data(self) -> Any:
+        stream = self._stream
+        if stream is None:
+            return self._load(self._next_index())
+        size = stream.batch_size()
+        if self._ahead and self._ahead[0].size != size:
+            self._forget()
+        if self._ahead:
+            ahead = self._ahead.popleft()
+            if self._is_valid(ahead):
+                data = self._awaited(ahead.batch)
+            else:
+                # What was gathered after it was gathered from the same old rows.
+                self._forget()
+                data = self._load(ahead.taken)
+        else:
+            data = self._load(stream.take(size))
+        self._read_ahead(size)
+        return data
+
+    def _forget(self) -> None:
+        while self._ahead:
+            self._stream.untake(self._ahead.pop().taken)
+
+    def _awaited(self, batch: Batch) -> Any:
+        begun = time.perf_counter()
+        data = batch.result()
+        now = time.perf_counter()
+        self._depth.waited(now - begun, now - self._last_request)
+        self._last_request = now
+        self._loader_metrics.depth = self._depth.value
+        return data
+
+    def _gathers(self) -> bool:
+        """Whether the dataset can be gathered from right now; self._source is its source."""
+        if self._source is not None:
+            self._source = self._source.refreshed()
+        return self._source is not None and collate_only_stacks() and nobody_watches()
+
+    def _lookups(self) -> tuple[Any, ...]:
+        return () if self._stream is None else self._stream.lookups
+
+    def _load(self, taken: Any) -> Any:
+        if self._gathers():
+            rows = self._source.resolve(taken, self._lookups())
+            if rows is not None:
+                threads = torch.get_num_threads() - 1
+                return self._source.start(rows, threads, self._memory).result()
+        index = taken if self._stream is None else self._stream.as_list(taken)
+        data = self._dataset_fetcher.fetch(index)
+        return pin(data, self._pin_memory_device) if self._pin_memory else data
+
+    def _read_ahead(self, size: Any) -> None:
+        threads = torch.get_num_threads() - 1
+        if threads < 1 or type(size) is not int:
+            return
+        while len(self._ahead) < self._depth.value and self._stream.may_take_early(size):
+            if not self._gathers() or not self._source.counts_writes:
+                return
+            if size * self._source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
+                return  # a small batch is gathered when it is asked for, by its thread
+            try:
+                taken = self._stream.take(size)
+            except StopIteration:
+                return
+            ahead = None
+            try:
+                ahead = self._start(taken, size, threads)
+            except (RuntimeError, MemoryError):
+                pass  # no memory for a second batch: this one is not lost, the next may fit later
+            finally:
+                if ahead is None:
+                    self._stream.untake(taken)
+            if ahead is None:
+                return
+            self._ahead.append(ahead)
+
+    def _start(self, taken: Any, size: int, threads: int) -> _Ahead | None:
+        source = self._source
+        rows = source.resolve(taken, self._lookups())
+        if rows is None:
+            return None
+        versions = source.versions()
+        batch = source.start(rows, threads, self._memory)
+        inference = torch.is_inference_mode_enabled()
+        return _Ahead(taken, size, source, versions, inference, rows, batch)
+
+    def _is_valid(self, ahead: _Ahead) -> bool:
+        """Whether gathering now would give the same batch."""
+        if not self._gathers() or self._source is not ahead.source:
+            return False
+        if ahead.versions != ahead.source.versions():
+            return False
+        if ahead.inference != torch.is_inference_mode_enabled():
+            return False
+        lookups = self._lookups()
+        if lookups or ahead.source.has_lookups:
+            return ahead.rows == ahead.source.resolve(ahead.taken, lookups)
+        return True
+
+
+class WorkerGatherIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
+    """Native threads in the place of torch's worker processes.
+
+    Keeps ``prefetch_factor * num_workers`` batches under way, and takes indices at the moments
+    at which ``_MultiProcessingDataLoaderIter`` does: so many when it starts, one for each batch
+    handed out.
+    """
+
+    def __init__(self, loader: Any, source: GatherSource) -> None:
+        self._attach(loader)
+        super().__init__(loader)
+        if loader.prefetch_factor <= 0:
+            raise AssertionError(
+                "prefetch_factor must be greater than 0 for MultiProcessingDataLoaderIter"
+            )
+        self._source: GatherSource | None = source
+        self._prefetch_factor = loader.prefetch_factor
+        self._dataset_fetcher = torch_dataloader._DatasetKind.create_fetcher(
+            self._dataset_kind,
+            self._dataset,
+            self._auto_collation,
+            self._collate_fn,
+            self._drop_last,
+        )
+        self._reset(loader, first_iter=True)
+
+    def _reset(self, loader: Any, first_iter: bool = False) -> None:
+        if not first_iter:
+            self._next_epoch(loader)
+            self._recorded.begin(self._epoch.draws, self._resumed)
+        super()._reset(loader, first_iter)
+        source = self._source
+        self._stream = None if source is None else _stream(self._recorded, source)
+        self._under_way: deque[Any] = deque()
+        self._sent = 0
+        self._loader_metrics.depth = self._prefetch_factor * self._num_workers
+        for _ in range(self._prefetch_factor * self._num_workers):
+            self._send()
+        self._begin_epoch()
+
+    def _send(self) -> None:
+        stream = self._stream
+        try:
+            taken = self._next_index() if stream is None else stream.take(stream.batch_size())
+        except StopIteration:
+            return
+        worker = self._sent % self._num_workers
+        self._sent += 1
+        if self._source is not None and not self._source.is_current():
+            self._source = self._source.refreshed()
+        lookups = () if stream is None else stream.lookups
+        rows = None
+        if self._source is not None and nobody_watches():
+            rows = self._source.resolve(taken, lookups)
+        # The sampler's own errors are raised now, as in torch.
+        index = taken if rows is not None or stream is None else stream.as_list(taken)
+        try:
+            if rows is not None:
+                # Inference mode is that of the moment at which a batch is handed out.
+                with torch.inference_mode(False):
+                    data = self._source.start(rows, self._num_workers, self._memory)
+            else:
+                data = self._dataset_fetcher.fetch(index)
+                if self._pin_memory:
+                    data = pin(data, self._pin_memory_device)
+        except Exception:
+            # Raised, as in torch, when it is this batch's turn.
+            data = ExceptionWrapper(where=f"in DataLoader worker process {worker}")
+        self._under_way.append(data)
+
+    def _next_data(self) -> Any:
+        if not self._under_way:
+            raise StopIteration
+        data = self._under_way.popleft()
+        self._send()
+        if isinstance(data, Batch):
+            return data.result(_alias if torch.is_inference_mode_enabled() else None)
+        if isinstance(data, ExceptionWrapper):
+            data.reraise()
+        return data
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor over the same memory: in inference mode, an inference tensor."""
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())
+
+
+class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
+    """``threads=k``: k Python threads fetch whole batches, native threads collate them."""
+
+    def __init__(self, loader: Any) -> None:
+        self._attach(loader)
+        super().__init__(loader)
+        count = loader.threads
+        is_map = self._dataset_kind == torch_dataloader._DatasetKind.Map
+        infos = []
+        for k in range(count):
+            generator = torch.Generator()
+            generator.manual_seed(self._base_seed + k)
+            infos.append(WorkerInfo(k, count, self._base_seed + k, self._dataset, generator))
+        self._in_order = loader.in_order
+        self._depth = Depth(count + 1, 4 * count + 1)
+        self._sent = 0
+        self._received = 0
+        self._exhausted = False
+        self._indices: dict[int, Any] = {}
+        self._last_request = time.perf_counter()
+        fetch = _MapFetch(self) if is_map else _IterableFetch(self)
+        self._crew = Crew(infos, fetch, loader.worker_init_fn, loader.timeout)
+        if not is_map:
+            fetch.crew = self._crew
+        self._begin_epoch()
+        self._fill()
+
+    def _fill(self) -> None:
+        while not self._exhausted and self._sent - self._received < self._depth.value:
+            try:
+                index = self._next_index()
+            except StopIteration:
+                self._exhausted = True
+                return
+            self._indices[self._sent] = index
+            self._crew.put(self._sent, index)
+            self._sent += 1
+
+    def _next_data(self) -> Any:
+        while True:
+            if self._received == self._sent:
+                self._crew.stop()
+                raise StopIteration
+            begun = time.perf_counter()
+            number, data = self._crew.take(self._received if self._in_order else None)
+            now = time.perf_counter()
+            self._depth.waited(now - begun, now - self._last_request)
+            self._last_request = now
+            self._loader_metrics.depth = self._depth.value
+            self._received += 1
+            index = self._indices.pop(number)
+            if data is End:
+                self._exhausted = True
+                continue
+            self._fill()
+            if isinstance(data, ExceptionWrapper):
+                self._raise(data, index)
+            return pin(data, self._pin_memory_device) if self._pin_memory else data
+
+    def _raise(self, data: ExceptionWrapper, index: Any) -> None:
+        try:
+            data.reraise()
+        except Exception as error:
+            raise_alone(error, index)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._crew.stop()
+
+
+class _MapFetch:
+    def __init__(self, iterator: ThreadIter) -> None:
+        self._fetcher = torch_dataloader._DatasetKind.create_fetcher(
+            iterator._dataset_kind,
+            iterator._dataset,
+            iterator._auto_collation,
+            iterator._collate_fn,
+            iterator._drop_last,
+        )
+
+    def __call__(self, number: int, index: Any) -> Any:
+        return self._fetcher.fetch(index)
+
+
+class _IterableFetch:
+    """One iterator for all threads: advanced in turn, collated at once."""
+
+    def __init__(self, iterator: ThreadIter) -> None:
+        self._iterator = iter(iterator._dataset)
+        self._auto = iterator._auto_collation
+        self._drop_last = iterator._drop_last
+        self._collate = iterator._collate_fn
+        self._ended = False
+        self.crew: Any = None
+
+    def __call__(self, number: int, index: Any) -> Any:
+        with self.crew.turn(number):
+            data = self._draw(index)
+        return self._collate(data)
+
+    def _draw(self, index: Any) -> Any:
+        if self._ended:
+            raise StopIteration
+        if not self._auto:
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self._ended = True
+                raise
+        data: list[Any] = []
+        for _ in index:
+            try:
+                data.append(next(self._iterator))
+            except StopIteration:
+                self._ended = True
+                break
+        if not data or (self._drop_last and len(data) < len(index)):
+            raise StopIteration
+        return data

@@ -1,0 +1,145 @@
+"""Where batches are written to: torch's allocator, or a ring of slots that are used again."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from batchops import _C
+
+# Below this the system's allocator keeps its pages, and is as quick.
+RING_BYTES = 128 << 10
+
+
+def _system_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 8 << 30
+
+
+def default_capacity() -> int:
+    """An eighth of the machine's memory, and at most 4 GiB."""
+    return min(4 << 30, _system_bytes() // 8)
+
+
+class CudaPages:
+    """Locks pages for copies to a CUDA device. Any object with these two methods can stand in."""
+
+    def lock(self, address: int, nbytes: int) -> bool:
+        runtime = torch.cuda.cudart()
+        return int(runtime.cudaHostRegister(address, nbytes, 0)) == 0
+
+    def unlock(self, address: int, nbytes: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+class Memory:
+    """Output tensors for batches, in slots of a ring.
+
+    A slot belongs to a tensor until the last view of its storage is gone, and until the copies
+    that were started from it are over. ``capacity`` bounds the bytes of all slots; beyond it (and
+    for small tensors) the memory is torch's, pageable, and one warning says so.
+
+    pages: locks and unlocks memory (:class:`CudaPages`), or None for pageable slots.
+    checked: released slots are filled with 0xFF, and who writes to one later is found out.
+    """
+
+    def __init__(
+        self, capacity: int | None = None, *, checked: bool = False, pages: Any = None
+    ) -> None:
+        self.capacity = default_capacity() if capacity is None else int(capacity)
+        self.pages = pages
+        self.written = 0  # bytes that were written to outputs, copies of copies included
+        self.batch_bytes = 0  # bytes of the outputs
+        self._checked = checked
+        self._warned = False
+        self._pid = os.getpid()
+        self._ring = self._new_ring()
+        self._leases: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def _new_ring(self) -> _C.Ring:
+        if self.pages is None:
+            return _C.Ring(self.capacity, self._checked)
+        return _C.Ring(self.capacity, self._checked, self.pages.lock, self.pages.unlock)
+
+    @property
+    def ring(self) -> _C.Ring:
+        if self._pid != os.getpid():
+            # Locked pages and slots in flight are the parent's. What is leased here stays valid.
+            self._pid = os.getpid()
+            self._ring = self._new_ring()
+        return self._ring
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of undefined values."""
+        count = math.prod(shape)
+        nbytes = count * dtype.itemsize
+        self.batch_bytes += nbytes
+        self.written += nbytes
+        if nbytes >= RING_BYTES:
+            lease = self.ring.acquire(nbytes)
+            if lease is not None:
+                # resize_ to as many items moves nothing; unlike view, it leaves no base behind.
+                self._leases[lease.address] = lease
+                flat = torch.frombuffer(lease, dtype=dtype, count=count)
+                return flat.resize_(tuple(shape))
+            self._warn_of_capacity(nbytes)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+    def hold(self, tensor: torch.Tensor, event: Any) -> None:
+        """The slot of ``tensor`` is not used again before ``event.query()`` is true.
+
+        Memory of torch's page-locked allocator waits for its copies by itself.
+        """
+        lease = self._leases.get(tensor.untyped_storage().data_ptr())
+        if lease is not None:
+            lease.hold_until(event)
+
+    def _warn_of_capacity(self, nbytes: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        stats = self._ring.stats()
+        kind = "pageable" if self.pages is None else "not page-locked"
+        warnings.warn(
+            f"batchops.data: no slot for a batch of {nbytes} bytes: {stats['leased_bytes']} of "
+            f"{self.capacity} bytes are in use by batches that are still alive, or the system gave "
+            f"no more. Memory from torch's allocator is used instead ({kind}); raise "
+            "ring_bytes, or let go of batches sooner",
+            stacklevel=3,
+        )
+
+    def stats(self) -> dict[str, int]:
+        return self.ring.stats()
+
+    def trim(self) -> None:
+        """Gives the memory of free slots back to the system."""
+        self.ring.trim()
+
+
+class PlainMemory:
+    """torch's allocator, for outputs that must live where torch puts them."""
+
+    def __init__(self, empty: Callable[..., torch.Tensor] = torch.empty) -> None:
+        self._empty = empty
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._empty(tuple(shape), dtype=dtype, device="cpu")
+
+
+_shared: Memory | None = None
+
+
+def shared_memory() -> Memory:
+    """The process's own slots, for :func:`batchops.data.collate` and its like."""
+    global _shared
+    if _shared is None:
+        _shared = Memory()
+    return _shared

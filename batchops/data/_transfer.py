@@ -1,0 +1,80 @@
+"""Batches to a device: a copy on a stream of its own, ready by event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from batchops.data._tree import map_tensors
+
+
+class CudaStreams:
+    """What is used of ``torch.cuda``; another object with these methods can stand in for it."""
+
+    def new_stream(self, device: torch.device) -> Any:
+        return torch.cuda.Stream(device)
+
+    def current_stream(self, device: torch.device) -> Any:
+        return torch.cuda.current_stream(device)
+
+    def on(self, stream: Any) -> Any:
+        return torch.cuda.stream(stream)
+
+    def new_event(self) -> Any:
+        return torch.cuda.Event()
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+
+class Transfer:
+    """Copies batches to ``device`` while the previous one is in use.
+
+    ::
+
+        side stream     copy k ── event k
+        current stream             wait event k ── what the user does with batch k
+
+    The host does not wait. A slot that was copied from is held until its event: the ring gets it
+    (``hold``), and the device tensors are recorded on the stream that uses them.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        hold: Callable[[torch.Tensor, Any], None],
+        streams: Any = None,
+    ) -> None:
+        self.device = device
+        self._streams = CudaStreams() if streams is None else streams
+        self._hold = hold
+        self._side: Any = None
+
+    def __call__(self, data: Any) -> Any:
+        streams = self._streams
+        if self._side is None:
+            self._side = streams.new_stream(self.device)
+        sources: list[torch.Tensor] = []
+        moved: list[torch.Tensor] = []
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.device.type == self.device.type:
+                return tensor
+            out = streams.to_device(tensor, self.device)
+            sources.append(tensor)
+            moved.append(out)
+            return out
+
+        with streams.on(self._side):
+            result = map_tensors(data, move)
+            event = streams.new_event()
+            event.record(self._side)
+        current = streams.current_stream(self.device)
+        current.wait_event(event)
+        for tensor in moved:
+            tensor.record_stream(current)
+        for tensor in sources:
+            self._hold(tensor, event)
+        return result

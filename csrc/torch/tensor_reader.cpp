@@ -1,0 +1,70 @@
+// The one thing that the collator needs of torch's C++: where a Python tensor keeps its bytes.
+#include <ATen/core/Tensor.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "collate/tensor_view.h"
+
+namespace {
+
+// Keys of a dense tensor in host memory. Any other key (conjugate, negative, functorch, Python,
+// sparse, nested, quantized) says that its bytes are not all there is to it.
+bool is_plain(const c10::TensorImpl& impl) {
+  constexpr auto allowed =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  const c10::DispatchKeySet keys = impl.key_set();
+  return keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU)) &&
+         (keys.raw_repr() & ~allowed.raw_repr()) == 0;
+}
+
+// A forward-mode tangent would be lost.
+bool has_tangent(const at::Tensor& tensor) {
+  const auto* meta = tensor.unsafeGetTensorImpl()->autograd_meta();
+  return meta != nullptr && meta->fw_grad(/*level=*/0, tensor).defined();
+}
+
+}  // namespace
+
+// Samples are all over memory, and reading one is four steps from pointer to pointer: the first
+// ones of later samples are asked for ahead.
+extern "C" __attribute__((visibility("default"))) void batchops_prefetch_tensor(void* object) {
+  const c10::TensorImpl* const impl =
+      THPVariable_Unpack(static_cast<PyObject*>(object)).unsafeGetTensorImpl();
+  const auto* const bytes = reinterpret_cast<const char*>(impl);
+  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
+    __builtin_prefetch(bytes + line);
+  }
+}
+
+extern "C" __attribute__((visibility("default"))) void batchops_prefetch_storage(void* object) {
+  const c10::TensorImpl& impl =
+      *THPVariable_Unpack(static_cast<PyObject*>(object)).unsafeGetTensorImpl();
+  if (!impl.has_storage()) return;
+  const auto* const bytes =
+      reinterpret_cast<const char*>(impl.unsafe_storage().unsafeGetStorageImpl());
+  __builtin_prefetch(bytes);
+  __builtin_prefetch(bytes + 64);
+  __builtin_prefetch(impl.autograd_meta());
+}
+
+// `object` is a Python object whose type is exactly torch.Tensor.
+extern "C" __attribute__((visibility("default"))) bool batchops_read_tensor(
+    void* object, batchops::collate::TensorView* view) {
+  const at::Tensor& tensor = THPVariable_Unpack(static_cast<PyObject*>(object));
+  if (!tensor.defined()) return false;
+  const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  if (!is_plain(impl) || impl.requires_grad() || !impl.has_storage() || impl.is_python_dispatch()) {
+    return false;
+  }
+  const caffe2::TypeMeta dtype = impl.dtype();
+  if (has_tangent(tensor)) return false;
+  view->data = tensor.const_data_ptr();
+  view->sizes = impl.sizes().data();
+  view->strides = impl.strides().data();
+  view->dim = impl.dim();
+  view->dtype = static_cast<int32_t>(dtype.toScalarType());
+  view->item_bytes = static_cast<int32_t>(dtype.itemsize());
+  return true;
+}

@@ -1,0 +1,1123 @@
+"""batchops.data.DataLoader beyond a TensorDataset: sources, threads, slots, devices, resuming.
+
+The oracle is torch's DataLoader over the same dataset, seed for seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import pickle
+import random
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    StackDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from batchops import _C, data
+from batchops.data import Columns, DataLoader
+from batchops.data._iterators import (
+    GatherIter,
+    LocalIter,
+    ProcessIter,
+    ThreadIter,
+    WorkerGatherIter,
+)
+from batchops.data._memory import RING_BYTES, Memory
+from batchops.data._metrics import Depth
+from batchops.data._transfer import Transfer
+
+from .test_collate import seen
+
+
+@pytest.fixture(autouse=True)
+def _two_threads(threads: Any) -> None:
+    threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*worker processes in total.*")
+        yield
+
+
+def epoch(loader: Any) -> list[Any]:
+    torch.manual_seed(7)
+    return [seen(batch) for batch in loader]
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def rows(n: int, *shape: int, dtype: Any = torch.float32) -> torch.Tensor:
+    return torch.arange(n * int(np.prod(shape, dtype=int))).reshape(n, *shape).to(dtype)
+
+
+N = 50
+SOURCES: dict[str, Callable[[], Any]] = {
+    "tensor": lambda: rows(N, 3, 4),
+    "vector": lambda: rows(N),
+    "array": lambda: rows(N, 3, 4).numpy(),
+    "array of bytes": lambda: (rows(N, 5, 5, 3) % 256).numpy().astype(np.uint8),
+    "array transposed": lambda: rows(N, 4, 3).numpy().transpose(0, 2, 1),
+    "array of every other row": lambda: rows(2 * N, 3).numpy()[::2],
+    "vector of int16": lambda: np.arange(N, dtype=np.int16),
+    "vector of float32": lambda: np.arange(N, dtype=np.float32),
+    "vector of bool": lambda: np.arange(N) % 3 == 0,
+    "columns": lambda: Columns(image=rows(N, 3, 4), label=np.arange(N), wide=rows(N, 9000)),
+    "concat": lambda: ConcatDataset([TensorDataset(rows(n, 3), rows(n)) for n in (10, 1, 39)]),
+    "concat of arrays": lambda: ConcatDataset([rows(20, 3).numpy(), rows(30, 3).numpy()]),
+    "concat, strided": lambda: ConcatDataset(
+        [TensorDataset(rows(25, 3, 4)), TensorDataset(rows(25, 4, 3).transpose(1, 2))]
+    ),
+    "subset of concat": lambda: Subset(
+        ConcatDataset([TensorDataset(rows(20, 3)), TensorDataset(rows(30, 3))]),
+        list(range(N - 1, -1, -1)),
+    ),
+    "stack": lambda: StackDataset(rows(N, 3), TensorDataset(rows(N), rows(N, 2)), rows(N).numpy()),
+    "stack by name": lambda: StackDataset(a=rows(N, 3), b=TensorDataset(rows(N))),
+    "stack of stacks": lambda: StackDataset(a=StackDataset(rows(N, 2), rows(N)), b=rows(N)),
+}
+# What is left to Python: not everything that looks alike collates alike.
+PYTHON: dict[str, Callable[[], Any]] = {
+    "vector of float64": lambda: np.arange(N, dtype=np.float64),
+    "big-endian": lambda: np.arange(N * 3, dtype=">f4").reshape(N, 3),
+    "reversed": lambda: rows(N, 3).numpy()[::-1],
+    "masked": lambda: np.ma.masked_array(np.ones((N, 2)), np.zeros((N, 2))),
+    "list": lambda: [(rows(3), i) for i in range(N)],
+    "concat of unequal rows": lambda: ConcatDataset(
+        [TensorDataset(rows(25, 3)), TensorDataset(rows(25, 4))]
+    ),
+    "stack with a subset": lambda: StackDataset(rows(5, 3), Subset(rows(9, 3), [5, 4, 3, 2, 1])),
+    "own columns": lambda: type("Mine", (Columns,), {})(a=rows(N)),
+}
+
+
+def _typed(name: str) -> bool:
+    return name != "vector of float64" or torch.as_tensor([np.float64(1)]).dtype != torch.float64
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources_are_gathered_natively(name: str, workers: int) -> None:
+    for arguments in ({"shuffle": True}, {"drop_last": True}):
+        arguments = {"batch_size": 8, "num_workers": workers, **arguments}
+        ours = DataLoader(SOURCES[name](), **arguments)
+        assert epoch(ours) == epoch(TorchLoader(SOURCES[name](), **{**arguments, "num_workers": 0}))
+        assert isinstance(iter(ours), GatherIter | WorkerGatherIter)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_other_sources_are_left_to_python(name: str) -> None:
+    def run(cls: Any) -> Any:
+        try:
+            return epoch(cls(PYTHON[name](), 8, shuffle=True))
+        except Exception as error:
+            return (type(error), str(error).split("\n  in the batch")[0])
+
+    assert run(DataLoader) == run(TorchLoader)
+    if _typed(name):
+        assert isinstance(iter(DataLoader(PYTHON[name](), 8)), LocalIter)
+
+
+def test_indices_out_of_range_and_negative() -> None:
+    for make in (SOURCES["concat"], SOURCES["array"], SOURCES["stack by name"]):
+        for batch in ([0, -1, 5], [49, -50], [50], [-51], [3, 1000]):
+            logs = []
+            for cls in (TorchLoader, DataLoader):
+                try:
+                    logs.append([seen(b) for b in cls(make(), batch_sampler=[batch])])
+                except Exception as error:
+                    logs.append((type(error), str(error)))
+            assert logs[0] == logs[1]
+
+
+def test_columns() -> None:
+    table = Columns({"a": rows(4, 2)}, b=np.arange(4))
+    assert table.column_names == ["a", "b"]
+    assert len(table) == 4
+    assert table["b"][2] == 2
+    assert table[1]["a"].tolist() == [2.0, 3.0]
+    with pytest.raises(ValueError, match="expected at least one column"):
+        Columns()
+    with pytest.raises(ValueError, match=r"the same size for every column, got \{'a': 2, 'b': 3\}"):
+        Columns(a=rows(2), b=rows(3))
+    with pytest.raises(TypeError, match="b: expected a tensor or an array of at least one"):
+        Columns(b=[1, 2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memmaps_and_truncated_ones(tmp_path: Any, workers: int) -> None:
+    file = tmp_path / "rows"
+    content = rows(400, 5000)
+    content.numpy().tofile(file)
+    for offset in (0, 5000 * 4 * 3):
+        mapped = np.memmap(file, np.float32, "r", offset, (397, 5000))
+        loader = DataLoader(Columns(x=mapped, i=np.arange(397)), 10, num_workers=workers)
+        skipped = offset // 20_000
+        got = torch.cat([batch["x"] for batch in loader])
+        assert torch.equal(got, content[skipped : skipped + 397])
+        iterator = iter(loader)
+        assert isinstance(iterator, GatherIter | WorkerGatherIter)
+        next(iterator)
+    # A file that is cut while it is being read is beyond help: nothing is under way here.
+    assert gone(lambda: all(b.done for b in getattr(iterator, "_under_way", [])))
+    with open(file, "r+b") as f:
+        f.truncate(100_000)
+    with pytest.raises(RuntimeError, match=r"memmap .*rows: expected a file of .* it has 100"):
+        for _ in iterator:
+            pass
+    with pytest.raises(RuntimeError, match="truncated"):
+        data.collate([mapped[0], mapped[390]])
+
+
+def test_arrays_written_between_batches() -> None:
+    """Nobody counts writes to an array: none of its rows is read before its batch is asked for."""
+    array = np.zeros((64, 20_000), np.float32)
+    loader = DataLoader(array, 8)
+    for k, batch in enumerate(loader):
+        assert (batch == k).all()
+        array += 1
+
+
+# --- threads -------------------------------------------------------------------------------------
+
+
+class Samples(Dataset):
+    def __init__(self, n: int = 60, delay: float = 0.0, fail: int | None = None) -> None:
+        self.n, self.delay, self.fail = n, delay, fail
+        self.seen_in: set[str] = set()
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Any:
+        if self.delay:
+            time.sleep(self.delay)
+        if i == self.fail:
+            raise ValueError(f"sample {i} is bad")
+        self.seen_in.add(threading.current_thread().name)
+        return {"x": torch.full((3, 4), i), "i": i, "text": str(i)}
+
+
+class Numbers(IterableDataset):
+    def __init__(self, n: int = 53) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(self.n):
+            yield i, torch.full((2,), i)
+
+
+@pytest.mark.parametrize("threads_", [1, 3])
+def test_threads_give_the_same_batches(threads_: int) -> None:
+    for make, arguments in (
+        (Samples, {"batch_size": 7, "shuffle": True}),
+        (Samples, {"batch_size": None}),
+        (Samples, {"batch_size": 7, "drop_last": True}),
+        (lambda: TensorDataset(rows(N, 3)), {"batch_size": 7, "shuffle": True}),
+        (Numbers, {"batch_size": 5}),
+        (Numbers, {"batch_size": 5, "drop_last": True}),
+        (Numbers, {"batch_size": None}),
+        (lambda: Numbers(0), {"batch_size": 4}),
+    ):
+        loader = DataLoader(make(), threads=threads_, **arguments)
+        assert isinstance(iter(loader), ThreadIter)
+        for _ in range(2):
+            assert epoch(loader) == epoch(TorchLoader(make(), **arguments))
+
+
+def test_threads_know_themselves() -> None:
+    found: dict[int, Any] = {}
+    barrier = threading.Barrier(3)
+
+    class Asks(Dataset):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> int:
+            info = data.get_worker_info()
+            found[info.id] = info
+            if i < 3:
+                barrier.wait(10)
+            return i
+
+    started: list[int] = []
+    dataset = Asks()
+    torch.manual_seed(5)
+    base = torch.empty((), dtype=torch.int64).random_().item()
+    torch.manual_seed(5)
+    loader = DataLoader(dataset, 1, threads=3, worker_init_fn=started.append)
+    assert len(list(loader)) == 12
+    assert sorted(started) == [0, 1, 2] == sorted(found)
+    for k, info in found.items():
+        assert (info.num_workers, info.seed, info.dataset) == (3, base + k, dataset)
+        assert info.generator.initial_seed() == base + k
+    assert data.get_worker_info() is None
+
+
+def test_threads_fetch_at_once_and_stop() -> None:
+    dataset = Samples(40, delay=0.005)
+    begun = time.perf_counter()
+    assert len(list(DataLoader(dataset, 5, threads=4))) == 8
+    assert time.perf_counter() - begun < 0.19  # 0.2 s one after the other
+    assert len(dataset.seen_in) > 1
+    assert gone(lambda: not named_threads())
+
+
+def named_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("batchops-data")]
+
+
+def gone(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_threads_out_of_order_timeout_and_arguments() -> None:
+    class Slow(Samples):
+        def __getitem__(self, i: int) -> Any:
+            time.sleep(0.2 if i == 0 else 0)
+            return i
+
+    got = [int(b) for b in DataLoader(Slow(6), 1, threads=2, in_order=False)]
+    assert sorted(got) == list(range(6))
+    assert got[0] != 0
+    with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0\.05 seconds"):
+        next(iter(DataLoader(Slow(6), 1, threads=1, timeout=0.05)))
+    for wrong, text in (
+        ({"threads": 0}, "threads: expected an integer >= 1, got 0"),
+        ({"threads": 2, "num_workers": 1}, "expected num_workers=0 beside it, got 1"),
+        ({"ring_bytes": -1}, "ring_bytes: expected >= 0, got -1"),
+        ({"collator": data.collate, "collate_fn": list}, "expected no other collate_fn"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            DataLoader(Samples(), 2, **wrong)
+
+
+# --- worker processes and errors -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"threads": 2}, {"num_workers": 2}], ids=["local", "threads", "processes"]
+)
+def test_errors_name_the_dataset_index(arguments: dict[str, Any]) -> None:
+    class Ragged(Dataset):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, i: int) -> Any:
+            return {"x": torch.ones(3 if i != 9 else 4)}
+
+    loader = DataLoader(Ragged(), batch_sampler=[[0, 1, 2], [3, 9, 4]], **arguments)
+    iterator = iter(loader)
+    next(iterator)
+    with pytest.raises(RuntimeError) as caught:
+        next(iterator)
+    text = str(caught.value)
+    assert (
+        "stack expects each tensor to be equal size, but got [3] at entry 0 and [4] at entry 1"
+        in (text)
+    )
+    assert "position 1, sample['x']: Tensor of shape (4,)" in text
+    assert "(dataset index 9)" in text
+
+
+@pytest.mark.parametrize("arguments", [{"threads": 2}, {"num_workers": 2}], ids=str)
+def test_an_error_does_not_keep_the_iterator_alive(arguments: dict[str, Any]) -> None:
+    iterator = iter(DataLoader(Samples(9, fail=5), 3, **arguments))
+    next(iterator)
+    with contextlib.suppress(ValueError):
+        next(iterator)
+    alive = weakref.ref(iterator)
+    gc.disable()
+    try:
+        begun = time.perf_counter()
+        del iterator
+        assert alive() is None
+        assert time.perf_counter() - begun < 2
+    finally:
+        gc.enable()
+
+
+def test_worker_processes_collate_into_shared_memory() -> None:
+    for method in ("fork", "spawn"):
+        loader = DataLoader(
+            SharedAndNot(),
+            4,
+            num_workers=1,
+            multiprocessing_context=method,
+            persistent_workers=True,
+        )
+        for _ in range(2):
+            batches = list(loader)
+            assert isinstance(loader._iterator, ProcessIter)
+            assert all(b["x"].is_shared() for b in batches)
+            assert torch.equal(torch.cat([b["x"] for b in batches]), rows(10, 40_000))
+            assert all(b["native"].all() for b in batches)
+        loader._iterator._shutdown_workers()
+
+
+class SharedAndNot(Dataset):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> Any:
+        torch.stack = None  # nothing here may need it
+        return {"x": rows(10, 40_000)[i], "native": data.get_worker_info() is not None}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_worker_processes_match_torch(seed: int) -> None:
+    def run(cls: Any) -> Any:
+        torch.manual_seed(seed)
+        loader = cls(
+            Samples(30),
+            4,
+            shuffle=True,
+            num_workers=2,
+            persistent_workers=seed % 2 == 1,
+            prefetch_factor=1 + seed % 3,
+            generator=torch.Generator() if seed > 1 else None,
+        )
+        got = [seen(b) for _ in range(2) for b in loader]
+        return got, torch.get_rng_state().numpy().tobytes()
+
+    assert run(DataLoader) == run(TorchLoader)
+
+
+# --- slots ---------------------------------------------------------------------------------------
+
+
+class Pages:
+    """Stands in for CUDA's page locking: remembers what is locked, and can refuse."""
+
+    def __init__(self, most: int = 1 << 60) -> None:
+        self.most = most
+        self.locked: dict[int, int] = {}
+
+    def lock(self, address: int, nbytes: int) -> bool:
+        assert address % 4096 == 0
+        if sum(self.locked.values()) + nbytes > self.most:
+            return False
+        self.locked[address] = nbytes
+        return True
+
+    def unlock(self, address: int, nbytes: int) -> None:
+        assert self.locked.pop(address) == nbytes
+
+
+class Event:
+    def __init__(self) -> None:
+        self.over = False
+        self.recorded: Any = None
+
+    def record(self, stream: Any) -> None:
+        self.recorded = stream
+
+    def query(self) -> bool:
+        return self.over
+
+
+def test_a_slot_waits_for_views_and_for_copies() -> None:
+    pages = Pages()
+    memory = Memory(1 << 30, pages=pages)
+    first = memory.empty((RING_BYTES,), torch.uint8)
+    address = first.data_ptr()
+    assert pages.locked.get(address, 0) >= RING_BYTES
+    event = Event()
+    memory.hold(first, event)
+    view = first[5:9]
+    del first
+    assert memory.stats()["leased"] == 1
+    del view
+    assert (memory.stats()["leased"], memory.stats()["in_flight"]) == (0, 1)
+    second = memory.empty((RING_BYTES,), torch.uint8)
+    assert second.data_ptr() != address
+    event.over = True
+    third = memory.empty((RING_BYTES,), torch.uint8)
+    assert third.data_ptr() == address
+    stats = memory.stats()
+    assert (stats["slots"], stats["leased"], stats["reuses"], stats["allocations"]) == (2, 2, 1, 2)
+    del second, third
+    memory.trim()
+    assert memory.stats()["bytes"] == 0
+    assert not pages.locked
+
+
+def test_capacity_falls_back_to_pageable_with_one_warning() -> None:
+    for memory in (Memory(3 << 20), Memory(1 << 30, pages=Pages(most=3 << 20))):
+        kept = [memory.empty((1 << 20,), torch.uint8) for _ in range(2)]
+        with pytest.warns(UserWarning, match="no slot for a batch of 2097152 bytes") as caught:
+            kept += [memory.empty((2 << 20,), torch.uint8) for _ in range(3)]
+        assert len(caught) == 1
+        assert memory.stats()["bytes"] <= 3 << 20
+        assert memory.stats()["refusals"] >= 1
+        assert len({t.data_ptr() for t in kept}) == 5
+    with pytest.raises(RuntimeError, match="locking failed"):
+        Memory(1 << 30, pages=Refuses()).empty((1 << 20,), torch.uint8)
+
+
+class Refuses:
+    def lock(self, address: int, nbytes: int) -> bool:
+        raise RuntimeError("locking failed")
+
+    def unlock(self, address: int, nbytes: int) -> None:
+        raise AssertionError
+
+
+def test_slots_of_other_sizes_make_room() -> None:
+    memory = Memory(8 << 20)
+    for size in (1 << 20, 2 << 20, 3 << 20, 6 << 20, 7 << 20, 1 << 20) * 3:
+        tensor = memory.empty((size,), torch.uint8)
+        tensor.fill_(1)
+        assert memory.stats()["bytes"] <= 8 << 20
+        del tensor
+
+
+def test_checked_slots_are_poisoned_and_watched() -> None:
+    memory = Memory(1 << 30, checked=True)
+    tensor = memory.empty((RING_BYTES // 4,), torch.float32)
+    tensor.fill_(1.0)
+    alias = torch.from_numpy(
+        np.ctypeslib.as_array(
+            (np.ctypeslib.ctypes.c_uint8 * RING_BYTES).from_address(tensor.data_ptr())
+        )
+    )
+    del tensor
+    assert (alias == 255).all()
+    assert alias.view(torch.float32).isnan().all()
+    again = memory.empty((RING_BYTES // 4,), torch.float32)
+    assert again.data_ptr() == alias.data_ptr()
+    del again
+    alias[77] = 3
+    with pytest.raises(RuntimeError, match="was written to at byte 77 after it was released"):
+        memory.empty((RING_BYTES // 4,), torch.float32)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_workers": 2}, {"threads": 2}], ids=str)
+def test_checked_loaders_give_the_same_batches(arguments: dict[str, Any]) -> None:
+    source = rows(256, 9000)
+    loader = DataLoader(TensorDataset(source), 16, shuffle=True, checked=True, **arguments)
+    for _ in range(3):
+        assert epoch(loader) == epoch(TorchLoader(TensorDataset(source), 16, shuffle=True))
+
+
+def test_ten_thousand_batches_in_the_same_memory() -> None:
+    """As many slots as batches are under way, and not one more; no growth of the process."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    source = TensorDataset(rows(80, 4096), torch.arange(80))
+    loader = DataLoader(source, 8, sampler=RandomSampler(source, True, 80_000))
+    before = 0
+    for k, batch in enumerate(loader):
+        if k == 500:
+            before = resident()
+        del batch
+    assert k == 9_999
+    ring = loader.metrics["ring"]
+    assert ring["allocations"] <= GatherIter.MOST_AHEAD + 2
+    assert ring["allocations"] + ring["reuses"] >= 10_000
+    assert resident() - before < 4 << 20
+
+
+def test_batches_kept_alive_are_never_overwritten() -> None:
+    source = TensorDataset(rows(300, 9000))
+    for arguments in ({}, {"num_workers": 2}, {"threads": 2}):
+        loader = DataLoader(source, 10, ring_bytes=2 << 20, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kept = [batch[0][rng % 10 :] for rng, batch in enumerate(loader)]
+        for k, part in enumerate(kept):
+            assert torch.equal(part, source.tensors[0][k * 10 + k % 10 : k * 10 + 10])
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+class Streams:
+    """Stands in for torch.cuda: writes down what is asked of it, copies when told to."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.events: list[Event] = []
+        self.stack = ["main"]
+
+    def new_stream(self, device: torch.device) -> Any:
+        return "side"
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self
+
+    def wait_event(self, event: Event) -> None:
+        self.log.append(("wait", self.events.index(event)))
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        self.stack.append(stream)
+        yield
+        self.stack.pop()
+
+    def new_event(self) -> Event:
+        self.events.append(Event())
+        return self.events[-1]
+
+    def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.log.append(("copy", self.stack[-1]))
+        moved = tensor.clone().as_subclass(OnDevice)
+        moved.streams = self
+        return moved
+
+
+class OnDevice(torch.Tensor):
+    def record_stream(self, stream: Any) -> None:
+        self.streams.log.append("record")
+
+
+def test_transfers_are_ordered_by_events_and_hold_their_slots() -> None:
+    memory = Memory(1 << 30)
+    streams = Streams()
+    transfer = Transfer(torch.device("cuda"), memory.hold, streams)
+    batch = {"x": memory.empty((RING_BYTES,), torch.uint8).fill_(7), "names": ["a"]}
+    address = batch["x"].data_ptr()
+    moved = transfer(batch)
+    assert streams.log == [("copy", "side"), ("wait", 0), "record"]
+    assert streams.events[0].recorded == "side"
+    assert moved["x"].eq(7).all()
+    assert moved["names"] == ["a"]
+    del batch
+    assert memory.empty((RING_BYTES,), torch.uint8).data_ptr() != address
+    streams.events[0].over = True
+    assert memory.stats()["in_flight"] == 0
+
+
+def test_loader_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams()
+    monkeypatch.setattr("batchops.data._transfer.CudaStreams", lambda: streams)
+    monkeypatch.setattr("batchops.data.loader.CudaPages", Pages)
+    for arguments in ({}, {"threads": 2}, {"num_workers": 1}):
+        loader = DataLoader(TensorDataset(rows(64, 9000)), 16, device="cuda", **arguments)
+        got = []
+        for (x,) in loader:
+            assert type(x) is OnDevice
+            got.append(x.as_subclass(torch.Tensor))
+            for event in streams.events[:-1]:
+                event.over = True
+        assert torch.equal(torch.cat(got), rows(64, 9000))
+        assert loader._memory.pages.locked
+    meta = DataLoader(TensorDataset(rows(4, 3)), 2, device="meta")
+    assert [b[0].device.type for b in meta] == ["meta", "meta"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("arguments", [{}, {"threads": 2}, {"num_workers": 2}], ids=str)
+def test_cuda_batches(arguments: dict[str, Any]) -> None:
+    source = rows(4096, 3000)
+    loader = DataLoader(TensorDataset(source), 128, device="cuda", checked=True, **arguments)
+    total = torch.zeros((), device="cuda", dtype=torch.float64)
+    for _ in range(3):
+        for (x,) in loader:
+            torch.cuda._sleep(1_000_000)
+            total += x.double().sum()
+    assert total.item() == 3 * source.double().sum().item()
+    pinned = next(iter(DataLoader(TensorDataset(source), 128, pin_memory=True, **arguments)))
+    assert pinned[0].is_pinned()
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_workers": 2}, {"threads": 2}], ids=str)
+def test_metrics(arguments: dict[str, Any]) -> None:
+    loader = DataLoader(TensorDataset(rows(250, 9000), torch.arange(250)), 16, **arguments)
+    assert loader.metrics["samples"] == 0
+    held = list(loader)
+    metrics = loader.metrics
+    assert (metrics["samples"], metrics["batches"]) == (250, 16) == (250, len(held))
+    assert metrics["samples_per_second"] > 0
+    assert 0 < metrics["wait_fraction"] <= 1
+    assert metrics["bytes_written_per_batch_byte"] == 1.0
+    assert 0 < metrics["ring_occupancy"] <= 1
+    assert metrics["ring"]["leased"] == 16
+    del held
+    assert loader.metrics["ring_occupancy"] == 0
+
+
+def test_worker_processes_write_at_most_twice() -> None:
+    loader = DataLoader(Samples(30), 5, num_workers=1)
+    assert len(list(loader)) == 6
+    assert 1.0 <= loader.metrics["bytes_written_per_batch_byte"] <= 2.0
+
+
+def test_depth_follows_waiting() -> None:
+    depth = Depth(2, 5)
+    for _ in range(9):
+        depth.waited(0.5, 1.0)
+    assert depth.value == 5
+    for _ in range(Depth.CALM):
+        depth.waited(0.0, 1.0)
+    assert depth.value == 4
+    for _ in range(20 * Depth.CALM):
+        depth.waited(0.0, 1.0)
+    assert depth.value == 2
+    slow = DataLoader(Samples(40, delay=0.002), 4, threads=2)
+    list(slow)
+    assert slow.metrics["prefetch_depth"] > 3
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def samplings(dataset: Any, kind: str) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(11)
+    n = len(dataset)
+    return {
+        "in order": dict,
+        "shuffle": lambda: {"shuffle": True},
+        "generator": lambda: {"shuffle": True, "generator": g},
+        "replacement": lambda: {"sampler": RandomSampler(dataset, True, 77)},
+        "sampler's generator": lambda: {"sampler": RandomSampler(dataset, generator=g)},
+        "subset": lambda: {"sampler": SubsetRandomSampler(range(0, n, 2))},
+        "weighted": lambda: {"sampler": WeightedRandomSampler([1.0] * n, 70)},
+        "distributed": lambda: {"sampler": DistributedSampler(dataset, 2, 1, seed=3)},
+        "batches": lambda: {"batch_sampler": BatchSampler(RandomSampler(dataset), 6, True)},
+        "budget": lambda: {
+            "batch_sampler": data.TokenBudgetBatchSampler([1 + i % 9 for i in range(n)], 40, seed=2)
+        },
+        "list": lambda: {"sampler": list(range(n - 1, -1, -1))},
+    }[kind]()
+
+
+KINDS = [
+    *("in order", "shuffle", "generator", "replacement", "sampler's generator", "subset"),
+    *("weighted", "distributed", "batches", "budget", "list"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_is_exact_and_small(kind: str) -> None:
+    variants: list[tuple[Any, dict[str, Any]]] = [
+        (lambda: TensorDataset(rows(60, 5)), {}),
+        (lambda: TensorDataset(rows(60, 9000)), {}),
+        (lambda: TensorDataset(rows(60, 5)), {"num_workers": 2}),
+        (Samples, {}),
+        (Samples, {"threads": 3}),
+    ]
+    if kind in ("shuffle", "generator"):
+        variants.append((Samples, {"num_workers": 2}))
+    for make, arguments in variants:
+        dataset = make()
+
+        def build(dataset: Any = dataset, arguments: Any = arguments, **more: Any) -> DataLoader:
+            given = samplings(dataset, kind)
+            size = {} if "batch_sampler" in given else {"batch_size": 7}
+            return DataLoader(dataset, **given, **size, **arguments, **more)
+
+        torch.manual_seed(3)
+        loader = build()
+        if kind == "distributed":
+            loader.sampler.set_epoch(4)
+        list(loader)  # an epoch before: not only first epochs are resumed
+        iterator = iter(loader)
+        for _ in range(3):
+            next(iterator)
+            torch.rand(2)  # the user draws too
+        state = loader.state_dict()
+        # 5 KB for a generator's state, where there is one
+        has_rng = kind in ("generator", "sampler's generator", "subset", "weighted")
+        assert len(pickle.dumps(state)) <= 1024 + 5 * 1024 * has_rng * (1 + (kind == "generator"))
+        rng = torch.get_rng_state()
+        rest = [seen(b) for b in iterator]
+        after = [seen(b) for b in loader]
+
+        torch.manual_seed(99)
+        again = build()
+        again.load_state_dict(pickle.loads(pickle.dumps(state)))
+        torch.set_rng_state(rng)
+        assert again.state_dict()["yielded"] == 3
+        assert [seen(b) for b in again] == rest
+        assert [seen(b) for b in again] == after, "the epoch after"
+
+
+def test_resume_does_not_depend_on_threads() -> None:
+    dataset = TensorDataset(rows(60, 9000))
+    torch.manual_seed(1)
+    first = DataLoader(dataset, 7, shuffle=True, num_workers=2)
+    iterator = iter(first)
+    for _ in range(4):
+        next(iterator)
+    state = first.state_dict()
+    rest = [seen(b) for b in iterator]
+    for arguments in ({}, {"num_workers": 1}, {"threads": 1}, {"threads": 4}):
+        again = DataLoader(dataset, 7, shuffle=True, **arguments)
+        again.load_state_dict(state)
+        assert [seen(b) for b in again] == rest
+
+
+def test_resume_between_epochs_and_before_the_first() -> None:
+    loader = DataLoader(Samples(), 7, shuffle=True, generator=torch.Generator().manual_seed(2))
+    fresh = loader.state_dict()
+    first = [seen(b) for b in loader]
+    between = loader.state_dict()
+    second = [seen(b) for b in loader]
+    for state, want in ((fresh, first), (between, second)):
+        other = DataLoader(Samples(), 7, shuffle=True, generator=torch.Generator())
+        other.load_state_dict(state)
+        assert [seen(b) for b in other] == want
+
+
+class Counting(Numbers):
+    """An iterable dataset that can be asked where it is."""
+
+    def __init__(self, n: int = 53) -> None:
+        super().__init__(n)
+        self.at = 0
+        self.given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < self.n:
+            self.at += 1
+            self.given += 1
+            yield self.at
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("make", [Numbers, Counting])
+@pytest.mark.parametrize("arguments", [{}, {"threads": 2}, {"num_workers": 2}], ids=str)
+def test_resume_of_iterable_datasets(make: Any, arguments: dict[str, Any]) -> None:
+    loader = DataLoader(make(), 5, **arguments)
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    state = loader.state_dict()
+    rest = [seen(b) for b in iterator]
+    assert rest
+    again = DataLoader(make(), 5, **arguments)
+    again.load_state_dict(state)
+    assert [seen(b) for b in again] == rest
+    if make is Counting and not arguments:
+        assert again.dataset.given == 33, "asked, not replayed"
+
+
+def test_states_that_do_not_fit() -> None:
+    loader = DataLoader(Samples(), 7)
+    for state, text in (
+        ({}, "expected a state of format 1, got None"),
+        (3, "got int"),
+        ({"format": 1, "yielded": -1}, "yielded: expected an integer >= 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            loader.load_state_dict(state)
+    shuffled = DataLoader(Samples(), 7, shuffle=True, generator=torch.Generator())
+    loader.load_state_dict(shuffled.state_dict())
+    with pytest.raises(ValueError, match="the state has 1 generators, and this loader has 0"):
+        iter(loader)
+
+
+# --- frameworks make loaders anew ----------------------------------------------------------------
+
+
+def _like_lightning(loader: Any, sampler: Any) -> Any:
+    """Arguments from the attributes of the same names, checked against the signature."""
+    attributes = {k: v for k, v in vars(loader).items() if not k.startswith("_")}
+    parameters = dict(inspect.signature(type(loader).__init__).parameters)
+    parameters.pop("self")
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    arguments = {k: v for k, v in attributes.items() if k in parameters}
+    missing = {
+        name for name, p in parameters.items() if p.default is p.empty and name not in arguments
+    }
+    assert not missing
+    arguments.update(sampler=sampler, shuffle=False, batch_sampler=None)
+    if "multiprocessing_context" in arguments and not loader.num_workers:
+        arguments.pop("multiprocessing_context")
+    return type(loader)(**arguments)
+
+
+def _like_accelerate(loader: Any, sampler: Any) -> Any:
+    """A subclass of the loader's own class, made from torch's keywords read off the loader."""
+    keywords = (
+        *("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout"),
+        *("worker_init_fn", "multiprocessing_context", "generator", "prefetch_factor"),
+        *("persistent_workers", "pin_memory_device", "in_order"),
+    )
+    given = {k: getattr(loader, k) for k in keywords if k not in ("batch_size", "drop_last")}
+    batches = BatchSampler(sampler, loader.batch_size, loader.drop_last)
+    made = type("Shard", (type(loader),), {})(loader.dataset, batch_sampler=batches, **given)
+    made.__class__ = type("Wrapped", (type(made),), {"total_batch_size": property(lambda s: 7)})
+    return made
+
+
+@pytest.mark.parametrize("remake", [_like_lightning, _like_accelerate])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"threads": 2}, {"num_workers": 1, "prefetch_factor": 3}, {"collator": data.Collator()}],
+    ids=str,
+)
+def test_reinstantiation(remake: Any, arguments: dict[str, Any]) -> None:
+    dataset = TensorDataset(rows(60, 5))
+    loader = DataLoader(dataset, 7, shuffle=True, drop_last=True, **arguments)
+    sampler = DistributedSampler(dataset, 2, 0, shuffle=False)
+    again = remake(loader, sampler)
+    want = TorchLoader(dataset, 7, sampler=sampler, drop_last=True)
+    assert epoch(again) == epoch(want)
+    assert len(again) == len(want)
+    if remake is _like_lightning:
+        for name in ("threads", "device", "collator", "ring_bytes", "checked"):
+            assert getattr(again, name) == getattr(loader, name)
+
+
+def test_loaders_are_copied_and_pickled_before_use() -> None:
+    loader = DataLoader(TensorDataset(rows(20, 3)), 4, collator=data.Collator())
+    again = pickle.loads(pickle.dumps(loader))
+    assert epoch(again) == epoch(loader)
+
+
+# --- failure -------------------------------------------------------------------------------------
+
+
+class Moody(Dataset):
+    """Fails, or takes its time, at random places."""
+
+    def __init__(self, rng: random.Random, n: int) -> None:
+        self.bad = {rng.randrange(n) for _ in range(rng.choice([0, 0, 1, 3]))}
+        self.kind = rng.choice(
+            [ValueError, KeyError, RuntimeError, StopIteration, KeyboardInterrupt]
+        )
+        self.delay = rng.choice([0, 0, 0.0005])
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Any:
+        if self.delay:
+            time.sleep(self.delay)
+        if i in self.bad:
+            raise self.kind("bad sample")
+        return torch.full((10,), i), i
+
+
+def _trial(seed: int) -> None:
+    rng = random.Random(seed)
+    n = rng.choice([1, 8, 40])
+    batch = rng.choice([1, 4, 16])
+    way = rng.choice(["threads", "threads", "threads", "local", "gather", "ahead"])
+    arguments: dict[str, Any] = {"shuffle": rng.random() < 0.5, "drop_last": rng.random() < 0.3}
+    if way == "threads":
+        dataset: Any = Moody(rng, n)
+        arguments["threads"] = rng.choice([1, 2, 4])
+        arguments["in_order"] = rng.random() < 0.8
+    elif way == "local":
+        dataset = Moody(rng, n)
+    else:
+        dataset = TensorDataset(rows(n, rng.choice([3, 9000])))
+        arguments["num_workers"] = 2 if way == "ahead" else 0
+    loader = DataLoader(dataset, batch, **arguments)
+    for _ in range(rng.choice([1, 2])):
+        fate = rng.choice(["end", "break", "drop", "raise", "error in loop", "resume"])
+        stop = rng.randrange(6)
+        with contextlib.suppress(
+            ValueError, KeyError, RuntimeError, KeyboardInterrupt, ZeroDivisionError
+        ):
+            iterator = iter(loader)
+            for k, _ in enumerate(iterator):
+                if k == stop:
+                    if fate == "break":
+                        break
+                    if fate == "drop":
+                        del iterator
+                        break
+                    if fate == "error in loop":
+                        raise ZeroDivisionError
+                    if fate == "resume":
+                        loader.load_state_dict(loader.state_dict())
+                        break
+        iterator = None
+
+
+def test_a_thousand_random_failures_leave_nothing_behind() -> None:
+    before = threading.active_count()
+    for seed in range(1000):
+        _trial(seed)
+    gc.collect()
+    assert gone(lambda: not named_threads()), named_threads()
+    assert threading.active_count() == before
+
+
+def test_shutdown_follows_the_users_code_at_once() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Blocks(Samples):
+        def __getitem__(self, i: int) -> Any:
+            if i >= 4:
+                entered.set()
+                leave.wait(10)
+            return i
+
+    iterator = iter(DataLoader(Blocks(), 4, threads=2))
+    next(iterator)
+    entered.wait(10)
+    begun = time.perf_counter()
+    del iterator
+    gc.collect()
+    assert time.perf_counter() - begun < 0.2, "dropping waits for nobody"
+    leave.set()
+    assert gone(lambda: not named_threads(), 0.2)
+
+
+PROGRAM = """
+import os, signal, sys, threading, time
+import torch
+from torch.utils.data import Dataset, TensorDataset
+from batchops import data
+torch.set_num_threads(2)
+
+class Slow(Dataset):
+    def __len__(self): return 1000
+    def __getitem__(self, i):
+        time.sleep(0.001)
+        return torch.full((100,), i)
+"""
+
+
+def run_program(body: str, expected: int = 0) -> str:
+    import subprocess
+    import sys
+    import textwrap
+
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + textwrap.dedent(body)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == expected, (time.monotonic() - begun, done.stdout, done.stderr)
+    return done.stdout + done.stderr
+
+
+def test_exit_with_batches_in_flight_and_forks() -> None:
+    run_program("""
+        loader = data.DataLoader(Slow(), 10, threads=3)
+        iterator = iter(loader)
+        next(iterator)
+        wide = iter(data.DataLoader(TensorDataset(torch.zeros(500, 20000)), 50))
+        kept = next(wide)
+        processes = iter(data.DataLoader(Slow(), 10, num_workers=1))
+        next(processes)
+
+        # A forked child has no threads of its parent's, and makes its own.
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)  # OpenMP does not survive a fork
+            for arguments in ({"threads": 2}, {}):
+                got = torch.cat(list(data.DataLoader(Slow(), 100, **arguments)))
+                assert got[:, 0].tolist() == list(range(1000))
+            wide = TensorDataset(torch.ones(500, 20000))
+            assert len(list(data.DataLoader(wide, 50, num_workers=2))) == 10
+            assert data.collate([torch.ones(100_000)] * 2).sum() == 200_000
+            del kept
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert next(iterator)[0, 0] == 10
+        begun = time.monotonic()
+        import atexit
+        atexit.register(lambda: print("left", time.monotonic() - begun < 5))
+        """)
+
+
+def test_ctrl_c_in_a_loop_over_threads() -> None:
+    text = run_program(
+        """
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        try:
+            for _ in range(100):
+                for batch in data.DataLoader(Slow(), 10, threads=2):
+                    pass
+        except KeyboardInterrupt:
+            print("interrupted", end=" ")
+        time.sleep(0.2)
+        print([t.name for t in threading.enumerate() if t.name.startswith("batchops")])
+        """
+    )
+    assert "interrupted []" in text
+
+
+def test_a_killed_worker_is_an_error_as_in_torch() -> None:
+    run_program("""
+        class Dies(Slow):
+            def __getitem__(self, i):
+                if i == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return i
+
+        for cls in (torch.utils.data.DataLoader, data.DataLoader):
+            try:
+                # Without tensors: a dead worker's cannot be received, which is an error of its own.
+                for _ in cls(Dies(), 1, num_workers=1, collate_fn=list):
+                    pass
+            except RuntimeError as error:
+                assert "DataLoader worker (pid" in str(error), error
+            else:
+                raise AssertionError("nothing raised")
+        # and the next one works
+        assert len(list(data.DataLoader(Slow(), 500, num_workers=1))) == 2
+        """)
+
+
+def test_native_threads_are_made_late_and_bounded() -> None:
+    run_program("""
+        from batchops import _C
+        assert _C.collate_threads() == 0
+        data.collate([torch.ones(3)] * 2)
+        assert _C.collate_threads() == 0
+        data.collate([torch.ones(100_000)] * 8)
+        assert 0 < _C.collate_threads() <= 2
+        """)
+
+
+def test_concat_and_ring_refuse_nonsense() -> None:
+    table = _C.Table([(4096, 5, 8, 8, [], [])])
+    with pytest.raises(ValueError, match="the same columns in each"):
+        _C.Concat([table, _C.Table([(4096, 5, 4, 4, [], [])])])
+    with pytest.raises(ValueError, match="expected at least one, got none"):
+        _C.Concat([])
+    assert _C.Concat([table, table]).resolve([9, -1, 4]) is not None
+    assert _C.Concat([table, table]).resolve([10]) is None
