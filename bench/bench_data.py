@@ -159,12 +159,12 @@ def test_beside_a_spinning_thread(pair: Any, threads: int) -> None:
             pass
 
     g = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8, generator=g)
-    dataset = TensorDataset(pixels, torch.arange(2048))
+    pixels = torch.randint(0, 256, (16_384, 3, 32, 32), dtype=torch.uint8, generator=g)
+    dataset = TensorDataset(pixels, torch.arange(16_384))
     thread = threading.Thread(target=spin, daemon=True)
     thread.start()
     try:
-        case = {"dataset": "2,048 × uint8 3×32×32 + int64", "order": "shuffled, busy GIL"}
+        case = {"dataset": "16,384 × uint8 3×32×32 + int64", "order": "shuffled, busy GIL"}
         _bench(pair, dataset, op="data loader", case=case, workers=0)
     finally:
         spinning = False

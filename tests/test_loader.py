@@ -1047,6 +1047,12 @@ def test_exit_with_batches_in_flight_and_forks() -> None:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)  # OpenMP does not survive a fork
+            try:
+                while True:
+                    next(iterator)
+            except RuntimeError as error:
+                assert "iterate over the loader anew" in str(error)
+            del iterator
             for arguments in ({"threads": 2}, {}):
                 got = torch.cat(list(data.DataLoader(Slow(), 100, **arguments)))
                 assert got[:, 0].tolist() == list(range(1000))

@@ -46,9 +46,9 @@ def collate(batch: Any) -> Any:
     ``torch.utils.data.default_collate_fn_map`` is read as it is at the call. Use it as the
     ``collate_fn`` of a loader, torch's included.
 
-    Stacks of plain tensors and arrays are written by native threads without the GIL, in memory that
-    is used again once no view of an earlier batch is alive; in a worker process, in shared memory,
-    as torch does.
+    Stacks of plain tensors and arrays are written by native threads (without the GIL from 4 MiB on:
+    below, its return may cost more than the copy), in memory that is used again once no view of an
+    earlier batch is alive; in a worker process, in shared memory, as torch does.
 
     Raises what torch raises: its message first, then the position in the batch, the way to the
     value, and both shapes and dtypes.

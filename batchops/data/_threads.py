@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -71,6 +72,7 @@ class Crew:
         self._turns = threading.Condition(self._lock)
         self._next_turn = 0
         self._stopped = False
+        self._pid = os.getpid()
         inference = torch.is_inference_mode_enabled()
         self._threads = [
             threading.Thread(
@@ -92,6 +94,11 @@ class Crew:
 
     def take(self, number: int | None) -> tuple[int, Any]:
         """The result of task `number`, or with None of any; waits for it."""
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                "DataLoader: the threads of this iterator are in the process that made it, and "
+                "this is a fork of it: iterate over the loader anew"
+            )
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
         with self._lock:
             while True:
@@ -111,6 +118,8 @@ class Crew:
             return len(self._results)
 
     def stop(self) -> None:
+        if self._pid != os.getpid():
+            return  # nobody is left here to stop, and the lock may be a lost thread's
         with self._lock:
             self._stopped = True
             self._tasks.clear()
@@ -173,7 +182,7 @@ def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    crews = list(_crews)
+    crews = [crew for crew in _crews if crew._pid == os.getpid()]
     for crew in crews:
         crew.stop()
     for crew in crews:

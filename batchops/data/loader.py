@@ -36,8 +36,8 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     is a CUDA device.
 
     Where the data lie in memory and ``collate_fn`` is the default, batches are gathered by native
-    threads without the GIL and without Python for each sample: ``TensorDataset``, tensors,
-    ``numpy.ndarray`` and ``numpy.memmap`` as datasets, :class:`batchops.data.Columns`,
+    threads without Python for each sample (and without the GIL from 4 MiB on): ``TensorDataset``,
+    tensors, ``numpy.ndarray`` and ``numpy.memmap`` as datasets, :class:`batchops.data.Columns`,
     ``StackDataset`` and ``ConcatDataset`` of these, and ``Subset`` of any, nested or not. Samples
     of every other dataset are collated natively (:func:`batchops.data.collate`).
 

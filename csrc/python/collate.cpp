@@ -322,7 +322,8 @@ void bind_collate(py::module_& m) {
 
   py::class_<GatherJob>(m, "GatherJob", "A batch being gathered by native threads")
       .def_property_readonly("done", &GatherJob::done)
-      .def("wait", &GatherJob::wait, "Return when the batch is complete; releases the GIL");
+      .def("wait", &GatherJob::wait,
+           "Return when the batch is complete; releases the GIL for large ones");
 
   py::class_<PyTable>(m, "Table", "Columns (address, rows, row_stride, item_bytes, sizes, strides)")
       .def(py::init<const py::sequence&>(), py::arg("columns"))

@@ -15,9 +15,13 @@ constexpr int64_t kBackgroundBytes = 64 << 10;
 // Over before another thread would be awake, or would have taken the GIL.
 inline bool is_small(const Task& task) { return task.bytes() < kBackgroundBytes; }
 
+// Who lets go of the GIL beside a thread that computes in Python gets it back after that thread's
+// switch interval, 5 ms: ten times what copying this much takes. So the GIL is kept for it.
+constexpr int64_t kKeepGilBytes = 4 << 20;
+
 inline void wait_for(Task& task) {
   if (task.done()) return;
-  if (is_small(task)) return ThreadPool::instance().wait(task);
+  if (task.bytes() < kKeepGilBytes) return ThreadPool::instance().wait(task);
   // Not gil_scoped_release: a daemon thread that asks for the GIL while the interpreter exits is
   // ended there by unwinding its stack, and unwinding out of a destructor would abort.
   PyThreadState* const state = PyEval_SaveThread();

@@ -369,7 +369,7 @@ void bind_samples(py::module_& m) {
       .def_property_readonly("floats", &Samples::floats, "Lists: fp32 rather than int64")
       .def_property_readonly("dense", &Samples::dense)
       .def("copy_to", &Samples::copy_to, py::arg("address"), py::arg("bytes"), py::arg("threads"),
-           "Samples end to end; releases the GIL")
+           "Samples end to end; releases the GIL for large batches")
       .def("pad_to", &Samples::pad_to, py::arg("width"), py::arg("left"), py::arg("fill"),
            py::arg("label_fill"), py::arg("values"), py::arg("labels") = 0, py::arg("mask") = 0,
            py::arg("mask_bytes") = 8, py::arg("positions") = 0, py::arg("lengths") = 0,
