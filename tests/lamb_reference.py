@@ -47,6 +47,24 @@ class Options:
     trust_clip: bool = False
     always_adapt: bool = False
     maximize: bool = False
+    decoupled_decay: bool = False
+    corrected_weight_decay: bool = False
+    max_lr_snapshot: float | None = None
+    caution: bool = False
+    ratio_clamp: tuple[float, float] | None = None
+    step_size_correction: bool = False
+    eps_inside_sqrt: bool = False
+    excluded: bool = False
+
+    @property
+    def decay_lr(self) -> float:
+        """What multiplies weight_decay where it is decoupled."""
+        return self.lr**2 / self.max_lr_snapshot if self.corrected_weight_decay else self.lr
+
+    @property
+    def clamp(self) -> tuple[float, float]:
+        low, high = self.ratio_clamp or (0.0, np.inf)
+        return low, min(high, 1.0) if self.trust_clip else high
 
 
 @dataclass
@@ -61,6 +79,8 @@ class Tensor64:
     moved: np.ndarray | None = None  # lr · r · u of the last step
     m_addend: np.ndarray | None = None  # the larger of |β1·m| and |β3·g|
     v_addend: np.ndarray | None = None
+    g: np.ndarray | None = None  # of the last step, as the moments have taken it
+    stats: tuple[float, float, float, float] | None = None  # ‖p‖, ‖grad‖, ‖u‖, r
 
 
 def norm(x: np.ndarray) -> float:
@@ -71,20 +91,26 @@ def norm(x: np.ndarray) -> float:
     return largest * float(np.sqrt(np.square(x / largest).sum()))
 
 
-def clip_divisor(grads: list[np.ndarray], max_grad_norm: float | None) -> float:
-    """C = max(1, ‖g‖_all / max_grad_norm)."""
+def clip_divisor(
+    grads: list[np.ndarray], max_grad_norm: float | None, clip_eps: float = 0.0
+) -> float:
+    """C = max(1, (‖g‖_all + clip_eps) / max_grad_norm)."""
     if max_grad_norm is None:
         return 1.0
-    return max(1.0, norm(np.array([norm(g) for g in grads])) / max_grad_norm)
+    return max(1.0, (norm(np.array([norm(g) for g in grads])) + clip_eps) / max_grad_norm)
 
 
 def step(
-    tensors: list[Tensor64], grads: list[np.ndarray | None], max_grad_norm: float | None = 1.0
+    tensors: list[Tensor64],
+    grads: list[np.ndarray | None],
+    max_grad_norm: float | None = 1.0,
+    clip_eps: float = 0.0,
 ) -> None:
-    divisor = clip_divisor([g for g in grads if g is not None], max_grad_norm)
+    divisor = clip_divisor([g for g in grads if g is not None], max_grad_norm, clip_eps)
     for x, grad in zip(tensors, grads, strict=True):
         if grad is not None:
             _step_one(x, grad / divisor)
+            x.stats = (x.stats[0], norm(grad), *x.stats[2:])
 
 
 def _step_one(x: Tensor64, g: np.ndarray) -> None:
@@ -98,27 +124,38 @@ def _step_one(x: Tensor64, g: np.ndarray) -> None:
     x.v_addend = np.maximum(beta2 * x.v, (1 - beta2) * g * g)
     x.m = beta1 * x.m + beta3 * g
     x.v = beta2 * x.v + (1 - beta2) * g * g
+    x.g = g
     x.moved = update(x.p, x.m, x.v, x)
     x.p = x.p - x.moved
 
 
 def update(p: np.ndarray, m: np.ndarray, v: np.ndarray, x: Tensor64) -> np.ndarray:
-    """lr · r · u of these p, m and v."""
+    """What goes off p, lr · r · u and a decoupled decay, with these p, m and v."""
     o = x.options
     beta1, beta2 = o.betas
-    m_hat, v_hat = m, v
-    if o.bias_correction:
-        m_hat = m / (1 - beta1**x.step)
-        v_hat = v / (1 - beta2**x.step)
-    u = m_hat / (np.sqrt(v_hat) + o.eps) + o.weight_decay * p
+    bc1 = 1 - beta1**x.step if o.bias_correction else 1.0
+    bc2 = 1 - beta2**x.step if o.bias_correction else 1.0
+    lr = o.lr
+    if o.step_size_correction:
+        lr, bc1, bc2 = lr * np.sqrt(bc2) / bc1, 1.0, 1.0
+    root = np.sqrt(v / bc2 + o.eps) if o.eps_inside_sqrt else np.sqrt(v / bc2) + o.eps
+    a = (m / bc1) / root
+    if o.caution:
+        mask = (np.sign(a) * np.sign(x.g) > 0).astype(np.float64)
+        a = a * mask / max(mask.mean(), 1e-3)
+    decayed = p
+    u = a
+    if o.decoupled_decay:
+        decayed = p - o.decay_lr * o.weight_decay * p
+    else:
+        u = a + o.weight_decay * p
     ratio = 1.0
-    if o.weight_decay != 0 or o.always_adapt:
-        p_norm, u_norm = norm(p), norm(u)
-        if p_norm != 0 and u_norm != 0:
-            ratio = p_norm / u_norm
-        if o.trust_clip:
-            ratio = min(ratio, 1.0)
-    return o.lr * ratio * u
+    p_norm, u_norm = norm(decayed), norm(u)
+    adapted = (o.weight_decay != 0 or o.always_adapt) and not o.excluded
+    if adapted and p_norm != 0 and u_norm != 0:
+        ratio = float(np.clip(p_norm / u_norm, *o.clamp))
+    x.stats = (norm(p), norm(x.g), u_norm, ratio)
+    return (p - decayed) + lr * ratio * u
 
 
 def assert_stepped(
@@ -145,11 +182,12 @@ def assert_stepped(
         assert np.all(error <= bound), f"{what}: p {label} off by {error.max()} ulp"
 
 
-def timm_lamb() -> Any:
-    """timm's Lamb class without the rest of timm, which needs torchvision; or why it is missing."""
-    name = "timm.optim.lamb"
-    if name in sys.modules:
-        return sys.modules[name].Lamb
+def timm_optimizer(name: str) -> Any:
+    """timm's Lamb or Lars without the rest of timm, which needs torchvision; or why it is
+    missing."""
+    module = f"timm.optim.{name.lower()}"
+    if module in sys.modules:
+        return getattr(sys.modules[module], name)
     try:
         spec = importlib.util.find_spec("timm")
     except (ImportError, ValueError):
@@ -159,7 +197,6 @@ def timm_lamb() -> Any:
     root = Path(spec.submodule_search_locations[0])
     for package, folder in (("timm", root), ("timm.optim", root / "optim")):
         if package not in sys.modules:
-            module = types.ModuleType(package)
-            module.__path__ = [str(folder)]
-            sys.modules[package] = module
-    return importlib.import_module(name).Lamb
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
+    return getattr(importlib.import_module(module), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,15 +31,23 @@ def library() -> ctypes.CDLL:
 
 def check(problem: Problem, results: list[dict[str, torch.Tensor]], divisor: float) -> None:
     for i, (x, after) in enumerate(zip(problem.parameters, results, strict=True)):
-        p0, m, v, g = (to_float64(x.start[name]) for name in "pmvg")
-        exact = Tensor64(p0, m, v, x.step - 1, problem.groups[x.group])
-        reference.step([exact], [g / divisor], None)
-        stepped = (after[name] for name in "pmv")
+        start = {**x.start, "p": x.start.get("master", x.start["p"])}
+        p0, m, v, g = (to_float64(start[name]) for name in "pmvg")
+        options = replace(problem.groups[x.group], excluded=x.excluded)
+        exact = Tensor64(p0, m, v, x.step - 1, options)
+        reference.step([exact], [g / divisor / problem.grad_scale], None)
+        if x.master:
+            assert torch.equal(after["p"], after["master"].to(after["p"].dtype))
+        stepped = (after.get("master", after["p"]), after["m"], after["v"])
         reference.assert_stepped(exact, p0, *stepped, f"parameter {i}")
+        if x.numel:
+            p_norm, _, u_norm, ratio = exact.stats
+            want = (p_norm, reference.norm(g) / problem.grad_scale, u_norm, ratio)
+            assert after["stats"].tolist() == pytest.approx(want, rel=1e-5)
 
 
 def divisor_of(problem: Problem) -> float:
-    grads = [to_float64(x.start["g"]) for x in problem.parameters]
+    grads = [to_float64(x.start["g"]) / problem.grad_scale for x in problem.parameters]
     return reference.clip_divisor(grads, problem.max_grad_norm)
 
 
@@ -79,6 +88,10 @@ VARIANTS = {
     "always adapted": Options(weight_decay=0.0, always_adapt=True),
     "maximize": Options(maximize=True),
     "large lr": Options(lr=0.3),
+    "decoupled": Options(lr=0.3, decoupled_decay=True),
+    "cautious": Options(caution=True),
+    "clamped": Options(ratio_clamp=(0.5, 0.75)),
+    "corrections in the step size": Options(step_size_correction=True, eps_inside_sqrt=True),
 }
 
 
@@ -87,6 +100,18 @@ def test_groups_of_every_variant(library, clip):
     """Mixed in one call, with step counts of their own."""
     parameters = [Parameter(900 + i, group=i, step=1 + 3 * i) for i in range(len(VARIANTS))]
     check_under_all_schedules(library, Problem(parameters, [*VARIANTS.values()], clip))
+
+
+def test_masters_exclusion_and_loss_scale(library):
+    """Of each low precision, with units and without; g leaves the kernel's scale by a factor."""
+    parameters = [
+        Parameter(1030, "bf16", "bf16", master=True),
+        Parameter(1030, "f16", "f32", offset=1, master=True),
+        Parameter(300, excluded=True),
+        Parameter(300),
+    ]
+    problem = Problem(parameters, max_grad_norm=1e-3, grad_scale=384.0)
+    check_under_all_schedules(library, problem)
 
 
 def test_more_step_counts_than_a_launch_takes(library):

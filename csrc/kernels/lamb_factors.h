@@ -1,65 +1,56 @@
-// What the kernels make of a group's hyperparameters, a step count and the clip.
+// What LAMB's kernels make of a group's hyperparameters, a step count and the clip.
 #pragma once
-#include <cmath>
-#include <vector>
-
 #include "kernels/lamb.h"
-
-#ifdef __CUDACC__
-#define BATCHOPS_HOST_DEVICE __host__ __device__
-#else
-#define BATCHOPS_HOST_DEVICE
-#endif
+#include "kernels/optimizer_factors.h"
 
 namespace batchops {
 
 // What a group and a step count come to, before the clip is known.
 struct LambSet {
   double beta1, beta2, beta3;
-  double eps_root;      // eps·b, with b = sqrt(bc2)
+  double eps_root;      // eps·b, with b = sqrt(bc2); 0 where eps is inside the root
+  double eps_inside;    // eps·bc2 there, else 0
   double scale;         // b / bc1
-  double weight_decay;  // λ
+  double weight_decay;  // λ in u
+  double decay;         // p·decay goes off p whatever u is (decoupled_decay)
   double lr;
-  int32_t adapted, trust_clip, maximize;
+  double ratio_min, ratio_max;
+  int32_t adapted, caution, maximize;
 
   LambSet() = default;
-  LambSet(const LambGroup& group, double step) {
-    const double bc1 = group.bias_correction ? 1 - std::pow(group.beta1, step) : 1;
-    const double bc2 = group.bias_correction ? 1 - std::pow(group.beta2, step) : 1;
+  LambSet(const LambGroup& group, double step, bool excluded) {
+    double bc1 = group.bias_correction ? 1 - std::pow(group.beta1, step) : 1;
+    double bc2 = group.bias_correction ? 1 - std::pow(group.beta2, step) : 1;
+    lr = group.lr;
+    if (group.step_size_correction) {
+      lr *= std::sqrt(bc2) / bc1;
+      bc1 = bc2 = 1;
+    }
     beta1 = group.beta1;
     beta2 = group.beta2;
     beta3 = group.grad_averaging ? 1 - group.beta1 : 1;
-    eps_root = group.eps * std::sqrt(bc2);
+    eps_root = group.eps_inside_sqrt ? 0 : group.eps * std::sqrt(bc2);
+    eps_inside = group.eps_inside_sqrt ? group.eps * bc2 : 0;
     scale = std::sqrt(bc2) / bc1;
-    weight_decay = group.weight_decay;
-    lr = group.lr;
-    adapted = group.adapted();
-    trust_clip = group.trust_clip;
+    weight_decay = group.decoupled_decay ? 0 : group.weight_decay;
+    decay = group.decoupled_decay ? group.decay_lr * group.weight_decay : 0;
+    ratio_min = group.ratio_min;
+    ratio_max = group.ratio_max;
+    adapted = group.adapted() && !excluded;
+    caution = group.caution;
     maximize = group.maximize;
   }
 };
 
-// The set of every tensor, by index into `sets`, and the sets. Neighbours mostly share group and
-// step, so that there are few.
 inline std::vector<int32_t> lamb_sets(const LambArgs& args, std::vector<LambSet>& sets) {
-  std::vector<int32_t> set_of(args.tensor_count);
-  std::vector<int32_t> latest(args.group_count, -1);  // the set last made for a group
-  std::vector<double> latest_step(args.group_count, 0);
-  for (int64_t i = 0; i < args.tensor_count; ++i) {
-    const LambTensor& x = args.tensors[i];
-    if (latest[x.group] < 0 || latest_step[x.group] != x.step) {
-      latest[x.group] = static_cast<int32_t>(sets.size());
-      latest_step[x.group] = x.step;
-      sets.emplace_back(args.groups[x.group], x.step);
-    }
-    set_of[i] = latest[x.group];
-  }
-  return set_of;
+  return optimizer_sets(args.tensors, args.tensor_count, args.group_count, sets,
+                        [&](const OptimizerTensor& x) {
+                          return LambSet(args.groups[x.group], x.step, x.excluded != 0);
+                        });
 }
 
-// The factors of the elementwise formulas. With C = 2^e·c, 1 <= c < 2, g is scaled by 2^-e, which
-// is exact, and c goes into the factors: so the clip costs no rounding, and g² cannot overflow.
-// With b = sqrt(bc2),
+// The factors of the elementwise formulas. With C = 2^e·c the clip costs no rounding, and g² cannot
+// overflow. With b = sqrt(bc2),
 //   u = (b / bc1)·(m / (sqrt(v) + eps·b)) + λ·p
 // so that an element takes one square root and one division. Factors are held as a sum of two
 // floats where a rounded one would cost a good part of the result's last place.
@@ -68,60 +59,84 @@ struct LambFactors {
   float beta1[2], k1[2];  // k1 = β3 / c
   float beta2[2], k2[2];  // k2 = (1 - β2) / c²
   float eps[2];           // eps·b
-  float weight_decay;     // λ / scale: the norms are taken of u / scale
+  float eps_inside[2];
+  float weight_decay;  // λ / scale: the norms are taken of u / scale
 
   LambFactors() = default;
   BATCHOPS_HOST_DEVICE LambFactors(const LambSet& set, double C) {
-    int exponent = 0;
-    double c = 1;
-    const bool finite = C <= 1.7976931348623157e308;  // false for NaN
-    if (finite) {
-      c = 2 * frexp(C, &exponent);
-      exponent -= 1;
-    }
-    // An infinite C makes 0 of every finite gradient and NaN of the others; NaN makes NaN of all.
-    const double scaled = finite ? ldexp(1.0, -exponent) : 1 / C;
-    g_scale = static_cast<float>(set.maximize ? -scaled : scaled);
-    split(beta1, set.beta1);
-    split(k1, set.beta3 / c);
-    split(beta2, set.beta2);
-    split(k2, (1 - set.beta2) / (c * c));
-    split(eps, set.eps_root);
+    const GradDivisor divisor(C);
+    g_scale = static_cast<float>(set.maximize ? -divisor.inverse : divisor.inverse);
+    split_factor(beta1, set.beta1);
+    split_factor(k1, set.beta3 / divisor.c);
+    split_factor(beta2, set.beta2);
+    split_factor(k2, (1 - set.beta2) / (divisor.c * divisor.c));
+    split_factor(eps, set.eps_root);
+    split_factor(eps_inside, set.eps_inside);
     weight_decay = static_cast<float>(set.weight_decay / set.scale);
   }
-
-  BATCHOPS_HOST_DEVICE static void split(float (&out)[2], double value) {
-    out[0] = static_cast<float>(value);
-    out[1] = static_cast<float>(value - out[0]);
-    // Beyond float's range there is no low part: inf - inf would make a NaN of an infinity.
-    if (!(out[0] - out[0] == 0)) out[1] = 0;
-  }
 };
 
-// The factors of the update, once the ratio is known: p -= step·(u / scale).
+// The factors of the update, once the ratio is known: p -= step·(m / (sqrt(v) + eps·b)) + decay·p.
 struct LambStepFactors {
-  float step[2];  // lr·r·scale
-  float decay;    // lr·r·λ, which multiplies p
+  float step[2];  // lr·r·scale, and what caution makes of it
+  float decay;    // lr·r·λ, or the decoupled decay
 
   LambStepFactors() = default;
-  BATCHOPS_HOST_DEVICE LambStepFactors(const LambSet& set, double ratio) {
-    LambFactors::split(step, set.lr * ratio * set.scale);
-    decay = static_cast<float>(set.lr * ratio * set.weight_decay);
+  BATCHOPS_HOST_DEVICE LambStepFactors(const LambSet& set, double ratio, double boost) {
+    split_factor(step, set.lr * ratio * set.scale * boost);
+    decay = static_cast<float>(set.lr * ratio * set.weight_decay + set.decay);
   }
 };
 
-// C of Σ grad². Not hidden where it is NaN.
-BATCHOPS_HOST_DEVICE inline double lamb_clip(double grad_sum_sq, double max_grad_norm) {
-  const double excess = sqrt(grad_sum_sq) / max_grad_norm;
-  return excess <= 1 ? 1 : excess;
-}
+// Sums over a tensor, in units of the scaled gradient and of u / scale. With caution u_sq is of the
+// elements that are kept, without λ·p; `cross` and `kept` are 0 without it.
+struct LambNorms {
+  double p_sq = 0;   // Σ p²
+  double g_sq = 0;   // Σ g²
+  double u_sq = 0;   // Σ (u / scale)²
+  double cross = 0;  // Σ (a / scale)·p
+  double kept = 0;   // Σ [m·g > 0]
 
-// r of Σ p² and Σ (u / scale)². Not hidden where it is NaN.
-BATCHOPS_HOST_DEVICE inline double lamb_ratio(const LambSet& set, double p_sq, double u_sq) {
-  const double p_norm = sqrt(p_sq);
-  const double u_norm = sqrt(u_sq) * set.scale;
-  const double ratio = p_norm == 0 || u_norm == 0 ? 1 : p_norm / u_norm;
-  return set.trust_clip && ratio > 1 ? 1 : ratio;
-}
+  BATCHOPS_HOST_DEVICE void operator+=(const LambNorms& other) {
+    p_sq += other.p_sq;
+    g_sq += other.g_sq;
+    u_sq += other.u_sq;
+    cross += other.cross;
+    kept += other.kept;
+  }
+};
+
+// What a tensor's sums come to.
+struct LambOutcome {
+  TensorStats stats;
+  LambStepFactors step;
+
+  LambOutcome() = default;
+  BATCHOPS_HOST_DEVICE LambOutcome(const LambSet& set, const LambNorms& norms, int64_t numel,
+                                   double C, double grad_scale) {
+    double boost = 1, u_sq = norms.u_sq;
+    if (set.caution) {
+      const double mean = norms.kept / static_cast<double>(numel);
+      boost = 1 / (mean < 1e-3 ? 1e-3 : mean);
+      const double decay = set.weight_decay / set.scale;
+      u_sq = boost * boost * u_sq + 2 * boost * decay * norms.cross + decay * decay * norms.p_sq;
+      if (u_sq < 0) u_sq = 0;
+    }
+    const double keep = 1 - set.decay;
+    const double p_norm = sqrt(norms.p_sq) * (keep < 0 ? -keep : keep);
+    const double u_norm = sqrt(u_sq) * set.scale;
+    double ratio = 1;
+    if (set.adapted && p_norm != 0 && u_norm != 0) {
+      ratio = p_norm / u_norm;
+      // A NaN passes both.
+      if (ratio < set.ratio_min) ratio = set.ratio_min;
+      if (ratio > set.ratio_max) ratio = set.ratio_max;
+    }
+    const double g_norm = sqrt(norms.g_sq) / GradDivisor(C).inverse / grad_scale;
+    stats = {static_cast<float>(sqrt(norms.p_sq)), static_cast<float>(g_norm),
+             static_cast<float>(u_norm), static_cast<float>(ratio)};
+    step = LambStepFactors(set, ratio, boost);
+  }
+};
 
 }  // namespace batchops

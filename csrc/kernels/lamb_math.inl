@@ -3,40 +3,32 @@
 //   F                        a float or a vector of floats, with + - * / that round each once
 //   fused(a, b, c)           a·b + c, rounded once
 //   sqrt, max, min           of F; max and min keep a NaN in their first argument
-// and BATCHOPS_LAMB_INLINE defined.
+//   select_le(a, b, y, n)    a <= b ? y : n
+// after compensated.inl.
 //
 // In float with compensation: the error of each rounding that would show is computed and added
 // back. m and v come out rounded once, and p within two units in the last place of
 // max(|p|, |lr·r·u|), also where p is 0 and nothing hides u's own error. The error terms are exact
 // only if the compiler leaves the operations as they stand: no contraction, no fast-math.
 
-// The rounding error of s = fl(a + b), exactly.
-BATCHOPS_LAMB_INLINE F sum_error(F a, F b, F s) {
-  const F b_part = s - a;
-  return (a - (s - b_part)) + (b - b_part);
-}
-
-// A factor held as the sum of two floats.
-struct Factor {
-  F high, low;
-  BATCHOPS_LAMB_INLINE explicit Factor(const float (&f)[2]) : high(f[0]), low(f[1]) {}
-};
-
 struct Constants {
   F g_scale, weight_decay;
-  Factor beta1, k1, beta2, k2, eps;
-  BATCHOPS_LAMB_INLINE explicit Constants(const LambFactors& f)
+  Factor beta1, k1, beta2, k2, eps, eps_inside;
+  bool inside;
+  BATCHOPS_OPTIMIZER_INLINE explicit Constants(const LambFactors& f)
       : g_scale(f.g_scale),
         weight_decay(f.weight_decay),
         beta1(f.beta1),
         k1(f.k1),
         beta2(f.beta2),
         k2(f.k2),
-        eps(f.eps) {}
+        eps(f.eps),
+        eps_inside(f.eps_inside),
+        inside(f.eps_inside[0] != 0) {}
 };
 
 // β1·m + k1·g
-BATCHOPS_LAMB_INLINE F first_moment(F m, F g, const Constants& c) {
+BATCHOPS_OPTIMIZER_INLINE F first_moment(F m, F g, const Constants& c) {
   const F a = c.beta1.high * m, b = c.k1.high * g;
   const F a_error = fused(c.beta1.low, m, fused(c.beta1.high, m, -a));
   const F b_error = fused(c.k1.low, g, fused(c.k1.high, g, -b));
@@ -45,37 +37,56 @@ BATCHOPS_LAMB_INLINE F first_moment(F m, F g, const Constants& c) {
 }
 
 // β2·v + k2·g²; (k2·g)·g rather than k2·(g·g), which overflows sooner.
-BATCHOPS_LAMB_INLINE F second_moment(F v, F g, const Constants& c) {
+BATCHOPS_OPTIMIZER_INLINE F second_moment(F v, F g, const Constants& c) {
   const F t = c.k2.high * g;
   const F t_error = fused(c.k2.low, g, fused(c.k2.high, g, -t));
   return fused(c.beta2.high, v, fused(t, g, fused(t_error, g, c.beta2.low * v)));
 }
 
-// m / (sqrt(v) + eps·b) as high - low, good to about 2^-44.
+// m / (sqrt(v + inside) + eps·b) as high - low, good to about 2^-44.
 struct Quotient {
   F high, low;
 };
-BATCHOPS_LAMB_INLINE Quotient quotient(F m, F v, const Constants& c) {
-  const F root = sqrt(v);
+BATCHOPS_OPTIMIZER_INLINE Quotient quotient(F m, F v, const Constants& c) {
+  F under = v, under_low(0.0f);
+  if (c.inside) {
+    under = v + c.eps_inside.high;
+    under_low = sum_error(v, c.eps_inside.high, under) + c.eps_inside.low;
+  }
+  const F root = sqrt(under);
   const F d = root + c.eps.high;
   const F inverse = F(1.0f) / d;
   // d's low part: the addition's error, and the root's, (v - root²) / (2·root). 1 / d stands in for
   // 1 / root: where they differ much, eps is so large that the root's error hardly counts.
   const F d_low = ((max(root, c.eps.high) - d) + min(root, c.eps.high)) +
-                  fused(fused(root, root, -v), F(-0.5f) * inverse, c.eps.low);
+                  fused(fused(root, root, -under) - under_low, F(-0.5f) * inverse, c.eps.low);
   const F q = m * inverse;
   return {q, fused(q, d_low, fused(q, d, -m)) * inverse};
+}
+
+// The same in plain float: rounding errors of single elements average out in a norm.
+BATCHOPS_OPTIMIZER_INLINE F rough_quotient(F m, F v, const Constants& c) {
+  return m / (sqrt(c.inside ? v + c.eps_inside.high : v) + c.eps.high);
+}
+
+// Above 0 where m and g point the same way; NaN where m is.
+BATCHOPS_OPTIMIZER_INLINE F agreement(F m, F g) {
+  const F zero(0.0f);
+  return select_le(g, zero, select_le(zero, g, zero, -m), m);
+}
+BATCHOPS_OPTIMIZER_INLINE F where_positive(F agreement, F x) {
+  return select_le(agreement, F(0.0f), F(0.0f), x);
 }
 
 struct StepConstants {
   Factor step;
   F decay;
-  BATCHOPS_LAMB_INLINE explicit StepConstants(const LambStepFactors& f)
+  BATCHOPS_OPTIMIZER_INLINE explicit StepConstants(const LambStepFactors& f)
       : step(f.step), decay(f.decay) {}
 };
 
 // p - (step·(q.high - q.low) + decay·p), of whose roundings only the last counts.
-BATCHOPS_LAMB_INLINE F updated(F p, const Quotient& q, const StepConstants& c) {
+BATCHOPS_OPTIMIZER_INLINE F updated(F p, const Quotient& q, const StepConstants& c) {
   const F t = c.step.high * q.high;
   const F t_error =
       fused(-c.step.high, q.low, fused(c.step.low, q.high, fused(c.step.high, q.high, -t)));

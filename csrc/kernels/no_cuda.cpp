@@ -57,7 +57,8 @@ const char* lamb_grad_sum_sq_cuda(const LambArgs&, const void*, void*, double*, 
   return kNoCuda;
 }
 
-const char* lamb_step_cuda(const LambArgs&, const void*, void*, const double*, int, void*) {
+const char* lamb_step_cuda(const LambArgs&, const void*, void*, const double*, TensorStats*, int,
+                           void*) {
   return kNoCuda;
 }
 

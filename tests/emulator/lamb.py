@@ -16,7 +16,16 @@ API = ["lamb_api.cpp"]
 
 DTYPES = {"f32": 0, "f16": 1, "bf16": 2}
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-FLAGS = ("bias_correction", "grad_averaging", "trust_clip", "always_adapt", "maximize")
+FLAGS = (
+    "bias_correction",
+    "grad_averaging",
+    "always_adapt",
+    "maximize",
+    "decoupled_decay",
+    "caution",
+    "step_size_correction",
+    "eps_inside_sqrt",
+)
 CHUNK = 16 * 1024
 
 
@@ -29,6 +38,8 @@ class Call(ctypes.Structure):
         ("numbers", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
         ("max_grad_norm", ctypes.c_double),
+        ("clip_eps", ctypes.c_double),
+        ("grad_scale", ctypes.c_double),
     ]
 
 
@@ -40,6 +51,8 @@ class Parameter:
     group: int = 0
     step: int = 7
     offset: int = 0  # elements past 64-byte alignment
+    master: bool = False
+    excluded: bool = False
     start: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +63,9 @@ class Parameter:
             "m": torch.randn(n) * 1e-3,
             "v": torch.rand(n) * 1e-5,
         }
+        if self.master:
+            self.start["master"] = torch.randn(n) * 0.1
+            self.start["p"] = self.start["master"].to(TORCH[self.p_dtype])
 
 
 @dataclass
@@ -57,6 +73,7 @@ class Problem:
     parameters: list[Parameter]
     groups: list[Options] = field(default_factory=lambda: [Options()])
     max_grad_norm: float | None = 0.05
+    grad_scale: float = 1.0
 
 
 def library(instrument: bool = False) -> ctypes.CDLL:
@@ -79,12 +96,17 @@ def run(
             memory.bytes[:] = start.view(torch.uint8).numpy()
             row.append(memory.pointer)
             mine[name] = memory
-        rows.append([*row, x.numel, DTYPES[x.p_dtype], DTYPES[x.g_dtype], x.group])
+        if not x.master:
+            row.append(0)
+        kinds = (DTYPES[x.p_dtype], DTYPES[x.g_dtype])
+        rows.append([*row, x.numel, *kinds, x.group, x.excluded])
         steps.append(float(x.step))
         memories.append(mine)
-    tensors = np.array(rows, dtype=np.int64).reshape(-1, 8)
+    tensors = np.array(rows, dtype=np.int64).reshape(-1, 10)
     counts = np.array(steps)
-    numbers = np.array([[o.lr, *o.betas, o.eps, o.weight_decay] for o in problem.groups])
+    numbers = np.array(
+        [[o.lr, *o.betas, o.eps, o.weight_decay, o.decay_lr, *o.clamp] for o in problem.groups]
+    )
     flags = np.array(
         [sum(getattr(o, f) << b for b, f in enumerate(FLAGS)) for o in problem.groups],
         dtype=np.int64,
@@ -97,7 +119,10 @@ def run(
         numbers.ctypes.data,
         flags.ctypes.data,
         problem.max_grad_norm or 0.0,
+        0.0,
+        problem.grad_scale,
     )
+    stats = torch.full((len(rows), 4), float("nan"))
     table = emulator.Memory(lib.emulated_lamb_table_bytes(ctypes.byref(call)), name="table")
     workspace = emulator.Memory(
         lib.emulated_lamb_workspace_bytes(ctypes.byref(call)), name="workspace"
@@ -109,6 +134,7 @@ def run(
         ctypes.c_void_p(table.pointer),
         ctypes.c_void_p(workspace.pointer),
         total,
+        ctypes.c_void_p(stats.data_ptr()),
     )
     results = []
     for x, mine in zip(problem.parameters, memories, strict=True):
@@ -118,5 +144,6 @@ def run(
             after[name] = torch.empty_like(start)
             after[name].view(torch.uint8).numpy()[:] = mine[name].bytes
         assert torch.equal(after["g"].view(torch.uint8), x.start["g"].view(torch.uint8))
+        after["stats"] = stats[len(results)]
         results.append(after)
     return results

@@ -282,8 +282,8 @@ def _lamb_case(numel: int, offset: int, p: str, g: str, clip: float | None) -> C
         passes,
         ("p0", "m0", "v0"),
         # The table's entry and the chunks' tensor; the step's factors and the sum of squares,
-        # written and read; squares of each chunk, norms of each chunk, written and read.
-        64 + 4 * chunks + 2 * (64 + 16) + 2 * (8 + 16) * chunks,
+        # written and read; squares of each chunk, norms of each chunk, written and read; stats.
+        72 + 4 * chunks + 2 * (64 + 16) + 2 * (8 + 40) * chunks + 16,
         # Single elements of 2 bytes: a warp's 64 lie in 3 sectors. A tail is one more access.
         0.5 if offset or numel < 64 else 0.99,
         numel,

@@ -33,13 +33,21 @@ struct Entry {
   const void* g;
   float* m;
   float* v;
+  float* master;  // or null
   int64_t numel;
   int64_t first_chunk;
   int32_t set;
-  DType p_dtype, g_dtype;
-  int32_t wide;  // all four aligned to kWidth elements
+  int16_t p_dtype, g_dtype;  // DType
+  int32_t wide;              // all of them aligned to kWidth elements
+  int32_t padding = 0;
+
+  // What the formulas take for p.
+  BATCHOPS_DEVICE void* exact() const { return master == nullptr ? p : master; }
+  BATCHOPS_DEVICE DType exact_dtype() const {
+    return master == nullptr ? static_cast<DType>(p_dtype) : DType::f32;
+  }
 };
-static_assert(sizeof(Entry) == 64);
+static_assert(sizeof(Entry) == 72);
 
 int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
@@ -49,9 +57,7 @@ int64_t chunk_count(const LambArgs& args) {
   return count;
 }
 
-struct Norms {
-  double p_sq, u_sq;
-};
+constexpr int kSums = 5;  // of LambNorms
 
 // Where the parts of the table and the workspace lie.
 struct Places {
@@ -60,7 +66,7 @@ struct Places {
   int64_t chunks;
   double* grad_sum_sq;
   double* grad_squares;    // [chunks]
-  Norms* norms;            // [chunks]
+  LambNorms* norms;        // [chunks]
   LambStepFactors* steps;  // [tensors]
 
   Places(const LambArgs& args, const void* table, void* workspace)
@@ -69,23 +75,27 @@ struct Places {
         chunks(chunk_count(args)),
         grad_sum_sq(static_cast<double*>(workspace)),
         grad_squares(grad_sum_sq + 2),
-        norms(reinterpret_cast<Norms*>(grad_squares + chunks + chunks % 2)),
+        norms(reinterpret_cast<LambNorms*>(grad_squares + chunks + chunks % 2)),
         steps(reinterpret_cast<LambStepFactors*>(norms + chunks)) {}
 };
 
 struct StepArguments {
   Places places;
   const double* grad_sum_sq;  // null: no clip
-  double max_grad_norm;
+  double max_grad_norm, clip_eps, grad_scale;
+  TensorStats* stats;  // or null
   int32_t first_set, set_count;
   LambSet sets[kMaxSets];
 
   BATCHOPS_DEVICE bool holds(int32_t set) const {
     return set >= first_set && set < first_set + set_count;
   }
+  BATCHOPS_DEVICE double divisor() const {
+    return grad_sum_sq == nullptr ? grad_scale
+                                  : grad_divisor(*grad_sum_sq, max_grad_norm, clip_eps, grad_scale);
+  }
   BATCHOPS_DEVICE LambFactors factors(int32_t set) const {
-    const double C = grad_sum_sq == nullptr ? 1 : lamb_clip(*grad_sum_sq, max_grad_norm);
-    return LambFactors(sets[set - first_set], C);
+    return LambFactors(sets[set - first_set], divisor());
   }
 };
 
@@ -106,9 +116,12 @@ BATCHOPS_DEVICE F sqrt(F a) { return F(__fsqrt_rn(a.v)); }
 BATCHOPS_DEVICE F max(F a, F b) { return a.v < b.v ? b : a; }
 BATCHOPS_DEVICE F min(F a, F b) { return b.v < a.v ? b : a; }
 
-#define BATCHOPS_LAMB_INLINE BATCHOPS_DEVICE
+BATCHOPS_DEVICE F select_le(F a, F b, F yes, F no) { return a.v <= b.v ? yes : no; }
+
+#define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
+#include "kernels/compensated.inl"
 #include "kernels/lamb_math.inl"
-#undef BATCHOPS_LAMB_INLINE
+#undef BATCHOPS_OPTIMIZER_INLINE
 
 // The chunk of this block.
 struct Chunk {
@@ -172,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t index = places.chunks - 1 - blockIdx.x;
   const Chunk chunk(places, index);
   double total[1] = {0};
-  with_element(chunk.x.g_dtype, [&](auto type) {
+  with_element(static_cast<DType>(chunk.x.g_dtype), [&](auto type) {
     using G = typename decltype(type)::type;
     in_units(chunk, [&](auto width, int32_t done, int32_t units) {
       constexpr int W = decltype(width)::value;
@@ -214,16 +227,17 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) factors = args.factors(x.set);
   __syncthreads();
   const Constants c(factors);
-  double norms[2] = {0, 0};  // Σ p², Σ (u / scale)²
+  const bool caution = args.sets[x.set - args.first_set].caution != 0;
+  double norms[kSums] = {};  // in the order of LambNorms
 
-  with_element(x.p_dtype, [&](auto p_type) {
-    with_element(x.g_dtype, [&](auto g_type) {
+  with_element(x.exact_dtype(), [&](auto p_type) {
+    with_element(static_cast<DType>(x.g_dtype), [&](auto g_type) {
       using P = typename decltype(p_type)::type;
       using G = typename decltype(g_type)::type;
       in_units(chunk, [&](auto width, int32_t done, int32_t units) {
         constexpr int W = decltype(width)::value;
         const int64_t begin = chunk.begin + done;
-        const P* p = static_cast<const P*>(x.p) + begin;
+        const P* p = static_cast<const P*>(x.exact()) + begin;
         const G* g = static_cast<const G*>(x.g) + begin;
         float* m = x.m + begin;
         float* v = x.v + begin;
@@ -252,10 +266,20 @@ __global__ void __launch_bounds__(kThreads)
                 m_i[j] = m_j.v;
                 v_i[j] = v_j.v;
                 // Rounding errors of single elements average out in the norm.
-                const F u_j = fused(c.weight_decay, F(p_i[j]), m_j / (sqrt(v_j) + c.eps.high));
-                const double p_wide = p_i[j], u_wide = u_j.v;
+                const F q_j = rough_quotient(m_j, v_j, c);
+                const double p_wide = p_i[j], g_wide = g_j.v;
                 norms[0] = fma(p_wide, p_wide, norms[0]);
-                norms[1] = fma(u_wide, u_wide, norms[1]);
+                norms[1] = fma(g_wide, g_wide, norms[1]);
+                double u_wide;
+                if (caution) {
+                  const F agree = agreement(m_j, g_j);
+                  u_wide = where_positive(agree, q_j).v;
+                  norms[3] = fma(u_wide, p_wide, norms[3]);
+                  norms[4] += where_positive(agree, F(1.0f)).v;
+                } else {
+                  u_wide = fused(c.weight_decay, F(p_i[j]), q_j).v;
+                }
+                norms[2] = fma(u_wide, u_wide, norms[2]);
               }
               store_unit<float, W>(m + i * W, m_i);
               store_unit<float, W>(v + i * W, v_i);
@@ -264,7 +288,8 @@ __global__ void __launch_bounds__(kThreads)
     });
   });
   block_sum<kThreads>(norms);
-  if (threadIdx.x == 0) args.places.norms[blockIdx.x] = {norms[0], norms[1]};
+  if (threadIdx.x == 0)
+    args.places.norms[blockIdx.x] = {norms[0], norms[1], norms[2], norms[3], norms[4]};
 }
 
 // A block a tensor.
@@ -273,17 +298,30 @@ __global__ void __launch_bounds__(kThreads)
   const Entry& x = args.places.entries[blockIdx.x];
   if (!args.holds(x.set)) return;
   const LambSet& set = args.sets[x.set - args.first_set];
-  double norms[2] = {0, 0};
+  double norms[kSums] = {};
   const int64_t chunks = (x.numel + kChunk - 1) / kChunk;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) {
-    norms[0] += args.places.norms[x.first_chunk + i].p_sq;
-    norms[1] += args.places.norms[x.first_chunk + i].u_sq;
+    const LambNorms& chunk = args.places.norms[x.first_chunk + i];
+    const double values[kSums] = {chunk.p_sq, chunk.g_sq, chunk.u_sq, chunk.cross, chunk.kept};
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) norms[k] += values[k];
   }
   block_sum<kThreads>(norms);
   if (threadIdx.x == 0) {
-    const double ratio = set.adapted ? lamb_ratio(set, norms[0], norms[1]) : 1;
-    args.places.steps[blockIdx.x] = LambStepFactors(set, ratio);
+    const LambOutcome outcome(set, {norms[0], norms[1], norms[2], norms[3], norms[4]}, x.numel,
+                              args.divisor(), args.grad_scale);
+    args.places.steps[blockIdx.x] = outcome.step;
+    if (args.stats != nullptr) args.stats[blockIdx.x] = outcome.stats;
   }
+}
+
+// The low-precision copies of masters that have changed.
+template <int W>
+BATCHOPS_DEVICE void publish(const Entry& x, int64_t at, const float (&p)[W]) {
+  with_element(static_cast<DType>(x.p_dtype), [&](auto type) {
+    using P = typename decltype(type)::type;
+    store_unit<P, W>(static_cast<P*>(x.p) + at, p);
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -298,12 +336,14 @@ __global__ void __launch_bounds__(kThreads)
   const Constants c(factors);
   const StepConstants step(args.places.steps[args.places.tensor_of[index]]);
 
-  with_element(x.p_dtype, [&](auto type) {
+  const bool caution = args.sets[x.set - args.first_set].caution != 0;
+
+  with_element(x.exact_dtype(), [&](auto type) {
     using P = typename decltype(type)::type;
     in_units(chunk, [&](auto width, int32_t done, int32_t units) {
       constexpr int W = decltype(width)::value;
       const int64_t begin = chunk.begin + done;
-      P* p = static_cast<P*>(x.p) + begin;
+      P* p = static_cast<P*>(x.exact()) + begin;
       const float* m = x.m + begin;
       const float* v = x.v + begin;
       Unit<P, W> p_raw[kInFlight];
@@ -322,9 +362,18 @@ __global__ void __launch_bounds__(kThreads)
             to_float<float, W>(v_raw[u], v_i);
 #pragma unroll
             for (int j = 0; j < W; ++j) {
-              p_i[j] = updated(F(p_i[j]), quotient(F(m_i[j]), F(v_i[j]), c), step).v;
+              Quotient q = quotient(F(m_i[j]), F(v_i[j]), c);
+              if (caution) {
+                // Rare enough for loads of single elements.
+                const float g_j =
+                    load_as_float(x.g, static_cast<DType>(x.g_dtype), begin + int64_t{i} * W + j);
+                const F agree = agreement(F(m_i[j]), F(g_j) * c.g_scale);
+                q = {where_positive(agree, q.high), where_positive(agree, q.low)};
+              }
+              p_i[j] = updated(F(p_i[j]), q, step).v;
             }
             store_unit<P, W>(p + i * W, p_i);
+            if (x.master != nullptr) publish<W>(x, begin + int64_t{i} * W, p_i);
           });
     });
   });
@@ -355,12 +404,22 @@ void lamb_write_table_cuda(const LambArgs& args, void* table) {
   unsigned char* tensor_of = bytes + args.tensor_count * sizeof(cuda::Entry);
   int64_t chunk = 0;
   for (int64_t i = 0; i < args.tensor_count; ++i) {
-    const LambTensor& x = args.tensors[i];
+    const OptimizerTensor& x = args.tensors[i];
     const bool wide = cuda::is_aligned(x.p, cuda::kWidth * static_cast<int>(size_of(x.p_dtype))) &&
                       cuda::is_aligned(x.g, cuda::kWidth * static_cast<int>(size_of(x.g_dtype))) &&
-                      cuda::is_aligned(x.m, 16) && cuda::is_aligned(x.v, 16);
-    const cuda::Entry entry{x.p,   x.g,       x.m,       x.v,       x.numel,
-                            chunk, set_of[i], x.p_dtype, x.g_dtype, wide};
+                      cuda::is_aligned(x.m, 16) && cuda::is_aligned(x.v, 16) &&
+                      cuda::is_aligned(x.master, 16);
+    const cuda::Entry entry{x.p,
+                            x.g,
+                            x.m,
+                            x.v,
+                            x.master,
+                            x.numel,
+                            chunk,
+                            set_of[i],
+                            static_cast<int16_t>(x.p_dtype),
+                            static_cast<int16_t>(x.g_dtype),
+                            wide};
     std::memcpy(bytes + i * sizeof entry, &entry, sizeof entry);
     const auto tensor = static_cast<int32_t>(i);
     for (int64_t k = cuda::chunk_count(x.numel); k > 0; --k, ++chunk) {
@@ -371,7 +430,7 @@ void lamb_write_table_cuda(const LambArgs& args, void* table) {
 
 size_t lamb_workspace_bytes_cuda(const LambArgs& args) {
   const int64_t chunks = cuda::chunk_count(args);
-  return (2 + chunks + chunks % 2) * sizeof(double) + chunks * sizeof(cuda::Norms) +
+  return (2 + chunks + chunks % 2) * sizeof(double) + chunks * sizeof(LambNorms) +
          args.tensor_count * sizeof(LambStepFactors);
 }
 
@@ -382,11 +441,17 @@ const char* lamb_grad_sum_sq_cuda(const LambArgs& args, const void* table, void*
 }
 
 const char* lamb_step_cuda(const LambArgs& args, const void* table, void* workspace,
-                           const double* grad_sum_sq, int device, void* stream) {
+                           const double* grad_sum_sq, TensorStats* stats, int device,
+                           void* stream) {
   if (const char* error = cuda::set_device(cuda::kOp, device)) return error;
   std::vector<LambSet> sets;
   lamb_sets(args, sets);
-  cuda::StepArguments step{cuda::Places(args, table, workspace), nullptr, args.max_grad_norm};
+  cuda::StepArguments step{cuda::Places(args, table, workspace),
+                           nullptr,
+                           args.max_grad_norm,
+                           args.clip_eps,
+                           args.grad_scale,
+                           stats};
   const int64_t chunks = step.places.chunks;
   if (chunks == 0) return nullptr;
   if (args.max_grad_norm > 0) {

@@ -1,0 +1,558 @@
+"""What LAMB and LARS share: options, states, checkpoints, and the tables of native steps."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _binding as _binding  # loads the operators
+from . import _optimizer_plain as plain
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# What other optimizers leave in a checkpoint's groups and ours refuse or keep elsewhere.
+_FOREIGN = ("foreach", "differentiable", "step")
+
+
+class Stats(NamedTuple):
+    """Norms of the last step: ``values[i]`` holds ``columns`` of the parameter ``names[i]``."""
+
+    names: list[str]
+    columns: tuple[str, str, str, str]
+    values: Tensor
+
+
+class _Kept:
+    """Carries a state tensor past Optimizer.load_state_dict, which would cast it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class FusedOptimizer(Optimizer):
+    """Base of the optimizers whose step is one native call a device."""
+
+    # Of a subclass: its name, its moments (the native table takes two at most), a moment and the
+    # names of options that are flags, in the order of the kernels' structs.
+    _kind: str
+    _flags: tuple[str, ...]
+    _plan: _Plan | None = None
+    _exclude: Any = None
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, options: dict[str, Any], exclude: Any) -> None:
+        self._exclude = exclude
+        self._check(options)
+        super().__init__(params, {**options, "exclude": None})
+
+    # ----------------------------------------------------------- for subclasses
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def _check_own(self, options: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _stepped(self, group: dict[str, Any], skip: Tensor | None) -> None:
+        """After a step of the group."""
+
+    # --------------------------------------------------------------- torch.optim
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        exclude = self._exclude
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            self._check(options)
+            for group in self.param_groups:
+                if group["max_grad_norm"] != options["max_grad_norm"]:
+                    raise ValueError(
+                        f"{self._kind}: max_grad_norm is one number for the whole optimizer, "
+                        f"expected {group['max_grad_norm']}, got {options['max_grad_norm']}"
+                    )
+            if param_group.get("exclude") is not None:
+                exclude = param_group["exclude"]
+            self._complete(param_group, options)
+        super().add_param_group(param_group)
+        self._plan = None
+        group = self.param_groups[-1]
+        try:
+            group["exclude"] = self._excluded(group, exclude)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _complete(self, param_group: dict[str, Any], options: dict[str, Any]) -> None:
+        """Options of a new group that follow from others."""
+
+    def _excluded(self, group: dict[str, Any], exclude: Any) -> list[int]:
+        """Positions in the group: plain numbers, which a checkpoint and a pickle can hold."""
+        params, names = group["params"], group.get("param_names")
+        if exclude is None or exclude is False:
+            return []
+        if exclude is True:
+            return list(range(len(params)))
+        if callable(exclude):
+            named = zip(names or [None] * len(params), params, strict=True)
+            return [i for i, (name, p) in enumerate(named) if exclude(name, p)]
+        if isinstance(exclude, str):
+            exclude = [exclude]
+        exclude = list(exclude)
+        if all(type(part) is int for part in exclude):
+            return exclude
+        if not all(isinstance(part, str) for part in exclude):
+            raise TypeError(
+                f"{self._kind}: exclude must be a bool, a function of name and parameter, or parts "
+                f"of names, got {exclude!r}"
+            )
+        if names is None:
+            raise ValueError(
+                f"{self._kind}: exclude by parts of names expects named parameters "
+                "(model.named_parameters()), got parameters without names"
+            )
+        return [i for i, name in enumerate(names) if any(part in name for part in exclude)]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def keep(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            state = {
+                key: {
+                    name: _Kept(value) if isinstance(value, Tensor) else value
+                    for name, value in entry.items()
+                    if value is not None
+                }
+                if isinstance(entry, dict)
+                else entry
+                for key, entry in loaded["state"].items()
+            }
+            groups = [dict(group) for group in loaded["param_groups"]]
+            for group in groups:
+                # Apex and timm count steps by group; timm's Lars does not count them at all.
+                count = group.get("step", 1)
+                for key in group["params"]:
+                    entry = state.get(key)
+                    if entry is None:
+                        continue
+                    if not entry:
+                        del state[key]
+                    elif "step" not in entry:
+                        entry["step"] = torch.tensor(float(count), dtype=torch.float32)
+                for name in _FOREIGN:
+                    group.pop(name, None)
+            for group, own in zip(groups, self.param_groups, strict=False):
+                group["fused"], group["capturable"] = own["fused"], own["capturable"]
+                # A checkpoint of another optimizer says nothing of ours.
+                for name in (*self.defaults, "exclude"):
+                    group.setdefault(name, own[name])
+            return {**loaded, "state": state, "param_groups": groups}
+
+        # Registered last, so that it sees what the user's own hooks have made of the dict.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    load_state_dict.__doc__ = Optimizer.load_state_dict.__doc__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        capturable = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            if group["exclude"] is None:
+                group["exclude"] = []
+            capturable.update(dict.fromkeys(group["params"], group["capturable"]))
+        for p, entry in self.state.items():
+            if not isinstance(entry, dict):
+                continue
+            home = p.device if isinstance(p, Tensor) else torch.device("cpu")
+            steps_home = home if capturable.get(p) else torch.device("cpu")
+            for name, value in entry.items():
+                if isinstance(value, _Kept):
+                    entry[name] = value.value.to(steps_home if name == "step" else home)
+            if "step" in entry and not isinstance(entry["step"], Tensor):
+                entry["step"] = torch.tensor(
+                    float(entry["step"]), dtype=torch.float32, device=steps_home
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        max_grad_norm = self.param_groups[0]["max_grad_norm"]
+        for group in self.param_groups:
+            self._check(group)
+            if group["max_grad_norm"] != max_grad_norm:
+                raise ValueError(
+                    f"{self._kind}.step: max_grad_norm is one number for the whole optimizer, got "
+                    f"{max_grad_norm} and {group['max_grad_norm']}"
+                )
+        # torch.amp.GradScaler sets these for the time of the call.
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if skip is not None and not any(group["capturable"] for group in self.param_groups):
+            if float(skip):
+                return loss
+            skip = None
+        # A second time only where a parameter has changed its dtype, device or layout.
+        while True:
+            plan = self._plan
+            if plan is None or not plan.holds(self):
+                plan = self._plan = _Plan(self)
+            if plan.run(self, max_grad_norm, scale, skip):
+                break
+            self._plan = None
+        for group in self.param_groups:
+            self._stepped(group, skip)
+        return loss
+
+    def stats(self) -> Stats:
+        """‖p‖, ‖g‖, ‖u‖ and the trust ratio of each parameter, as the last step has seen them.
+
+        ``Stats(names, columns, values)``: ``values`` is a float32 tensor of a row a parameter and
+        a column each for ``p_norm``, ``g_norm``, ``u_norm`` and ``trust_ratio``, on the first
+        parameter's device; nothing waits for that device. ``p_norm`` is of the parameter before
+        the step, ``g_norm`` of the unscaled gradient before the clip. Rows of parameters that had
+        no gradient, and all rows before the first step, are NaN. Names are those of named
+        parameters, else ``group.position``.
+        """
+        names: list[str] = []
+        for index, group in enumerate(self.param_groups):
+            given = group.get("param_names")
+            names += given or [f"{index}.{i}" for i in range(len(group["params"]))]
+        device = self.param_groups[0]["params"][0].device
+        values = torch.full((len(names), 4), math.nan, dtype=torch.float32, device=device)
+        if self._plan is not None:
+            for rows, part in self._plan.stats():
+                values[rows] = part.to(device)
+        return Stats(names, ("p_norm", "g_norm", "u_norm", "trust_ratio"), values)
+
+    # --------------------------------------------------------------------- checks
+
+    def _check(self, options: dict[str, Any]) -> None:
+        kind, lr = self._kind, options["lr"]
+        if not isinstance(lr, (int, float, Tensor)):
+            raise TypeError(
+                f"{kind}: expected lr to be a number or a tensor, got {type(lr).__name__}"
+            )
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(
+                f"{kind}: lr must be a float or a one-element tensor, got {lr.numel()} elements"
+            )
+        # The value of a tensor elsewhere is not worth a synchronisation.
+        if (not isinstance(lr, Tensor) or lr.is_cpu) and not lr >= 0.0:
+            raise ValueError(f"{kind}: invalid learning rate: expected lr >= 0, got {lr}")
+        if not options["eps"] >= 0.0:
+            raise ValueError(f"{kind}: invalid epsilon: expected eps >= 0, got {options['eps']}")
+        decay = options["weight_decay"]
+        if not decay >= 0.0:
+            raise ValueError(
+                f"{kind}: invalid weight_decay: expected weight_decay >= 0, got {decay}"
+            )
+        bound = options["max_grad_norm"]
+        if bound is not None and not 0.0 < bound < math.inf:
+            raise ValueError(
+                f"{kind}: max_grad_norm must be positive and finite, or None, got {bound}"
+            )
+        for name in ("foreach", "differentiable"):
+            if options.get(name):
+                raise RuntimeError(f"{kind}: `{name}` is not supported, got {name}={options[name]}")
+        if options["fused"] not in (None, True, False):
+            raise ValueError(f"{kind}: fused must be True, False or None, got {options['fused']!r}")
+        self._check_own(options)
+
+
+class _Plan:
+    """The tensors of a step: native tables by device, and what takes the plain path.
+
+    Made anew when groups, parameters or state tensors are other objects than before, and when a
+    parameter has its first gradient.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        groups, state, kind = optimizer.param_groups, optimizer.state, optimizer._kind
+        self.key = self._key(optimizer)
+        self.params = [p for group in groups for p in group["params"]]
+        self.stateless: list[Tensor] = []
+        chosen: list[tuple[Tensor, int, int, str, bool]] = []
+
+        # All checks come before the first change to the state. Where two parameters are one memory,
+        # the second must see the first one's step: not a thing for threads.
+        seen: set[int] = set()
+        row = -1
+        for index, group in enumerate(groups):
+            moments = optimizer._moments(group)
+            for position, p in enumerate(group["params"]):
+                row += 1
+                name = _name_of(p, group, index, position)
+                entry = state.get(p) or {}
+                if p.grad is None:
+                    if not entry:
+                        self.stateless.append(p)
+                        continue
+                else:
+                    _check_gradient(kind, p, p.grad, name)
+                _check_state(kind, p, entry, moments, name)
+                reason = "" if group["fused"] is False else _why_not_native(optimizer, group, p)
+                if reason and group["fused"]:
+                    raise RuntimeError(f"{kind}: fused=True cannot take {name}: {reason}")
+                repeated = p.numel() > 0 and type(p) in _PLAIN_TYPES and p.data_ptr() in seen
+                if repeated and group["fused"]:
+                    raise RuntimeError(
+                        f"{kind}: fused=True cannot take {name}: an earlier parameter has its "
+                        "memory"
+                    )
+                if type(p) in _PLAIN_TYPES:
+                    seen.add(p.data_ptr())
+                native = not reason and not repeated and group["fused"] is not False
+                chosen.append((p, index, row, name, native))
+
+        positions = [
+            {id(group["params"][i]) for i in group["exclude"] if i < len(group["params"])}
+            for group in groups
+        ]
+        tables: dict[torch.device, list[tuple[Tensor, int, int, int, str]]] = defaultdict(list)
+        self.plain: list[plain.Member] = []
+        for p, index, at, name, native in chosen:
+            group = groups[index]
+            _complete_state(p, state[p], group, optimizer._moments(group))
+            excluded = id(p) in positions[index]
+            if native:
+                tables[p.device].append((p, index, at, excluded, name))
+            else:
+                self.plain.append(plain.Member(p, state[p], index, at, excluded, name))
+        self.tables = []
+        for device, members in tables.items():
+            rows = [at for _, _, at, _, _ in members]
+            self.tables.append((device, _native_table(optimizer, members), rows))
+        self.entries = [entry for p, entry in state.items() if entry and isinstance(p, Tensor)]
+        self.tensors = list(chain.from_iterable(entry.values() for entry in self.entries))
+
+    @staticmethod
+    def _key(optimizer: FusedOptimizer) -> list[Any]:
+        return [
+            (
+                len(group["params"]),
+                group["fused"],
+                group["capturable"],
+                group["master_weights"],
+                group["exclude"],
+                optimizer._moments(group),
+            )
+            for group in optimizer.param_groups
+        ]
+
+    def holds(self, optimizer: FusedOptimizer) -> bool:
+        """Whether the optimizer still has the very objects that this plan was made of."""
+        if self.key != self._key(optimizer):
+            return False
+        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        entries = [e for p, e in optimizer.state.items() if e and isinstance(p, Tensor)]
+        if (
+            len(entries) != len(self.entries)
+            or not all(map(is_, params, self.params))
+            or not all(map(is_, entries, self.entries))
+        ):
+            return False
+        tensors = list(chain.from_iterable(entry.values() for entry in entries))
+        if len(tensors) != len(self.tensors) or not all(map(is_, tensors, self.tensors)):
+            return False
+        return all(p.grad is None for p in self.stateless)
+
+    def run(
+        self,
+        optimizer: FusedOptimizer,
+        max_grad_norm: float | None,
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> bool:
+        """One step; False, with nothing changed, if a table cannot serve its tensors any more."""
+        groups, kind = optimizer.param_groups, optimizer._kind
+        bound = 0.0 if max_grad_norm is None else float(max_grad_norm)
+        clip_eps = groups[0].get("clip_eps", 0.0)
+        numbers: list[float] = []
+        flags: list[int] = []
+        host_scale = 1.0
+        if self.tables:
+            numbers = [float(n) for group in groups for n in optimizer._numbers(group)]
+            flags = [
+                sum(bool(group[name]) << bit for bit, name in enumerate(optimizer._flags))
+                for group in groups
+            ]
+            host_scale = 1.0 if scale is None else float(scale)
+            if skip is not None and float(skip):
+                return True
+        if len(self.tables) == 1 and not self.plain:
+            table = self.tables[0][1]
+            return table.step(numbers, flags, bound, clip_eps, host_scale, None) < 0
+
+        members = [member for member in self.plain if member.p.grad is not None]
+        for member in members:
+            group = groups[member.group]
+            _check_gradient(kind, member.p, member.p.grad, member.name)
+            _check_state(kind, member.p, member.state, optimizer._moments(group), member.name)
+        if any(table.prepare() >= 0 for _, table, _ in self.tables):
+            return False
+        sums: list[Tensor] = []
+        if bound:
+            sums = [table.grad_sum_sq() for _, table, _ in self.tables]
+            sums += [plain.sum_of_squares(member.p.grad) for member in members]
+        for device, table, _ in self.tables:
+            total = plain.total(sums, device, torch.float64)
+            table.step(numbers, flags, bound, clip_eps, host_scale, total)
+        for member in self.plain:
+            member.stats = None
+        for member in members:
+            p = member.p
+            total = plain.total(sums, p.device, plain.wide(p))
+            divisor = plain.divisor(p, total, bound, clip_eps, scale)
+            group = groups[member.group]
+            step = plain.lamb_step if kind == "LAMB" else plain.lars_step
+            step(member, group, divisor, scale, optimizer._numbers(group), skip)
+        return True
+
+    def stats(self) -> list[tuple[list[int], Tensor]]:
+        parts = []
+        for _, table, rows in self.tables:
+            active, values = table.stats()
+            parts.append(([rows[i] for i in active], values))
+        parts += [([m.row], m.stats[None]) for m in self.plain if m.stats is not None]
+        return parts
+
+
+def _native_table(
+    optimizer: FusedOptimizer, members: list[tuple[Tensor, int, int, int, str]]
+) -> Any:
+    params, groups, _, excluded, names = (list(c) for c in zip(*members, strict=True))
+    entries = [optimizer.state[p] for p in params]
+    moments = [optimizer._moments(optimizer.param_groups[index]) for index in groups]
+
+    def moment(k: int) -> list[Tensor | None]:
+        pairs = zip(entries, moments, strict=True)
+        return [entry[own[k]] if k < len(own) else None for entry, own in pairs]
+
+    masters = [
+        entry.get("master") if optimizer.param_groups[index]["master_weights"] else None
+        for entry, index in zip(entries, groups, strict=True)
+    ]
+    steps = [entry["step"] for entry in entries]
+    make = torch.classes.batchops.OptimizerTable
+    return make(
+        optimizer._kind,
+        params,
+        moment(0),
+        moment(1),
+        masters,
+        steps,
+        groups,
+        [int(flag) for flag in excluded],
+        names,
+    )
+
+
+def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["master_weights"]) and p.dtype in (torch.float16, torch.bfloat16)
+
+
+def _complete_state(
+    p: Tensor, entry: dict[str, Any], group: dict[str, Any], moments: tuple[str, ...]
+) -> None:
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if "step" not in entry:
+        home = p.device if group["capturable"] else torch.device("cpu")
+        entry["step"] = torch.zeros((), dtype=torch.float32, device=home)
+    for name in moments:
+        if name not in entry:
+            entry[name] = torch.zeros_like(p, dtype=dtype)
+    if _wants_master(p, group) and "master" not in entry:
+        entry["master"] = p.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _name_of(p: Tensor, group: dict[str, Any], index: int, position: int) -> str:
+    names = group.get("param_names")
+    called = f" ({names[position]!r})" if names else ""
+    return f"parameter {position} of group {index}{called}, {p.dtype} of size {tuple(p.shape)}"
+
+
+def _check_gradient(kind: str, p: Tensor, grad: Tensor, name: str) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"{kind}.step: {name} has a sparse gradient; expected a dense one")
+    if grad.is_complex() or p.is_complex():
+        raise RuntimeError(f"{kind}.step: {name} has a complex gradient; expected a real one")
+    if grad.shape != p.shape or grad.device != p.device:
+        raise RuntimeError(
+            f"{kind}.step: {name} expects a gradient of its size on {p.device}, got "
+            f"{tuple(grad.shape)} on {grad.device}"
+        )
+
+
+def _check_state(
+    kind: str, p: Tensor, entry: dict[str, Any], moments: tuple[str, ...], name: str
+) -> None:
+    if not entry:
+        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            raise RuntimeError(
+                f"{kind}.step: {name} has elements that share memory; clone it first"
+            )
+        return
+    # LARS keeps no buffer while it has no momentum, and may get one later.
+    needed = ("step", *moments) if kind == "LAMB" else ("step",)
+    for key in needed:
+        if not isinstance(entry.get(key), Tensor):
+            raise RuntimeError(
+                f"{kind}.step: expected a tensor {key!r} in the state of {name}, got "
+                f"{type(entry.get(key)).__name__} (keys: {sorted(map(str, entry))})"
+            )
+    for key in (*moments, "master"):
+        value = entry.get(key)
+        if value is None:
+            continue
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != p.shape
+            or value.device != p.device
+            or not value.is_floating_point()
+        ):
+            got = (
+                f"{value.dtype} of size {tuple(value.shape)} on {value.device}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise RuntimeError(
+                f"{kind}.step: expected {key!r} of {name} to be floating-point, of its size and on "
+                f"{p.device}, got {got}"
+            )
+
+
+def _why_not_native(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> str:
+    if type(p) not in _PLAIN_TYPES:
+        return f"expected a torch.Tensor, got the subclass {type(p).__name__}"
+    if group["capturable"] and not p.is_cpu:
+        return "capturable=True has no kernel of its own on a GPU"
+    entry = optimizer.state.get(p) or {}
+    step = entry.get("step")
+    if step is not None and (step.dtype != torch.float32 or not step.is_cpu or step.numel() != 1):
+        return f"expected state 'step' as a float32 number on the CPU, got {step.dtype}"
+    moments = [entry.get(name) for name in optimizer._moments(group)]
+    first, second = [*moments, None, None][:2]
+    master = entry.get("master") if _wants_master(p, group) else None
+    return torch.ops.batchops.optimizer_unsupported(optimizer._kind, p, first, second, master)

@@ -1,0 +1,324 @@
+// LAMB and LARS on one chunk of one tensor. Compile with -ffp-contract=off: see compensated.inl.
+
+using F = Vec<float>;
+using D = Vec<double>;
+constexpr int64_t kLanes = F::kLanes;
+
+// a·b + c, rounded once.
+BATCHOPS_INLINE F fused(F a, F b, F c) {
+#if defined(BATCHOPS_ISA_AVX512) || defined(BATCHOPS_ISA_AVX2) || defined(__aarch64__)
+  return fma(a, b, c);
+#else
+  // Without FMA: in double the product is exact, and the sum's rounding there hardly ever matters.
+  F result;
+  for (int i = 0; i < F::kLanes; ++i) {
+    result.v[i] = static_cast<float>(static_cast<double>(a.v[i]) * b.v[i] + c.v[i]);
+  }
+  return result;
+#endif
+}
+
+#define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_INLINE
+#include "kernels/compensated.inl"
+namespace lamb {
+#include "kernels/lamb_math.inl"
+}
+namespace lars {
+#include "kernels/lars_math.inl"
+}
+#undef BATCHOPS_OPTIMIZER_INLINE
+
+// Σ x² in lanes of float, moved to double before they have grown long; and in double throughout
+// where float's range would not do.
+struct Squares {
+  F lanes;
+  D low, high;
+
+  BATCHOPS_INLINE Squares() : lanes(0.0f), low(0.0), high(0.0) {}
+  BATCHOPS_INLINE void add(F x) { lanes = fma(x, x, lanes); }
+  BATCHOPS_INLINE void add_wide(F x) {
+    D a, b;
+    widen(x, a, b);
+    low = fma(a, a, low);
+    high = fma(b, b, high);
+  }
+  BATCHOPS_INLINE void flush() {
+    D a, b;
+    widen(lanes, a, b);
+    low = low + a;
+    high = high + b;
+    lanes = F(0.0f);
+  }
+  BATCHOPS_INLINE double total() {
+    flush();
+    return sum(low + high);
+  }
+};
+// Squares below the smallest normal float lose places, those above the largest overflow. A chunk's
+// sum inside these bounds has lost less than 1e-7 of itself; outside (or NaN) it is formed anew.
+BATCHOPS_INLINE bool in_float_range(double sum_sq) { return sum_sq > 1e-26 && sum_sq < 1e38; }
+
+constexpr int64_t kFlushEvery = 16;  // vectors
+
+// step(i, n): elements [i, i + n), n = kLanes but for the last one; flush() every few steps.
+template <class Step, class Flush>
+BATCHOPS_INLINE void for_each_vector(int64_t count, Step&& step, Flush&& flush) {
+  int64_t i = 0;
+  while (count - i >= kLanes) {
+    const int64_t run_end = std::min(i + kFlushEvery * kLanes, count - kLanes + 1);
+    for (; i < run_end; i += kLanes) step(i, kLanes);
+    flush();
+  }
+  if (i < count) step(i, count - i);
+}
+
+template <class S>
+BATCHOPS_INLINE F load_part(const S* x, int64_t n) {
+  return n == kLanes ? load<float>(x) : load<float>(x, n);
+}
+template <class S>
+BATCHOPS_INLINE void store_part(S* x, F value, int64_t n) {
+  if (n == kLanes) {
+    store(x, value);
+  } else {
+    store(x, value, n);
+  }
+}
+// Lanes past n hold what the formulas make of zeros, NaN with eps = 0: out of the sums with them.
+BATCHOPS_INLINE F only_part(F x, int64_t n) {
+  return n == kLanes ? x : keep((uint64_t{1} << n) - 1, x);
+}
+
+template <class G>
+double squares_of(const G* g, int64_t count) {
+  Squares squares[4];
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) squares[k].add_wide(load<float>(g + i + k * kLanes));
+  }
+  for (; i < count; i += kLanes) {
+    squares[0].add_wide(load_part(g + i, std::min(kLanes, count - i)));
+  }
+  return (squares[0].total() + squares[1].total()) + (squares[2].total() + squares[3].total());
+}
+
+// f(T*) with the element type of `dtype`.
+template <class F_>
+BATCHOPS_INLINE auto with_element(DType dtype, F_&& f) {
+  return dtype == DType::f16    ? f(static_cast<Half*>(nullptr))
+         : dtype == DType::bf16 ? f(static_cast<BFloat16*>(nullptr))
+                                : f(static_cast<float*>(nullptr));
+}
+
+// f(p, g) with the chunk's parameter, the master where there is one, and gradient.
+template <class F_>
+BATCHOPS_INLINE void with_parameter_and_gradient(const OptimizerChunk& chunk, F_&& f) {
+  const OptimizerTensor& x = *chunk.tensor;
+  with_element(x.master ? DType::f32 : x.p_dtype, [&](auto* p_type) {
+    with_element(x.g_dtype, [&](auto* g_type) {
+      auto* p = static_cast<decltype(p_type)>(x.master ? x.master : x.p);
+      f(p + chunk.begin,
+        static_cast<const std::remove_pointer_t<decltype(g_type)>*>(x.g) + chunk.begin);
+    });
+  });
+}
+
+// The low-precision copy of a master that has changed.
+BATCHOPS_NOINLINE void publish(const OptimizerChunk& chunk) {
+  const OptimizerTensor& x = *chunk.tensor;
+  with_element(x.p_dtype, [&](auto* type) {
+    auto* p = static_cast<decltype(type)>(x.p) + chunk.begin;
+    for (int64_t i = 0; i < chunk.count; i += kLanes) {
+      const int64_t n = std::min(kLanes, chunk.count - i);
+      store_part(p + i, load_part(x.master + chunk.begin + i, n), n);
+    }
+  });
+}
+
+double grad_sq(const OptimizerChunk& chunk) {
+  return with_element(chunk.tensor->g_dtype, [&](auto* type) {
+    using G = std::remove_pointer_t<decltype(type)>;
+    return squares_of(static_cast<const G*>(chunk.tensor->g) + chunk.begin, chunk.count);
+  });
+}
+
+// ---------------------------------------------------------------------------------------- LAMB
+
+// The sums once more from what is stored, where float's range did not do, and always with caution.
+template <class P, class G>
+void norms_in_double(const P* p, const G* g, const float* m, const float* v, int64_t count,
+                     const lamb::Constants& c, bool caution, LambNorms& norms) {
+  Squares p_sq, g_sq, u_sq;
+  D cross(0.0), kept(0.0);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    const F p_i = load_part(p + i, n), m_i = load_part(m + i, n);
+    const F g_i = load_part(g + i, n) * c.g_scale;
+    F q = only_part(lamb::quotient(m_i, load_part(v + i, n), c).high, n);
+    p_sq.add_wide(p_i);
+    g_sq.add_wide(g_i);
+    if (caution) {
+      const F agreement = lamb::agreement(m_i, g_i);
+      q = lamb::where_positive(agreement, q);
+      D a, b, q_low, q_high;
+      widen(p_i, a, b);
+      widen(q, q_low, q_high);
+      cross = fma(a, q_low, fma(b, q_high, cross));
+      widen(only_part(lamb::where_positive(agreement, F(1.0f)), n), a, b);
+      kept = kept + (a + b);
+      u_sq.add_wide(q);
+    } else {
+      u_sq.add_wide(fused(c.weight_decay, p_i, q));
+    }
+  }
+  norms.p_sq += p_sq.total();
+  norms.g_sq += g_sq.total();
+  norms.u_sq += u_sq.total();
+  norms.cross += sum(cross);
+  norms.kept += sum(kept);
+}
+
+template <class P, class G>
+void moments(const P* p, const G* g, float* m, float* v, int64_t count, const LambFactors& factors,
+             bool caution, LambNorms& norms) {
+  const lamb::Constants c(factors);
+  Squares p_sq, g_sq, u_sq;
+  for_each_vector(
+      count,
+      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        const F g_i = load_part(g + i, n) * c.g_scale;
+        const F m_i = lamb::first_moment(load_part(m + i, n), g_i, c);
+        const F v_i = lamb::second_moment(load_part(v + i, n), g_i, c);
+        store_part(m + i, m_i, n);
+        store_part(v + i, v_i, n);
+        const F p_i = load_part(p + i, n);
+        const F u = fused(c.weight_decay, p_i, lamb::rough_quotient(m_i, v_i, c));
+        p_sq.add(p_i);
+        g_sq.add(g_i);
+        u_sq.add(only_part(u, n));
+      },
+      [&]() BATCHOPS_INLINE_LAMBDA {
+        p_sq.flush();
+        g_sq.flush();
+        u_sq.flush();
+      });
+  const double p_total = p_sq.total(), g_total = g_sq.total(), u_total = u_sq.total();
+  if (caution || !in_float_range(p_total) || !in_float_range(g_total) || !in_float_range(u_total)) {
+    return norms_in_double(p, g, m, v, count, c, caution, norms);
+  }
+  norms.p_sq += p_total;
+  norms.g_sq += g_total;
+  norms.u_sq += u_total;
+}
+
+template <bool kCaution, class P, class G>
+BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int64_t count,
+                           const LambFactors& factors, const LambStepFactors& step_factors) {
+  const lamb::Constants c(factors);
+  const lamb::StepConstants step(step_factors);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    const F m_i = load_part(m + i, n);
+    lamb::Quotient q = lamb::quotient(m_i, load_part(v + i, n), c);
+    if constexpr (kCaution) {
+      const F agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
+      q = {lamb::where_positive(agreement, q.high), lamb::where_positive(agreement, q.low)};
+    }
+    store_part(p + i, lamb::updated(load_part(p + i, n), q, step), n);
+  }
+}
+
+void lamb_moments(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,
+                  LambNorms& norms) {
+  const OptimizerTensor& x = *chunk.tensor;
+  with_parameter_and_gradient(chunk, [&](auto* p, auto* g) {
+    moments(p, g, x.m + chunk.begin, x.v + chunk.begin, chunk.count, factors, caution, norms);
+  });
+}
+
+void lamb_apply(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,
+                const LambStepFactors& step) {
+  const OptimizerTensor& x = *chunk.tensor;
+  const float *m = x.m + chunk.begin, *v = x.v + chunk.begin;
+  if (caution) {
+    with_parameter_and_gradient(
+        chunk, [&](auto* p, auto* g) { apply<true>(p, g, m, v, chunk.count, factors, step); });
+  } else {
+    with_element(x.master ? DType::f32 : x.p_dtype, [&](auto* type) {
+      auto* p = static_cast<decltype(type)>(x.master ? x.master : x.p) + chunk.begin;
+      apply<false>(p, p, m, v, chunk.count, factors, step);
+    });
+  }
+  if (x.master) publish(chunk);
+}
+
+// ---------------------------------------------------------------------------------------- LARS
+
+template <class P, class G>
+void lars_sums(const P* p, const G* g, int64_t count, F scale, F decay, LarsNorms& norms) {
+  Squares p_sq, g_sq, u_sq;
+  for_each_vector(
+      count,
+      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * scale;
+        p_sq.add(p_i);
+        g_sq.add(g_i);
+        u_sq.add(fma(decay, p_i, g_i));
+      },
+      [&]() BATCHOPS_INLINE_LAMBDA {
+        p_sq.flush();
+        g_sq.flush();
+        u_sq.flush();
+      });
+  LarsNorms sums{p_sq.total(), g_sq.total(), u_sq.total()};
+  if (!in_float_range(sums.p_sq) || !in_float_range(sums.g_sq) || !in_float_range(sums.u_sq)) {
+    Squares p_wide, g_wide, u_wide;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t n = std::min(kLanes, count - i);
+      const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * scale;
+      p_wide.add_wide(p_i);
+      g_wide.add_wide(g_i);
+      u_wide.add_wide(fma(decay, p_i, g_i));
+    }
+    sums = {p_wide.total(), g_wide.total(), u_wide.total()};
+  }
+  norms += sums;
+}
+
+void lars_norms(const OptimizerChunk& chunk, float scale, float decay, LarsNorms& norms) {
+  with_parameter_and_gradient(
+      chunk, [&](auto* p, auto* g) { lars_sums(p, g, chunk.count, F(scale), F(decay), norms); });
+}
+
+// Without nesterov the gradient does not go to p itself, nor without momentum the buffer.
+template <bool kMomentum, bool kDirect, class P, class G>
+BATCHOPS_INLINE void lars_update(P* p, const G* g, float* m, int64_t count,
+                                 const LarsFactors& factors) {
+  const lars::Constants c(factors);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
+    F m_i(0.0f);
+    if constexpr (kMomentum) {
+      m_i = lars::buffer(load_part(m + i, n), g_i, p_i, c);
+      store_part(m + i, m_i, n);
+    }
+    if constexpr (kDirect) {
+      store_part(p + i, lars::updated(p_i, g_i, m_i, c), n);
+    } else {
+      store_part(p + i, fused(c.p_m.high, m_i, fused(c.p_m.low, m_i, p_i)), n);
+    }
+  }
+}
+
+void lars_apply(const OptimizerChunk& chunk, const LarsFactors& factors) {
+  const OptimizerTensor& x = *chunk.tensor;
+  const bool direct = factors.p_g[0] != 0 || factors.p_p[0] != 0;
+  with_parameter_and_gradient(chunk, [&](auto* p, auto* g) {
+    if (x.m == nullptr) return lars_update<false, true>(p, g, nullptr, chunk.count, factors);
+    float* m = x.m + chunk.begin;
+    if (direct) return lars_update<true, true>(p, g, m, chunk.count, factors);
+    lars_update<true, false>(p, g, m, chunk.count, factors);
+  });
+  if (x.master) publish(chunk);
+}

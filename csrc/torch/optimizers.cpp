@@ -1,0 +1,391 @@
+// torch.classes.batchops.OptimizerTable: the tensors of one LAMB or LARS on one device, and a step
+// over them as one call. It holds the tensors, not their addresses: .grad, storages, sizes and
+// strides are read anew in every step, so nothing in it can be out of date but the handles
+// themselves, which its Python owner compares.
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <vector>
+
+#include "kernels/info.h"
+#include "kernels/lamb.h"
+#include "kernels/lars.h"
+#include "torch/common.h"
+
+namespace batchops::binding {
+namespace {
+
+using at::Tensor;
+
+// What tells the optimizers apart here.
+struct Kind {
+  const char* op;
+  bool lamb;
+  size_t numbers;  // of a group
+  std::vector<std::string> states;
+};
+const Kind& kind_of(const std::string& name) {
+  static const Kind lamb{"LAMB.step", true, 8, {"exp_avg", "exp_avg_sq"}};
+  static const Kind lars{"LARS.step", false, 7, {"momentum_buffer"}};
+  TORCH_CHECK_VALUE(name == "LAMB" || name == "LARS", "OptimizerTable: expected LAMB or LARS, got ",
+                    name);
+  return name == "LAMB" ? lamb : lars;
+}
+
+// Element i of `a`'s memory is element i of `b`'s, given equal sizes and no gaps.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && a.strides()[d] != b.strides()[d]) return false;
+  }
+  return true;
+}
+
+bool kernel_dtype(const Tensor& t) {
+  return t.scalar_type() == at::kFloat || t.scalar_type() == at::kHalf ||
+         t.scalar_type() == at::kBFloat16;
+}
+
+// Why the kernels cannot serve these tensors; empty if they can. States that are not there yet are
+// none.
+using State = std::optional<Tensor>;
+std::string unsupported(const Kind& kind, const Tensor& p,
+                        std::initializer_list<const State*> states, const State& master) {
+  const auto text = [](const auto&... parts) { return c10::str(parts...); };
+  if (p.layout() != at::kStrided || p.unsafeGetTensorImpl()->is_python_dispatch()) {
+    return "expected a plain strided tensor";
+  }
+  if (!p.is_cpu() && !p.is_cuda()) return text("expected a CPU or CUDA tensor, got ", p.device());
+  if (p.is_cuda() && !built_with_cuda()) return "batchops was built without CUDA";
+  if (p.is_cuda() && !kind.lamb) return "LARS has kernels for the CPU only";
+  if (!kernel_dtype(p)) {
+    return text("expected float32, float16 or bfloat16, got ", p.scalar_type());
+  }
+  if (!p.is_non_overlapping_and_dense()) {
+    return text("expected memory without gaps, got size ", p.sizes(), " with strides ",
+                p.strides());
+  }
+  if (p.is_conj() || p.is_neg()) return "expected a tensor without a lazy conjugate or minus";
+  const auto fits = [&](const State& state, const std::string& name) -> std::string {
+    if (!state) return "";
+    if (state->scalar_type() != at::kFloat || state->layout() != at::kStrided ||
+        state->unsafeGetTensorImpl()->is_python_dispatch()) {
+      return text("expected ", name, " in float32, got ", state->scalar_type());
+    }
+    if (state->device() != p.device()) {
+      return text("expected ", name, " on ", p.device(), ", got ", state->device());
+    }
+    if (state->sizes() != p.sizes() || !same_layout(*state, p)) {
+      return text("expected ", name, " of size ", p.sizes(), " with the parameter's strides ",
+                  p.strides(), ", got ", state->sizes(), " with ", state->strides());
+    }
+    return "";
+  };
+  size_t k = 0;
+  for (const State* state : states) {
+    std::string reason = fits(*state, k < kind.states.size() ? kind.states[k] : "state");
+    if (!reason.empty()) return reason;
+    ++k;
+  }
+  return fits(master, "master");
+}
+
+using States = std::vector<State>;
+
+class OptimizerTable : public torch::CustomClassHolder {
+ public:
+  // LARS: first the momentum buffers, none in groups without momentum; `seconds` are none.
+  OptimizerTable(const std::string& kind, std::vector<Tensor> params, States firsts, States seconds,
+                 States masters, std::vector<Tensor> steps, std::vector<int64_t> group_of,
+                 std::vector<int64_t> excluded, std::vector<std::string> names)
+      : kind_(kind_of(kind)),
+        params_(std::move(params)),
+        firsts_(std::move(firsts)),
+        seconds_(std::move(seconds)),
+        masters_(std::move(masters)),
+        steps_(std::move(steps)),
+        group_of_(std::move(group_of)),
+        excluded_(std::move(excluded)),
+        names_(std::move(names)) {
+    const size_t n = params_.size();
+    for (size_t length : {firsts_.size(), seconds_.size(), masters_.size(), steps_.size(),
+                          group_of_.size(), excluded_.size(), names_.size()}) {
+      TORCH_CHECK_VALUE(n > 0 && length == n,
+                        "OptimizerTable: expected lists of one length, at least 1, got ", n,
+                        " and ", length);
+    }
+    for (size_t i = 0; i < n && kind_.lamb; ++i) {
+      TORCH_CHECK_VALUE(firsts_[i] && seconds_[i], "OptimizerTable: LAMB needs both moments");
+    }
+    device_ = params_[0].device();
+  }
+
+  // Reads .grad of every parameter and checks what the step will touch. -1, or the index of a
+  // parameter that these kernels cannot serve any more, since its dtype, device or strides changed.
+  int64_t prepare() {
+    tensors_.clear();
+    active_.clear();
+    kept_.clear();
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const Tensor& p = params_[i];
+      const Tensor& grad = p.grad();
+      if (!grad.defined()) continue;
+      if (p.device() != device_ ||
+          !unsupported(kind_, p, {&firsts_[i], &seconds_[i]}, masters_[i]).empty() ||
+          !steps_[i].is_cpu() || steps_[i].scalar_type() != at::kFloat || steps_[i].numel() != 1) {
+        return static_cast<int64_t>(i);
+      }
+      check_grad(p, grad, names_[i]);
+      add(i, p, grad);
+    }
+    return -1;
+  }
+
+  // Σ grad², a 0-dim float64 tensor on the device; of what prepare() has read.
+  Tensor grad_sum_sq() {
+    Tensor sum = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(device_));
+    if (tensors_.empty()) return sum;
+    if (device_.is_cpu()) {
+      raise_on(grad_sum_sq_cpu(tensors_.data(), static_cast<int64_t>(tensors_.size()),
+                               sum.mutable_data_ptr<double>(), torch_threads()));
+      return sum;
+    }
+    const c10::DeviceGuard guard(device_);
+    upload();
+    const Tensor workspace = bytes_on_device(lamb_workspace_bytes_cuda(lamb()));
+    raise_on(lamb_grad_sum_sq_cuda(lamb(), table_.const_data_ptr(), workspace.mutable_data_ptr(),
+                                   sum.mutable_data_ptr<double>(), device_.index(),
+                                   current_stream(device_)));
+    return sum;
+  }
+
+  // prepare(), then the step. `numbers` and `flags` hold the fields of LambGroup or LarsGroup, each
+  // group's in their order, the flags as bits. max_grad_norm 0 is no clip; grad_sum_sq counts
+  // gradients that other tables hold as well.
+  int64_t step(const std::vector<double>& numbers, const std::vector<int64_t>& flags,
+               double max_grad_norm, double clip_eps, double grad_scale,
+               const std::optional<Tensor>& grad_sum_sq) {
+    const int64_t stale = prepare();
+    if (stale >= 0) return stale;
+    set_groups(numbers, flags);
+    max_grad_norm_ = max_grad_norm;
+    clip_eps_ = clip_eps;
+    grad_scale_ = grad_scale;
+    if (tensors_.empty()) return -1;
+
+    stats_ = at::empty({static_cast<int64_t>(tensors_.size()), 4},
+                       at::TensorOptions().dtype(at::kFloat).device(device_));
+    auto* stats = reinterpret_cast<TensorStats*>(stats_.mutable_data_ptr<float>());
+    if (device_.is_cpu()) {
+      const double* sum = grad_sum_sq ? grad_sum_sq->const_data_ptr<double>() : nullptr;
+      raise_on(kind_.lamb ? lamb_step_cpu(lamb(), sum, stats, torch_threads())
+                          : lars_step_cpu(lars(), sum, stats, torch_threads()));
+    } else {
+      step_on_device(grad_sum_sq, stats);
+    }
+    for (size_t k = 0; k < active_.size(); ++k) {
+      const size_t i = active_[k];
+      *steps_[i].mutable_data_ptr<float>() = static_cast<float>(tensors_[k].step);
+      // Autograd must notice that what it may have saved has changed.
+      changed(params_[i]);
+      for (const State* state : {&firsts_[i], &seconds_[i], &masters_[i]}) {
+        if (*state) changed(**state);
+      }
+    }
+    kept_.clear();
+    return -1;
+  }
+
+  // Of the last step: the indices of the tensors that had a gradient, and for each ‖p‖, ‖g‖, ‖u‖
+  // and ratio, on the device.
+  std::tuple<std::vector<int64_t>, Tensor> stats() const {
+    return {std::vector<int64_t>(active_.begin(), active_.end()),
+            stats_.defined() ? stats_ : at::empty({0, 4}, at::TensorOptions().dtype(at::kFloat))};
+  }
+
+ private:
+  void raise_on(const char* message) const {
+    TORCH_CHECK(message == nullptr, kind_.op, ": ", message);
+  }
+  static void changed(const Tensor& t) {
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  }
+
+  void check_grad(const Tensor& p, const Tensor& grad, const std::string& name) const {
+    TORCH_CHECK(grad.layout() == at::kStrided, kind_.op, ": ", name,
+                " has a sparse gradient; expected a dense one");
+    TORCH_CHECK(!grad.is_complex(), kind_.op, ": ", name,
+                " has a complex gradient; expected a real one");
+    TORCH_CHECK(at::isFloatingType(grad.scalar_type()) && grad.sizes() == p.sizes() &&
+                    grad.device() == p.device(),
+                kind_.op, ": ", name, " expects a floating-point gradient of size ", p.sizes(),
+                " on ", p.device(), ", got ", grad.scalar_type(), " of size ", grad.sizes(), " on ",
+                grad.device());
+    // A subclass that wraps other tensors, or storage that was given back: no memory to read.
+    TORCH_CHECK(!grad.unsafeGetTensorImpl()->is_python_dispatch(), kind_.op, ": ", name,
+                " expects a gradient that is a plain tensor; fused=False takes subclasses");
+    TORCH_CHECK(
+        grad._is_zerotensor() || grad.numel() == 0 ||
+            grad.storage().nbytes() >=
+                static_cast<size_t>(grad.storage_offset() + span(grad)) * grad.element_size(),
+        kind_.op, ": ", name, " has a gradient whose storage is too small for its size ",
+        grad.sizes());
+  }
+
+  // Elements from the first to the last, inclusive.
+  static int64_t span(const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    return last + 1;
+  }
+
+  void add(size_t i, const Tensor& p, const Tensor& grad) {
+    Tensor g = grad;
+    if (g.is_neg() || g._is_zerotensor() || !kernel_dtype(g) || !same_layout(g, p)) {
+      // Rare: a layout of its own, or a dtype no kernel takes. One copy in the parameter's layout.
+      const auto type = kernel_dtype(g) ? g.scalar_type() : at::kFloat;
+      g = at::empty_strided(p.sizes(), p.strides(), g.options().dtype(type)).copy_(g);
+      kept_.push_back(g);
+    }
+    const auto data = [](const State& t) { return t ? t->mutable_data_ptr<float>() : nullptr; };
+    OptimizerTensor x;
+    x.p = p.mutable_data_ptr();
+    x.g = g.const_data_ptr();
+    x.m = data(firsts_[i]);
+    x.v = data(seconds_[i]);
+    x.master = data(masters_[i]);
+    x.excluded = excluded_[i] != 0;
+    x.numel = p.numel();
+    x.p_dtype = *dtype_of(p.scalar_type());
+    x.g_dtype = *dtype_of(g.scalar_type());
+    x.group = static_cast<int32_t>(group_of_[i]);
+    x.step = static_cast<double>(*steps_[i].const_data_ptr<float>()) + 1;
+    tensors_.push_back(x);
+    active_.push_back(i);
+  }
+
+  void set_groups(const std::vector<double>& numbers, const std::vector<int64_t>& flags) {
+    TORCH_CHECK_VALUE(numbers.size() == kind_.numbers * flags.size(),
+                      "OptimizerTable.step: expected ", kind_.numbers, " numbers a group");
+    lamb_groups_.clear();
+    lars_groups_.clear();
+    for (size_t k = 0; k < flags.size(); ++k) {
+      const double* n = &numbers[kind_.numbers * k];
+      const auto flag = [&](int bit) { return ((flags[k] >> bit) & 1) != 0; };
+      if (kind_.lamb) {
+        lamb_groups_.push_back({n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], flag(0), flag(1),
+                                flag(2), flag(3), flag(4), flag(5), flag(6), flag(7)});
+      } else {
+        lars_groups_.push_back({n[0], n[1], n[2], n[3], n[4], n[5], n[6], flag(0), flag(1), flag(2),
+                                flag(3), flag(4), flag(5), flag(6)});
+      }
+    }
+    for (const OptimizerTensor& x : tensors_) {
+      TORCH_CHECK_INDEX(x.group >= 0 && x.group < static_cast<int64_t>(flags.size()),
+                        "OptimizerTable.step: a parameter is of group ", x.group, ", got ",
+                        flags.size(), " groups");
+    }
+  }
+
+  LambArgs lamb() {
+    if (lamb_groups_.empty()) {  // sums alone: the tensors' groups do not matter yet
+      lamb_groups_.resize(1 + *std::max_element(group_of_.begin(), group_of_.end()));
+    }
+    LambArgs result;
+    result.tensors = tensors_.data();
+    result.tensor_count = static_cast<int64_t>(tensors_.size());
+    result.groups = lamb_groups_.data();
+    result.group_count = static_cast<int32_t>(lamb_groups_.size());
+    result.max_grad_norm = max_grad_norm_;
+    result.clip_eps = clip_eps_;
+    result.grad_scale = grad_scale_;
+    return result;
+  }
+
+  LarsArgs lars() const {
+    LarsArgs result;
+    result.tensors = tensors_.data();
+    result.tensor_count = static_cast<int64_t>(tensors_.size());
+    result.groups = lars_groups_.data();
+    result.group_count = static_cast<int32_t>(lars_groups_.size());
+    result.max_grad_norm = max_grad_norm_;
+    result.grad_scale = grad_scale_;
+    return result;
+  }
+
+  Tensor bytes_on_device(size_t count) const {
+    return at::empty({static_cast<int64_t>(count)},
+                     at::TensorOptions().dtype(at::kByte).device(device_));
+  }
+
+  void step_on_device(const std::optional<Tensor>& grad_sum_sq, TensorStats* stats) {
+    const c10::DeviceGuard guard(device_);
+    upload();
+    const Tensor workspace = bytes_on_device(lamb_workspace_bytes_cuda(lamb()));
+    raise_on(lamb_step_cuda(lamb(), table_.const_data_ptr(), workspace.mutable_data_ptr(),
+                            grad_sum_sq ? grad_sum_sq->const_data_ptr<double>() : nullptr, stats,
+                            device_.index(), current_stream(device_)));
+  }
+
+  // The table on the device, sent again only when it or the stream has changed. A new one goes to
+  // new memory: kernels of the step before may still be reading the old, whose memory the caching
+  // allocator hands out again in the order of the stream.
+  void upload() {
+    const LambArgs now = lamb();
+    next_host_table_.resize(lamb_table_bytes_cuda(now));
+    lamb_write_table_cuda(now, next_host_table_.data());
+    void* stream = current_stream(device_);
+    if (table_.defined() && stream == table_stream_ && next_host_table_ == host_table_) return;
+    const auto size = static_cast<int64_t>(next_host_table_.size());
+    const Tensor host = at::empty({size}, at::TensorOptions().dtype(at::kByte));
+    std::memcpy(host.mutable_data_ptr(), next_host_table_.data(), next_host_table_.size());
+    Tensor table = bytes_on_device(next_host_table_.size());
+    // From pageable memory: the driver has taken its own copy of `host` when this returns.
+    table.copy_(host, /*non_blocking=*/true);
+    table_ = table;
+    table_stream_ = stream;
+    host_table_.swap(next_host_table_);
+  }
+
+  const Kind& kind_;
+  std::vector<Tensor> params_;
+  States firsts_, seconds_, masters_;
+  std::vector<Tensor> steps_;
+  std::vector<int64_t> group_of_, excluded_;
+  std::vector<std::string> names_;
+  c10::Device device_ = c10::Device(c10::kCPU);
+
+  std::vector<OptimizerTensor> tensors_;  // of parameters with a gradient
+  std::vector<size_t> active_;            // their indices
+  std::vector<Tensor> kept_;              // copies of gradients, for the duration of a step
+  std::vector<LambGroup> lamb_groups_;
+  std::vector<LarsGroup> lars_groups_;
+  double max_grad_norm_ = 0, clip_eps_ = 0, grad_scale_ = 1;
+  Tensor stats_;
+
+  std::vector<uint8_t> host_table_, next_host_table_;
+  Tensor table_;
+  void* table_stream_ = nullptr;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(batchops, m) {
+  // Why OptimizerTable cannot take a parameter with this state, "" where it can.
+  m.def(
+      "optimizer_unsupported(str kind, Tensor p, Tensor? first, Tensor? second, Tensor? master) -> "
+      "str",
+      [](const std::string& kind, const Tensor& p, const State& first, const State& second,
+         const State& master) { return unsupported(kind_of(kind), p, {&first, &second}, master); });
+  m.class_<OptimizerTable>("OptimizerTable")
+      .def(torch::init<const std::string&, std::vector<Tensor>, States, States, States,
+                       std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>,
+                       std::vector<std::string>>())
+      .def("prepare", &OptimizerTable::prepare)
+      .def("grad_sum_sq", &OptimizerTable::grad_sum_sq)
+      .def("step", &OptimizerTable::step)
+      .def("stats", &OptimizerTable::stats);
+}
+
+}  // namespace batchops::binding
