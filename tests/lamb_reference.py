@@ -186,17 +186,15 @@ def timm_optimizer(name: str) -> Any:
     """timm's Lamb or Lars without the rest of timm, which needs torchvision; or why it is
     missing."""
     module = f"timm.optim.{name.lower()}"
-    if module in sys.modules:
-        return getattr(sys.modules[module], name)
-    try:
-        spec = importlib.util.find_spec("timm")
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        return "timm is not installed"
-    root = Path(spec.submodule_search_locations[0])
-    for package, folder in (("timm", root), ("timm.optim", root / "optim")):
-        if package not in sys.modules:
+    if "timm.optim" not in sys.modules:
+        try:
+            spec = importlib.util.find_spec("timm")
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            return "timm is not installed"
+        root = Path(spec.submodule_search_locations[0])
+        for package, folder in (("timm", root), ("timm.optim", root / "optim")):
             sys.modules[package] = types.ModuleType(package)
             sys.modules[package].__path__ = [str(folder)]
     return getattr(importlib.import_module(module), name)

@@ -324,7 +324,7 @@ BATCHOPS_DEVICE void publish(const Entry& x, int64_t at, const float (&p)[W]) {
   });
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     lamb_update(const __grid_constant__ StepArguments args) {
   const int64_t index = args.places.chunks - 1 - blockIdx.x;
   const Chunk chunk(args.places, index);
