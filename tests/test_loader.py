@@ -888,7 +888,6 @@ def _like_accelerate(loader: Any, sampler: Any) -> Any:
     "arguments",
     [{}, {"threads": 2}, {"num_workers": 1, "prefetch_factor": 3}, {"collator": data.Collator()}],
     ids=["plain", "threads", "workers", "collator"],
-    ids=str,
 )
 def test_reinstantiation(remake: Any, arguments: dict[str, Any]) -> None:
     dataset = TensorDataset(rows(60, 5))
