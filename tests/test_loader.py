@@ -1073,6 +1073,8 @@ def test_exit_with_batches_in_flight_and_forks() -> None:
 def test_ctrl_c_in_a_loop_over_threads() -> None:
     text = run_program(
         """
+        # A shell's background jobs inherit a SIGINT that is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         try:
             for _ in range(100):
