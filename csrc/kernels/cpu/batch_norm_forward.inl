@@ -12,6 +12,31 @@ struct ForwardPass : Statistics<S> {
   const Act act = activation_of<Act>(args.shape);
   const bool past_cache = streams(args.shape);
 
+  // Elements from `to` on to the next multiple of `unit` elements' bytes, n at most.
+  template <int unit>
+  static BATCHOPS_INLINE int64_t to_next(const S* to, int64_t n) {
+    const int64_t before = reinterpret_cast<uintptr_t>(to) % (unit * sizeof(S)) / sizeof(S);
+    const int64_t left = before == 0 ? 0 : unit - before;
+    return left < n ? left : n;
+  }
+
+  BATCHOPS_INLINE void write_pair(int64_t at, Pair<T> mean, Pair<T> scale, Pair<T> shift,
+                                  bool past) const {
+    Pair<T> z = load_pair(x + at);
+    z = {normalize(z.first, mean.first, scale.first, shift.first),
+         normalize(z.second, mean.second, scale.second, shift.second)};
+    if constexpr (kResidual) {
+      const Pair<T> added = load_pair(residual + at);
+      z = {z.first + added.first, z.second + added.second};
+    }
+    z = {act.forward(z.first), act.forward(z.second)};
+    if (past) {
+      stream_pair(y + at, z);
+    } else {
+      store_pair(y + at, z);
+    }
+  }
+
   // R runs of n elements, `stride` apart, with the same channel values.
   template <int R, class Param>
   BATCHOPS_INLINE void apply_run(int64_t offset, int64_t stride, uint8_t* const* mask, int64_t n,
@@ -36,10 +61,21 @@ struct ForwardPass : Statistics<S> {
       if (kMask || R > 1) {
         past = false;  // mask bytes begin at the run's first element
       } else {
-        constexpr int64_t kBytes = L * sizeof(S);
-        const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(to) % kBytes) / sizeof(S);
-        start = head < n ? head : n;
+        start = to_next<L>(to, n);
         vector(0, First{start}, 0);
+      }
+    }
+    if constexpr (kPairs<S> && !kMask) {
+      if (std::is_same_v<Param, OneChannel<T>> && past && start + L <= n &&
+          to_next<2 * L>(to + start, n) != 0) {
+        vector(start, All{}, 0);
+        start += L;
+      }
+      for (; mean.in_pairs && start + 2 * L <= n; start += 2 * L) {
+        for (int k = 0; k < R; ++k) {
+          write_pair(offset + k * stride + start, mean.pair(start), scale.pair(start),
+                     shift.pair(start), past);
+        }
       }
     }
     for_blocks<T>(
@@ -127,18 +163,31 @@ struct ForwardPass : Statistics<S> {
         write_border(j, First{n});
       }
     };
-    constexpr int64_t kBytes = L * sizeof(S);
-    const int64_t past_line = reinterpret_cast<uintptr_t>(y + begin) % kBytes / sizeof(S);
+    // A small tensor ends before the hardware has seen where the reads go.
+    constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(S));
     int64_t j = begin;
     enter();
-    if (past_line != 0) {
-      const int64_t head = L - past_line < end - begin ? L - past_line : end - begin;
+    if (const int64_t head = to_next<L>(y + begin, end - begin); head != 0) {
       write_part(j, head);
       j += head;
     }
     while (true) {
       const int64_t stop = plane_end < end ? plane_end : end;
-      for (; j + L <= stop; j += L) write(j, All{}, now.mean, now.scale, now.shift);
+      if constexpr (kPairs<S>) {
+        if (j + L <= stop && to_next<2 * L>(y + j, L) != 0) {
+          write(j, All{}, now.mean, now.scale, now.shift);
+          j += L;
+        }
+        for (; j + 2 * L <= stop; j += 2 * L) {
+          prefetch(x, j + kAhead);
+          write_pair(j, {now.mean, now.mean}, {now.scale, now.scale}, {now.shift, now.shift},
+                     past_cache);
+        }
+      }
+      for (; j + L <= stop; j += L) {
+        prefetch(x, j + kAhead);
+        write(j, All{}, now.mean, now.scale, now.shift);
+      }
       if (j + L > end) break;
       write_border(j, All{});
       j += L;
@@ -156,8 +205,15 @@ struct ForwardPass : Statistics<S> {
       geometry.spread(group, channel[1], scale.at);
       geometry.spread(group, channel[2], shift.at);
     }
-    const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
-    const bool pairs = writes_rows_together(args.shape);
+    const bool in_pairs = kPairs<S> && !kMask && geometry.plan.row_stride % (2 * L) == 0 &&
+                          geometry.plan.tail % (2 * L) == 0 && to_next<2 * L>(y, 1) == 0;
+    if (in_pairs) {
+      for (T* at : {mean.at, scale.at, shift.at}) pair_columns(at, group.width);
+    }
+    const EachColumn<T> means(mean.at, in_pairs), scales(scale.at, in_pairs),
+        shifts(shift.at, in_pairs);
+    // In eval mode x comes from memory, where strictly ascending reads are worth more.
+    const bool pairs = writes_rows_together(args.shape) && args.training;
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       const int64_t end = geometry.end_step(chunk);
       int64_t step = geometry.first_step(chunk);
