@@ -25,6 +25,11 @@ def instruction_sets() -> list[str]:
     return [isa for isa, need in needs.items() if all(n in flags for n in need)] + ["baseline"]
 
 
+def other_instruction_sets() -> list[str]:
+    """What BATCHOPS_CPU_CAPABILITY names them, but for the best: that is this process's own."""
+    return ["default" if isa == "baseline" else isa for isa in instruction_sets()[1:]]
+
+
 def run_python(capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """python at BATCHOPS_CPU_CAPABILITY, which is read once a process."""
     return subprocess.run(

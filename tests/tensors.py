@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import pathlib
 import re
 from collections.abc import Callable, Iterable
@@ -24,6 +25,17 @@ LAYOUTS = {"contiguous": torch.Tensor.contiguous, "channels_last": channels_last
 def make(shape, dtype, device, layout="contiguous", offset=0.5, scale=2.0):
     x = (torch.randn(shape, device=device) * scale + offset).to(dtype)
     return LAYOUTS[layout](x)
+
+
+def huge_zeros(shape, dtype):
+    """Zeros for tensors of gigabytes: on huge pages where there are any, a page fault each 2 MB."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def parameters(C, dtype, device):

@@ -14,6 +14,7 @@ from .tensors import (
     DTYPES,
     LAYOUTS,
     channels_last,
+    huge_zeros,
     leaf,
     make,
     needs_memory,
@@ -238,7 +239,7 @@ def test_fallback_composes_torch_operators(device):
 def test_more_than_two_billion_elements_are_addressed():
     """Index arithmetic is 64-bit: an input of 2³¹ + elements in bfloat16, checked at its ends."""
     C, rows = 2**13, 2**18 + 3
-    x = torch.zeros(rows, C, dtype=torch.bfloat16)
+    x = huge_zeros((rows, C), torch.bfloat16)
     x[-2:, -3:] = 1.0
     mean, var = torch.zeros(C), torch.ones(C)
     y = torch.ops.batchops.batch_norm_eval(x, mean, var, None, None, None, 0.0, "none")[0]

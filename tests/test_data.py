@@ -974,7 +974,7 @@ def test_torchs_own_workers_beside_ours() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_interpreter_exit_with_batches_in_flight(workers: int) -> None:
-    for _ in range(3):
+    for _ in range(2):
         start = time.perf_counter()
         assert_succeeds(f"""
             import atexit
@@ -990,7 +990,7 @@ def test_interpreter_exit_with_batches_in_flight(workers: int) -> None:
 def test_interpreter_exit_while_a_daemon_thread_waits() -> None:
     """The thread is ended when it asks for the GIL; unwinding it must not abort. Only our own
     calls in it: torch's do abort there."""
-    for _ in range(5):
+    for _ in range(3):
         assert_succeeds("""
             column = (pixels.data_ptr(), 2048, 3072, 1, [3072], [1])
             table = _C.Table([column])

@@ -203,7 +203,7 @@ def test_nothing_is_written_for_no_elements(shape, layout):
     assert kernel.backward(dy)[2].isnan().all()
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", native.other_instruction_sets())
 def test_the_other_instruction_sets(capability):
     """In a process of its own, since the choice is made once a process."""
     some = "test_forward_and_backward and (float32 or bfloat16) and (planes or few or groups)"

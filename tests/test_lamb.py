@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from batchops.optim import LAMB
 
 from . import lamb_reference as reference
+from . import native
 from .lamb_reference import Options, Tensor64
 from .reference import to_float64
 
@@ -350,8 +351,8 @@ def test_same_bits_for_any_number_of_threads(threads, count):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_every_instruction_set(capability, tmp_path):
+@pytest.mark.parametrize("capability", native.other_instruction_sets())
+def test_the_other_instruction_sets(capability, tmp_path):
     """The same bounds; the choice is made once a process, so each has one of its own. This process
     has the best set of the machine."""
     import os

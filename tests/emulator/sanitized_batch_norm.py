@@ -17,15 +17,18 @@ SHAPES = (
     (2, 8, 64),  # widest units
     (2, 12, 196),  # units of 4
     (3, 7, 49),  # single elements
-    (1, 264, 12),  # two tiles of channels
+    (1, 264, 12),  # two tiles of channels; a block for each, channels first, shows nothing more
 )
+CASES = [
+    (shape, layout)
+    for shape, layout in itertools.product(SHAPES, batch_norm.LAYOUTS)
+    if shape[1] != 264 or layout == "channels_last"
+]
 
 
 def problems() -> Iterator[Problem]:
     """Every dtype, layout, unit width and activation, with and without a mask, train and eval."""
-    for shape, dtype, layout in itertools.product(
-        SHAPES, ("f32", "f16", "bf16"), batch_norm.LAYOUTS
-    ):
+    for (shape, layout), dtype in itertools.product(CASES, ("f32", "f16", "bf16")):
         for activation, residual in (("none", False), ("relu", False), ("relu", True)):
             yield Problem(
                 *shape,
@@ -39,7 +42,7 @@ def problems() -> Iterator[Problem]:
         # Rows would allow whole units, the pointers do not.
         yield Problem(2, 8, 64, layout=layout, dtype=dtype, activation="relu", misaligned=1)
     # The activations without an instance of their own, with a mask and with z from the residual.
-    for shape, dtype, layout in itertools.product(SHAPES, ("f32", "bf16"), batch_norm.LAYOUTS):
+    for (shape, layout), dtype in itertools.product(CASES, ("f32", "bf16")):
         for activation in ("leaky_relu", "gelu_tanh"):
             yield Problem(*shape, layout=layout, dtype=dtype, activation=activation, residual=True)
     for layout in batch_norm.LAYOUTS:  # several chunks, and blocks that share them
