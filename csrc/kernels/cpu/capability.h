@@ -18,10 +18,11 @@ Isa isa();
 // Whether isa() is avx512 and the machine also converts to bfloat16 by itself.
 bool has_avx512_bf16();
 
-// The set that kernels over elements of this dtype run with: bfloat16 goes no higher than avx2
-// where the machine does not convert to it by itself.
+// The set that kernels over elements of this dtype run with. avx512 is for what gains by it, each
+// instance costing time to compile: float, and bfloat16 where the machine converts to it by itself.
 inline Isa isa_for(DType dtype) {
-  return dtype == DType::bf16 && isa() == Isa::avx512 && !has_avx512_bf16() ? Isa::avx2 : isa();
+  const bool wide = dtype == DType::f32 || (dtype == DType::bf16 && has_avx512_bf16());
+  return isa() == Isa::avx512 && !wide ? Isa::avx2 : isa();
 }
 
 }  // namespace batchops

@@ -106,7 +106,7 @@ BATCHOPS_INLINE void put(S* p, T value) {
 }
 
 // Calls f with a null pointer of the storage type.
-template <class BF16 = BFloat16, class F>
+template <class F>
 BATCHOPS_INLINE void with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::f32:
@@ -114,17 +114,18 @@ BATCHOPS_INLINE void with_dtype(DType dtype, F&& f) {
     case DType::f16:
       return f(static_cast<Half*>(nullptr));
     case DType::bf16:
-      return f(static_cast<BF16*>(nullptr));
+      return f(static_cast<BFloat16*>(nullptr));
     case DType::f64:
       return f(static_cast<double*>(nullptr));
   }
 }
 
-// The same for the elements of x and y.
+// The same for the elements of x and y, of those dtypes that isa_for() gives this set.
 template <class F>
 BATCHOPS_INLINE void with_element(DType dtype, F&& f) {
 #if defined(BATCHOPS_ISA_AVX512)
-  with_dtype<NativeBFloat16>(dtype, std::forward<F>(f));  // isa_for() sees to it
+  if (dtype == DType::f32) return f(static_cast<float*>(nullptr));
+  return f(static_cast<NativeBFloat16*>(nullptr));
 #else
   with_dtype(dtype, std::forward<F>(f));
 #endif

@@ -142,6 +142,12 @@ double grad_sq(const OptimizerChunk& chunk) {
   });
 }
 
+// Where every change is small beside its p, plain float does: what at an eighth of |p| is lost in
+// the change comes to less than one of p's last place.
+BATCHOPS_INLINE bool small_beside(F change, F p) {
+  return positive_bits(F(8.0f) * abs(change) - abs(p)) == 0;
+}
+
 // ---------------------------------------------------------------------------------------- LAMB
 
 // The sums once more from what is stored, where float's range did not do, and always with caution.
@@ -216,16 +222,26 @@ BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int
                            const LambFactors& factors, const LambStepFactors& step_factors) {
   const lamb::Constants c(factors);
   const lamb::StepConstants step(step_factors);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = std::min(kLanes, count - i);
-    const F m_i = load_part(m + i, n);
-    lamb::Quotient q = lamb::quotient(m_i, load_part(v + i, n), c);
-    if constexpr (kCaution) {
-      const F agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
-      q = {lamb::where_positive(agreement, q.high), lamb::where_positive(agreement, q.low)};
-    }
-    store_part(p + i, lamb::updated(load_part(p + i, n), q, step), n);
-  }
+  for_each_vector(
+      count,
+      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        const F p_i = load_part(p + i, n), m_i = load_part(m + i, n), v_i = load_part(v + i, n);
+        F agreement(1.0f);
+        if constexpr (kCaution) agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
+        F rough = lamb::rough_quotient(m_i, v_i, c);
+        if constexpr (kCaution) rough = lamb::where_positive(agreement, rough);
+        const F change = fused(step.decay, p_i, step.step.high * rough);
+        if (small_beside(change, p_i)) {
+          store_part(p + i, p_i - change, n);
+          return;
+        }
+        lamb::Quotient q = lamb::quotient(m_i, v_i, c);
+        if constexpr (kCaution) {
+          q = {lamb::where_positive(agreement, q.high), lamb::where_positive(agreement, q.low)};
+        }
+        store_part(p + i, lamb::updated(p_i, q, step), n);
+      },
+      []() {});
 }
 
 void lamb_moments(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,
@@ -290,25 +306,38 @@ void lars_norms(const OptimizerChunk& chunk, float scale, float decay, LarsNorms
       chunk, [&](auto* p, auto* g) { lars_sums(p, g, chunk.count, F(scale), F(decay), norms); });
 }
 
+// lars::buffer within two units in the last place of its largest addend. The product with p is kept
+// whole, since g may all but cancel it.
+BATCHOPS_INLINE F rough_buffer(F m, F g, F p, const lars::Constants& c) {
+  F low;
+  const F decay = product(c.k_p, p, low);
+  low = fused(c.momentum.low, m, fused(c.k_g.low, g, low));
+  return fused(c.momentum.high, m, fused(c.k_g.high, g, decay) + low);
+}
+
 // Without nesterov the gradient does not go to p itself, nor without momentum the buffer.
 template <bool kMomentum, bool kDirect, class P, class G>
 BATCHOPS_INLINE void lars_update(P* p, const G* g, float* m, int64_t count,
                                  const LarsFactors& factors) {
   const lars::Constants c(factors);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = std::min(kLanes, count - i);
-    const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
-    F m_i(0.0f);
-    if constexpr (kMomentum) {
-      m_i = lars::buffer(load_part(m + i, n), g_i, p_i, c);
-      store_part(m + i, m_i, n);
-    }
-    if constexpr (kDirect) {
-      store_part(p + i, lars::updated(p_i, g_i, m_i, c), n);
-    } else {
-      store_part(p + i, fused(c.p_m.high, m_i, fused(c.p_m.low, m_i, p_i)), n);
-    }
-  }
+  for_each_vector(
+      count,
+      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
+        F m_i(0.0f);
+        if constexpr (kMomentum) {
+          const F before = load_part(m + i, n);
+          m_i = rough_buffer(before, g_i, p_i, c);
+          if (!small_beside(c.p_m.high * m_i, p_i)) m_i = lars::buffer(before, g_i, p_i, c);
+          store_part(m + i, m_i, n);
+        }
+        if constexpr (kDirect) {
+          store_part(p + i, lars::updated(p_i, g_i, m_i, c), n);
+        } else {
+          store_part(p + i, fused(c.p_m.high, m_i, fused(c.p_m.low, m_i, p_i)), n);
+        }
+      },
+      []() {});
 }
 
 void lars_apply(const OptimizerChunk& chunk, const LarsFactors& factors) {

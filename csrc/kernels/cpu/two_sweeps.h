@@ -16,8 +16,8 @@ constexpr int64_t kWhole = 64 * 1024;
 // Small tensors are handed out together until they are worth a thread's trip to the counter.
 constexpr int64_t kGrab = 32 * 1024;
 // Larger tensors take their two sweeps together up to this size: what the first one has read is
-// still in the shared cache for the second.
-constexpr int64_t kGroup = 512 * 1024;
+// still in the cores' caches for the second.
+constexpr int64_t kGroup = 128 * 1024;
 
 inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
