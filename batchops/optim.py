@@ -238,8 +238,7 @@ class LARS(FusedOptimizer):
     needs a momentum. Results are the same bit for bit for any number of threads.
 
     Args:
-        params, lr, maximize, capturable, master_weights, fused: as in :class:`LAMB`. Parameters on
-            a GPU take torch operators.
+        params, lr, maximize, capturable, master_weights, fused: as in :class:`LAMB`.
         momentum: μ, at least 0.
         dampening: of the gradient in the buffer, but for the first step.
         weight_decay: λ; 0 also turns ``λ_l`` off.

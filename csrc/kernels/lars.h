@@ -34,8 +34,10 @@ struct LarsGroup {
   bool zero_norm_plain = false;
   bool maximize = false;
 
-  bool adapted() const { return weight_decay != 0 || always_adapt; }
-  double decay_of(bool excluded) const { return excluded && exclude_decay ? 0 : weight_decay; }
+  constexpr bool adapted() const { return weight_decay != 0 || always_adapt; }
+  constexpr double decay_of(bool excluded) const {
+    return excluded && exclude_decay ? 0 : weight_decay;
+  }
 };
 
 struct LarsArgs {
@@ -50,5 +52,11 @@ struct LarsArgs {
 // As lamb_step_cpu. u of the stats is g + λ·p, before λ_l.
 BATCHOPS_API const char* lars_step_cpu(const LarsArgs& args, const double* grad_sum_sq,
                                        TensorStats* stats, const Parallel& par);
+
+// On CUDA, as lamb_step_cuda.
+BATCHOPS_API size_t lars_workspace_bytes_cuda(const LarsArgs& args);
+BATCHOPS_API const char* lars_step_cuda(const LarsArgs& args, const void* table, void* workspace,
+                                        const double* grad_sum_sq, TensorStats* stats, int device,
+                                        void* stream);
 
 }  // namespace batchops

@@ -4,6 +4,7 @@
 #include "kernels/group_norm.h"
 #include "kernels/info.h"
 #include "kernels/lamb.h"
+#include "kernels/lars.h"
 
 namespace batchops {
 namespace {
@@ -47,17 +48,27 @@ const char* group_norm_backward_cuda(const GroupNormBackward&, void*, int, void*
   return kNoCuda;
 }
 
-size_t lamb_table_bytes_cuda(const LambArgs&) { return 0; }
+size_t optimizer_table_bytes_cuda(const OptimizerTensor*, int64_t) { return 0; }
 
-void lamb_write_table_cuda(const LambArgs&, void*) {}
+void optimizer_write_table_cuda(const OptimizerTensor*, int64_t, int32_t, void*) {}
 
-size_t lamb_workspace_bytes_cuda(const LambArgs&) { return 0; }
+size_t grad_sum_sq_workspace_bytes_cuda(const OptimizerTensor*, int64_t) { return 0; }
 
-const char* lamb_grad_sum_sq_cuda(const LambArgs&, const void*, void*, double*, int, void*) {
+const char* grad_sum_sq_cuda(const OptimizerTensor*, int64_t, const void*, void*, double*, int,
+                             void*) {
   return kNoCuda;
 }
 
+size_t lamb_workspace_bytes_cuda(const LambArgs&) { return 0; }
+
 const char* lamb_step_cuda(const LambArgs&, const void*, void*, const double*, TensorStats*, int,
+                           void*) {
+  return kNoCuda;
+}
+
+size_t lars_workspace_bytes_cuda(const LarsArgs&) { return 0; }
+
+const char* lars_step_cuda(const LarsArgs&, const void*, void*, const double*, TensorStats*, int,
                            void*) {
   return kNoCuda;
 }

@@ -58,7 +58,6 @@ std::string unsupported(const Kind& kind, const Tensor& p,
   }
   if (!p.is_cpu() && !p.is_cuda()) return text("expected a CPU or CUDA tensor, got ", p.device());
   if (p.is_cuda() && !built_with_cuda()) return "batchops was built without CUDA";
-  if (p.is_cuda() && !kind.lamb) return "LARS has kernels for the CPU only";
   if (!kernel_dtype(p)) {
     return text("expected float32, float16 or bfloat16, got ", p.scalar_type());
   }
@@ -119,6 +118,7 @@ class OptimizerTable : public torch::CustomClassHolder {
       TORCH_CHECK_VALUE(firsts_[i] && seconds_[i], "OptimizerTable: LAMB needs both moments");
     }
     device_ = params_[0].device();
+    group_count_ = static_cast<int32_t>(1 + *std::max_element(group_of_.begin(), group_of_.end()));
   }
 
   // Reads .grad of every parameter and checks what the step will touch. -1, or the index of a
@@ -153,10 +153,12 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
     const c10::DeviceGuard guard(device_);
     upload();
-    const Tensor workspace = bytes_on_device(lamb_workspace_bytes_cuda(lamb()));
-    raise_on(lamb_grad_sum_sq_cuda(lamb(), table_.const_data_ptr(), workspace.mutable_data_ptr(),
-                                   sum.mutable_data_ptr<double>(), device_.index(),
-                                   current_stream(device_)));
+    const auto count = static_cast<int64_t>(tensors_.size());
+    const Tensor workspace =
+        bytes_on_device(grad_sum_sq_workspace_bytes_cuda(tensors_.data(), count));
+    raise_on(grad_sum_sq_cuda(tensors_.data(), count, table_.const_data_ptr(),
+                              workspace.mutable_data_ptr(), sum.mutable_data_ptr<double>(),
+                              device_.index(), current_stream(device_)));
     return sum;
   }
 
@@ -288,10 +290,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
   }
 
-  LambArgs lamb() {
-    if (lamb_groups_.empty()) {  // sums alone: the tensors' groups do not matter yet
-      lamb_groups_.resize(1 + *std::max_element(group_of_.begin(), group_of_.end()));
-    }
+  LambArgs lamb() const {
     LambArgs result;
     result.tensors = tensors_.data();
     result.tensor_count = static_cast<int64_t>(tensors_.size());
@@ -322,19 +321,24 @@ class OptimizerTable : public torch::CustomClassHolder {
   void step_on_device(const std::optional<Tensor>& grad_sum_sq, TensorStats* stats) {
     const c10::DeviceGuard guard(device_);
     upload();
-    const Tensor workspace = bytes_on_device(lamb_workspace_bytes_cuda(lamb()));
-    raise_on(lamb_step_cuda(lamb(), table_.const_data_ptr(), workspace.mutable_data_ptr(),
-                            grad_sum_sq ? grad_sum_sq->const_data_ptr<double>() : nullptr, stats,
-                            device_.index(), current_stream(device_)));
+    const double* sum = grad_sum_sq ? grad_sum_sq->const_data_ptr<double>() : nullptr;
+    const void* table = table_.const_data_ptr();
+    void* stream = current_stream(device_);
+    const Tensor workspace = bytes_on_device(kind_.lamb ? lamb_workspace_bytes_cuda(lamb())
+                                                        : lars_workspace_bytes_cuda(lars()));
+    void* memory = workspace.mutable_data_ptr();
+    raise_on(kind_.lamb
+                 ? lamb_step_cuda(lamb(), table, memory, sum, stats, device_.index(), stream)
+                 : lars_step_cuda(lars(), table, memory, sum, stats, device_.index(), stream));
   }
 
   // The table on the device, sent again only when it or the stream has changed. A new one goes to
   // new memory: kernels of the step before may still be reading the old, whose memory the caching
   // allocator hands out again in the order of the stream.
   void upload() {
-    const LambArgs now = lamb();
-    next_host_table_.resize(lamb_table_bytes_cuda(now));
-    lamb_write_table_cuda(now, next_host_table_.data());
+    const auto count = static_cast<int64_t>(tensors_.size());
+    next_host_table_.resize(optimizer_table_bytes_cuda(tensors_.data(), count));
+    optimizer_write_table_cuda(tensors_.data(), count, group_count_, next_host_table_.data());
     void* stream = current_stream(device_);
     if (table_.defined() && stream == table_stream_ && next_host_table_ == host_table_) return;
     const auto size = static_cast<int64_t>(next_host_table_.size());
@@ -355,6 +359,7 @@ class OptimizerTable : public torch::CustomClassHolder {
   std::vector<int64_t> group_of_, excluded_;
   std::vector<std::string> names_;
   c10::Device device_ = c10::Device(c10::kCPU);
+  int32_t group_count_ = 0;
 
   std::vector<OptimizerTensor> tensors_;  // of parameters with a gradient
   std::vector<size_t> active_;            // their indices
