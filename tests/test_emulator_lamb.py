@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from . import lamb_reference as reference
-from .emulator import optimizers
+from .emulator import build, optimizers
 from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Parameter, Problem, State, run
 from .lamb_reference import Options, Tensor64
 from .reference import to_float64
@@ -198,3 +198,12 @@ def test_zero_norms_and_non_finite_ones(library):
     bad.start["g"][5] = float("nan")
     results = run(library, problem)
     assert all(r["p"].isnan().all() for r in results)
+
+
+@pytest.mark.sanitizer
+def test_sanitizers_find_nothing():
+    """Of LARS too."""
+    path = build.build("optimizers", optimizers.KERNELS, optimizers.API, sanitize=True)
+    result = build.run_sanitized("tests.emulator.sanitized_optimizers", str(path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "ran 38 problems" in result.stdout

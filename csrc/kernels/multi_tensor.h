@@ -33,7 +33,8 @@ BATCHOPS_API const char* grad_sum_sq_cpu(const OptimizerTensor* tensors, int64_t
 
 // On CUDA the kernels read the tensors from a table in device memory. It depends on the tensors
 // alone, and on `step` only as far as tensors of a group have different ones: so it lives on from
-// step to step while the pointers stay. write_table fills host memory of table_bytes.
+// step to step while the pointers stay. write_table fills table_bytes of host memory, 16-byte
+// aligned.
 BATCHOPS_API size_t optimizer_table_bytes_cuda(const OptimizerTensor* tensors,
                                                int64_t tensor_count);
 BATCHOPS_API void optimizer_write_table_cuda(const OptimizerTensor* tensors, int64_t tensor_count,

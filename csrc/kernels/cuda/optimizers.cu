@@ -1,5 +1,6 @@
 // The table of the optimizers' tensors, and the sum of their squared gradients for a clip over more
 // tensors than those of one step.
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cuda/grad_squares.cuh"
@@ -41,8 +42,8 @@ void optimizer_write_table_cuda(const OptimizerTensor* tensors, int64_t tensor_c
       tensors, tensor_count, group_count, sets, [](const OptimizerTensor&) { return Nothing{}; });
   auto* bytes = static_cast<unsigned char*>(table);
   const Table shape(tensors, tensor_count, table);
-  unsigned char* chunks = bytes + tensor_count * sizeof(Entry);
-  unsigned char* smalls = chunks + shape.chunks * sizeof(int32_t);
+  auto* chunks = reinterpret_cast<int32_t*>(bytes + tensor_count * sizeof(Entry));
+  int32_t* smalls = chunks + shape.chunks;
   int32_t chunk = 0;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const OptimizerTensor& x = tensors[i];
@@ -63,12 +64,11 @@ void optimizer_write_table_cuda(const OptimizerTensor* tensors, int64_t tensor_c
     std::memcpy(bytes + i * sizeof entry, &entry, sizeof entry);
     const auto tensor = static_cast<int32_t>(i);
     if (x.numel <= kSmall) {
-      std::memcpy(smalls, &tensor, sizeof tensor);
-      smalls += sizeof tensor;
-      continue;
-    }
-    for (int64_t at = 0; at < x.numel; at += kChunk, ++chunk) {
-      std::memcpy(chunks + chunk * sizeof tensor, &tensor, sizeof tensor);
+      *smalls++ = tensor;
+    } else {
+      const auto count = static_cast<int32_t>((x.numel + kChunk - 1) / kChunk);
+      std::fill_n(chunks + chunk, count, tensor);
+      chunk += count;
     }
   }
 }
