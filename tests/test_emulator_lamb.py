@@ -200,6 +200,30 @@ def test_zero_norms_and_non_finite_ones(library):
     assert all(r["p"].isnan().all() for r in results)
 
 
+def test_numbers_on_the_device(library):
+    """Step counts, lr and the loss scale, of every variant and of more groups than one launch has
+    room for; the counts go on."""
+    groups = [replace(o, lr=o.lr * (1 + i)) for i in range(4) for o in VARIANTS.values()]
+    parameters = [Parameter(30 * i, group=i, step=1 + i % 5) for i in range(len(groups))]
+    parameters += [Parameter(5 * CHUNK, step=3), Parameter(700, step=4), Parameter(9, excluded=True)]
+    problem = Problem(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
+    check_everywhere(library, problem)
+    results = run(library, problem)
+    assert [r["step"].item() for r in results] == [x.step for x in parameters]
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_a_skipped_step_changes_nothing(library, place):
+    parameters = [Parameter(5 * CHUNK + 3), Parameter(70, "bf16", master=True), Parameter(0)]
+    problem = Problem(parameters, on_device=True, found_inf=1.0)
+    with optimizers.device(library, place, "random", 6):
+        results = run(library, problem)
+    for x, after in zip(parameters, results, strict=True):
+        assert all(torch.equal(after[name], start) for name, start in x.start.items())
+        assert after["step"].item() == x.step - 1
+        assert after["stats"].isnan().all()
+
+
 @pytest.mark.sanitizer
 def test_sanitizers_find_nothing():
     """Of LARS too."""

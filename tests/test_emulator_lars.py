@@ -123,6 +123,24 @@ def test_more_small_tensors_and_step_counts_than_fit_at_once(library, place):
     check(problem, results, 1.0)
 
 
+def test_numbers_on_the_device(library):
+    groups = [replace(o, lr=o.lr * (1 + i)) for i in range(3) for o in VARIANTS.values()]
+    parameters = [Parameter(30 * i, group=i, step=1 + i % 3) for i in range(len(groups))]
+    parameters += [Parameter(5 * CHUNK, step=3), Parameter(9, excluded=True)]
+    problem = Lars(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
+    check_everywhere(library, problem)
+    results = run(library, problem)
+    assert [r["step"].item() for r in results] == [x.step for x in parameters]
+
+
+def test_a_skipped_step_changes_nothing(library):
+    parameters = [Parameter(5 * CHUNK + 3), Parameter(70)]
+    results = run(library, Lars(parameters, [MOMENTUM], on_device=True, found_inf=1.0))
+    for x, after in zip(parameters, results, strict=True):
+        assert all(torch.equal(after[name], x.start[name]) for name in "pm")
+        assert after["step"].item() == x.step - 1
+
+
 def test_non_finite_norms_are_not_hidden(library):
     bad, sound = Parameter(600), Parameter(600)
     bad.start["g"][5] = float("nan")

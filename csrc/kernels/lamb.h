@@ -37,8 +37,9 @@ struct LambGroup {
   bool caution = false;
   bool step_size_correction = false;
   bool eps_inside_sqrt = false;
+  const double* device_rates = nullptr;  // lr and decay_lr where device_step counts, or null
 
-  bool adapted() const { return weight_decay != 0 || always_adapt; }
+  constexpr bool adapted() const { return weight_decay != 0 || always_adapt; }
 };
 
 struct LambArgs {
@@ -49,6 +50,7 @@ struct LambArgs {
   double max_grad_norm = 0;  // 0: no clip
   double clip_eps = 0;
   double grad_scale = 1;
+  DeviceNumbers device;
 };
 
 // One step. `grad_sum_sq` is Σ grad² over every tensor the clip is to count, also those of other

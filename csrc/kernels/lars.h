@@ -33,6 +33,7 @@ struct LarsGroup {
   bool lr_in_momentum = false;
   bool zero_norm_plain = false;
   bool maximize = false;
+  const double* device_rates = nullptr;  // lr and momentum_factor, as LAMB's
 
   constexpr bool adapted() const { return weight_decay != 0 || always_adapt; }
   constexpr double decay_of(bool excluded) const {
@@ -47,6 +48,7 @@ struct LarsArgs {
   int32_t group_count = 0;
   double max_grad_norm = 0;  // 0: no clip
   double grad_scale = 1;
+  DeviceNumbers device;
 };
 
 // As lamb_step_cpu. u of the stats is g + λ·p, before λ_l.

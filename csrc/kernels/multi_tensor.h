@@ -20,6 +20,15 @@ struct OptimizerTensor {
   int32_t group = 0;
   int32_t excluded = 0;  // takes no trust ratio
   double step = 1;       // t, this step included
+  // On CUDA, of all tensors or of none: the steps before this one, which the kernels count on.
+  // `step` is then 1.
+  float* device_step = nullptr;
+};
+
+// Numbers of a step that are on the device (CUDA only); null where the host has them.
+struct DeviceNumbers {
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;  // not 0: nothing changes, step counts included
 };
 
 // What a step has seen of one tensor. The gradient's norm is taken before the clip.

@@ -15,19 +15,22 @@ namespace {
 // their order.
 struct Call {
   int64_t tensor_count;
-  const int64_t* tensors;  // [tensors, 10]: p, g, m, v, master, numel, p dtype, g dtype, group,
-                           // excluded
+  const int64_t* tensors;  // [tensors, 11]: p, g, m, v, master, numel, p dtype, g dtype, group,
+                           // excluded, device step
   const double* steps;     // [tensors]
   int64_t group_count;
   const double* numbers;
   const int64_t* flags;
+  const double* const* rates;  // [groups]
   double max_grad_norm, clip_eps, grad_scale;
+  const float* device_grad_scale;
+  const float* found_inf;
 };
 
 std::vector<OptimizerTensor> tensors_of(const Call& call) {
   std::vector<OptimizerTensor> tensors;
   for (int64_t i = 0; i < call.tensor_count; ++i) {
-    const int64_t* row = call.tensors + 10 * i;
+    const int64_t* row = call.tensors + 11 * i;
     OptimizerTensor x;
     x.p = reinterpret_cast<void*>(row[0]);
     x.g = reinterpret_cast<const void*>(row[1]);
@@ -40,6 +43,7 @@ std::vector<OptimizerTensor> tensors_of(const Call& call) {
     x.group = static_cast<int32_t>(row[8]);
     x.excluded = static_cast<int32_t>(row[9]);
     x.step = call.steps[i];
+    x.device_step = reinterpret_cast<float*>(row[10]);
     tensors.push_back(x);
   }
   return tensors;
@@ -52,13 +56,17 @@ struct Unpacked {
   Args args;
 
   explicit Unpacked(const Call& call) : tensors(tensors_of(call)) {
-    for (int64_t i = 0; i < call.group_count; ++i) add(call, i);
+    for (int64_t i = 0; i < call.group_count; ++i) {
+      add(call, i);
+      groups.back().device_rates = call.rates[i];
+    }
     args.tensors = tensors.data();
     args.tensor_count = static_cast<int64_t>(tensors.size());
     args.groups = groups.data();
     args.group_count = static_cast<int32_t>(groups.size());
     args.max_grad_norm = call.max_grad_norm;
     args.grad_scale = call.grad_scale;
+    args.device = {call.device_grad_scale, call.found_inf};
   }
   void add(const Call& call, int64_t i);
 };

@@ -33,9 +33,12 @@ class Call(ctypes.Structure):
         ("group_count", ctypes.c_int64),
         ("numbers", ctypes.c_void_p),
         ("flags", ctypes.c_void_p),
+        ("rates", ctypes.c_void_p),
         ("max_grad_norm", ctypes.c_double),
         ("clip_eps", ctypes.c_double),
         ("grad_scale", ctypes.c_double),
+        ("device_grad_scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
     )
 
 
@@ -72,8 +75,12 @@ class Problem:
     groups: list[Any] = field(default_factory=lambda: [lamb_reference.Options()])
     max_grad_norm: float | None = 0.05
     grad_scale: float = 1.0
+    # Step counts, learning rates and the loss scale on the device, which the host then does not know.
+    on_device: bool = False
+    found_inf: float | None = None
 
     kind: ClassVar[str] = "lamb"
+    rates: ClassVar[tuple[int, int]] = (0, 5)  # of numbers(), those that may be on the device
     flags: ClassVar[tuple[str, ...]] = (
         "bias_correction",
         "grad_averaging",
@@ -98,6 +105,7 @@ class Lars(Problem):
     groups: list[Any] = field(default_factory=lambda: [lars_reference.Options()])
 
     kind: ClassVar[str] = "lars"
+    rates: ClassVar[tuple[int, int]] = (0, 6)
     flags: ClassVar[tuple[str, ...]] = (
         "nesterov",
         "trust_clip",
@@ -162,6 +170,12 @@ def library(instrument: bool = False) -> ctypes.CDLL:
     return load(build.library("optimizers", KERNELS, API, instrument))
 
 
+def scalar(value: float, name: str) -> emulator.Memory:
+    memory = emulator.Memory(4, name=name)
+    memory.bytes.view(np.float32)[:] = value
+    return memory
+
+
 class Placed:
     """A problem's tensors in memory of the emulator's, and the call that names them."""
 
@@ -169,6 +183,7 @@ class Placed:
         self.problem = problem
         self.memories: list[dict[str, emulator.Memory]] = []
         rows, groups = [], problem.groups
+        away, nan = problem.on_device, float("nan")
         for x in problem.parameters:
             mine = {}
             for name in problem.arrays(x):
@@ -179,19 +194,34 @@ class Placed:
                 mine[name] = memory
             pointers = [mine[n].pointer if n in mine else 0 for n in ("p", "g", "m", "v", "master")]
             kinds = (DTYPES[x.p_dtype], DTYPES[x.g_dtype])
-            rows.append([*pointers, x.numel, *kinds, x.group, x.excluded])
+            count = 0
+            if away:
+                mine["step"] = scalar(x.step - 1, f"step{len(rows)}")
+                count = mine["step"].pointer
+            rows.append([*pointers, x.numel, *kinds, x.group, x.excluded, count])
             self.memories.append(mine)
         flags = [sum(getattr(o, f) << b for b, f in enumerate(problem.flags)) for o in groups]
+        numbers = np.array([problem.numbers(o) for o in groups], dtype=np.float64)
+        self.rates = []
+        for row in numbers if away else ():
+            self.rates.append(emulator.Memory(16, name="rates"))
+            self.rates[-1].bytes.view(np.float64)[:] = row[list(problem.rates)]
+            row[list(problem.rates)] = nan
+        pointers = [memory.pointer for memory in self.rates] or [0] * len(groups)
         self.kept = (  # for as long as the call names them
-            np.array(rows, dtype=np.int64).reshape(-1, 10),
-            np.array([float(x.step) for x in problem.parameters]),
-            np.array([problem.numbers(o) for o in groups], dtype=np.float64),
+            np.array(rows, dtype=np.int64).reshape(-1, 11),
+            np.array([1.0 if away else float(x.step) for x in problem.parameters]),
+            numbers,
             np.array(flags, dtype=np.int64),
+            np.array(pointers, dtype=np.int64),
         )
-        tensors, steps, numbers, bits = (array.ctypes.data for array in self.kept)
+        tensors, steps, *of_groups = (array.ctypes.data for array in self.kept)
         clip = problem.max_grad_norm or 0.0
-        fields = (len(rows), tensors, steps, len(groups), numbers, bits, clip, 0.0)
-        self.call = ctypes.pointer(Call(*fields, problem.grad_scale))
+        fields = (len(rows), tensors, steps, len(groups), *of_groups, clip, 0.0)
+        self.scale = scalar(problem.grad_scale, "scale") if away else None
+        self.found = None if problem.found_inf is None else scalar(problem.found_inf, "found")
+        device = (None if memory is None else memory.pointer for memory in (self.scale, self.found))
+        self.call = ctypes.pointer(Call(*fields, nan if away else problem.grad_scale, *device))
         self.table = emulator.Memory(lib.emulated_table_bytes(self.call), name="table")
         needed = getattr(lib, f"emulated_{problem.kind}_workspace_bytes")(self.call)
         self.workspace = emulator.Memory(needed, name="workspace")
@@ -203,7 +233,8 @@ class Placed:
             after = {}
             for name, memory in mine.items():
                 assert memory.guards_intact(), f"{name}: written outside its bounds"
-                after[name] = torch.empty_like(x.start[name])
+                like = torch.zeros(1) if name == "step" else x.start[name]
+                after[name] = torch.empty_like(like)
                 after[name].view(torch.uint8).numpy()[:] = memory.bytes
             assert torch.equal(after["g"].view(torch.uint8), x.start["g"].view(torch.uint8))
             results.append(after)

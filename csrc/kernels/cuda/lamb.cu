@@ -19,6 +19,7 @@ BATCHOPS_DEVICE F rounded_quotient(F m, F v, const Constants& c) {
 
 struct Lamb {
   static constexpr int kSums = 5;  // of LambNorms, in its order
+  using Group = LambGroup;
   using Set = LambSet;
   using Outcome = LambStepFactors;
   struct Factors : LambFactors {
@@ -27,6 +28,12 @@ struct Lamb {
     BATCHOPS_DEVICE Factors(const LambSet& set, double C)
         : LambFactors(set, C), caution(set.caution) {}
   };
+
+  static BATCHOPS_DEVICE LambGroup with_rates(LambGroup group, const double* rates) {
+    group.lr = rates[0];
+    group.decay_lr = rates[1];
+    return group;
+  }
 
   static BATCHOPS_DEVICE Outcome outcome(const LambSet& set, const double (&sums)[kSums],
                                          int64_t numel, double C, double grad_scale,
@@ -176,29 +183,31 @@ __global__ void __launch_bounds__(kMaxSets)
   store_sets(args);
 }
 
+__global__ void __launch_bounds__(kMaxSets)
+    lamb_make_sets(const __grid_constant__ SetsToMake<Lamb> args) {
+  make_sets(args);
+}
+
 }  // namespace
 }  // namespace cuda::optimizer
 
 using namespace cuda::optimizer;
 
 size_t lamb_workspace_bytes_cuda(const LambArgs& args) {
-  std::vector<LambSet> sets;
-  lamb_sets(args, sets);
-  return StepPlan<Lamb>(args, std::move(sets), nullptr, nullptr).bytes;
+  return StepPlan<Lamb>(args, nullptr, nullptr).bytes;
 }
 
 const char* lamb_step_cuda(const LambArgs& args, const void* table, void* workspace,
                            const double* grad_sum_sq, TensorStats* stats, int device,
                            void* stream) {
   if (const char* error = cuda::set_device("lamb", device)) return error;
-  std::vector<LambSet> sets;
-  lamb_sets(args, sets);
-  StepPlan<Lamb> plan(args, std::move(sets), table, workspace);
+  StepPlan<Lamb> plan(args, table, workspace);
   plan.args.clip_eps = args.clip_eps;
   plan.args.grad_sum_sq = grad_sum_sq;
   plan.args.stats = stats;
-  return launch_step({"lamb_step", lamb_step, "lamb_store_sets", lamb_store_sets}, plan, device,
-                     stream);
+  return launch_step({"lamb_step", lamb_step, "lamb_store_sets", lamb_store_sets, "lamb_make_sets",
+                      lamb_make_sets},
+                     plan, device, stream);
 }
 
 }  // namespace batchops

@@ -15,10 +15,15 @@ struct LarsSet {
   LarsGroup group;
   double step;
   int32_t excluded;
+
+  LarsSet() = default;
+  BATCHOPS_HOST_DEVICE LarsSet(const LarsGroup& of, double t, bool without_ratio)
+      : group(of), step(t), excluded(without_ratio) {}
 };
 
 struct Lars {
   static constexpr int kSums = 3;  // of LarsNorms, in its order
+  using Group = LarsGroup;
   using Set = LarsSet;
   using Outcome = LarsFactors;
 
@@ -32,6 +37,12 @@ struct Lars {
       decay = static_cast<float>(set.group.decay_of(set.excluded != 0) * divisor.c);
     }
   };
+
+  static BATCHOPS_DEVICE LarsGroup with_rates(LarsGroup group, const double* rates) {
+    group.lr = rates[0];
+    group.momentum_factor = rates[1];
+    return group;
+  }
 
   static BATCHOPS_DEVICE Outcome outcome(const LarsSet& set, const double (&sums)[kSums], int64_t,
                                          double C, double grad_scale, TensorStats& stats) {
@@ -157,12 +168,9 @@ __global__ void __launch_bounds__(kMaxSets)
   store_sets(args);
 }
 
-std::vector<LarsSet> lars_sets(const LarsArgs& args) {
-  std::vector<LarsSet> sets;
-  optimizer_sets(
-      args.tensors, args.tensor_count, args.group_count, sets,
-      [&](const OptimizerTensor& x) { return LarsSet{args.groups[x.group], x.step, x.excluded}; });
-  return sets;
+__global__ void __launch_bounds__(kMaxSets)
+    lars_make_sets(const __grid_constant__ SetsToMake<Lars> args) {
+  make_sets(args);
 }
 
 }  // namespace
@@ -171,18 +179,19 @@ std::vector<LarsSet> lars_sets(const LarsArgs& args) {
 using namespace cuda::optimizer;
 
 size_t lars_workspace_bytes_cuda(const LarsArgs& args) {
-  return StepPlan<Lars>(args, lars_sets(args), nullptr, nullptr).bytes;
+  return StepPlan<Lars>(args, nullptr, nullptr).bytes;
 }
 
 const char* lars_step_cuda(const LarsArgs& args, const void* table, void* workspace,
                            const double* grad_sum_sq, TensorStats* stats, int device,
                            void* stream) {
   if (const char* error = cuda::set_device("lars", device)) return error;
-  StepPlan<Lars> plan(args, lars_sets(args), table, workspace);
+  StepPlan<Lars> plan(args, table, workspace);
   plan.args.grad_sum_sq = grad_sum_sq;
   plan.args.stats = stats;
-  return launch_step({"lars_step", lars_step, "lars_store_sets", lars_store_sets}, plan, device,
-                     stream);
+  return launch_step({"lars_step", lars_step, "lars_store_sets", lars_store_sets, "lars_make_sets",
+                      lars_make_sets},
+                     plan, device, stream);
 }
 
 }  // namespace batchops

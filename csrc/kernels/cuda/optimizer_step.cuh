@@ -25,6 +25,7 @@
 // all that come before it have their outcome.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -109,9 +110,14 @@ BATCHOPS_DEVICE void publish(const Entry& x, int64_t begin, int32_t unit, const 
   }
 }
 
+BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
+  return device.found_inf != nullptr && *device.found_inf != 0;
+}
+
 // Algorithm gives
 //   kSums                            doubles that are added up over a tensor
-//   Set                              hyperparameters
+//   Group, Set                       hyperparameters; Set(group, step, excluded)
+//   with_rates(group, rates)         the group with those of its numbers that are on the device
 //   Factors(Set, C)                  what sweeps make of them; C is what gradients are divided by
 //   Outcome                          what the second sweep needs of a tensor
 //   outcome(Set, sums, numel, C, grad_scale, stats)
@@ -128,17 +134,26 @@ struct StepArguments {
   unsigned* arrived;   // blocks that have added up their gradients' squares
   unsigned* arrivals;  // [tensors], chunks that have their sums, and one more for the outcome
   GradSquares squares;
-  double* sums;          // [chunks, kSums]
-  Outcome* outcomes;     // [tensors]
-  const Set* more_sets;  // where they are too many for arguments
+  double* sums;       // [chunks, kSums]
+  Outcome* outcomes;  // [tensors]
+  // Where they are too many for arguments; or, with `by_tensor`, made of step counts on the device.
+  const Set* more_sets;
+  bool by_tensor;
   // The clip: none with max_grad_norm 0; over more tensors than these with grad_sum_sq.
   const double* grad_sum_sq;
   double max_grad_norm, clip_eps, grad_scale;
+  DeviceNumbers device;
   TensorStats* stats;  // or null
   Set sets[kMaxSets];
 
+  BATCHOPS_DEVICE int32_t set_of(int32_t tensor) const {
+    return by_tensor ? tensor : table.entries[tensor].set;
+  }
   BATCHOPS_DEVICE const Set& set(int32_t index) const {
     return more_sets == nullptr ? sets[index] : more_sets[index];
+  }
+  BATCHOPS_DEVICE double scale() const {
+    return device.grad_scale == nullptr ? grad_scale : *device.grad_scale;
   }
 };
 
@@ -153,6 +168,7 @@ class Step {
       : args_(args), slots_(slots) {}
 
   BATCHOPS_DEVICE void run() {
+    if (skipped(args_.device)) return forget_stats();
     find_divisor();
     for (int32_t item = static_cast<int32_t>(blockIdx.x);; item += blocks()) {
       const bool over = item >= args_.table.items();
@@ -176,7 +192,7 @@ class Step {
     return divisor;
   }
   BATCHOPS_DEVICE void find_divisor() const {
-    double by = args_.grad_scale;
+    double by = args_.scale();
     if (args_.max_grad_norm > 0) {
       double sum_sq;
       if (args_.grad_sum_sq != nullptr) {
@@ -191,7 +207,7 @@ class Step {
         __syncthreads();
         sum_sq = args_.squares.total();
       }
-      by = grad_divisor(sum_sq, args_.max_grad_norm, args_.clip_eps, args_.grad_scale);
+      by = grad_divisor(sum_sq, args_.max_grad_norm, args_.clip_eps, args_.scale());
     }
     if (threadIdx.x == 0) divisor() = by;
     __syncthreads();
@@ -208,9 +224,10 @@ class Step {
     BATCHOPS_SHARED(factors, Factors[kWarps]);
     return factors[warp()];
   }
-  BATCHOPS_DEVICE void use_set_of(const Entry& x) {
-    if (x.set == set_) return;
-    set_ = x.set;
+  BATCHOPS_DEVICE void use_set_of(int32_t tensor) {
+    const int32_t set = args_.set_of(tensor);
+    if (set == set_) return;
+    set_ = set;
     __syncwarp();
     if (lane() == 0) factors() = Factors(args_.set(set_), divisor());
     __syncwarp();
@@ -255,7 +272,7 @@ class Step {
     double sums[kSums] = {};
     if (tensor >= 0) {
       const Entry& x = entry(tensor);
-      use_set_of(x);
+      use_set_of(tensor);
       Algorithm::first(part_of(item, x), factors(), kept ? slot(0) : Slot{}, sums);
     }
     if (kept) {
@@ -347,11 +364,21 @@ class Step {
   }
 
   BATCHOPS_DEVICE void find_outcome(int32_t tensor, const double (&sums)[kSums]) const {
-    const Entry& x = entry(tensor);
     TensorStats stats;
     args_.outcomes[tensor] =
-        Algorithm::outcome(args_.set(x.set), sums, x.numel, divisor(), args_.grad_scale, stats);
+        Algorithm::outcome(args_.set(args_.set_of(tensor)), sums, entry(tensor).numel, divisor(),
+                           args_.scale(), stats);
     if (args_.stats != nullptr) args_.stats[tensor] = stats;
+  }
+
+  // Of a step that is skipped.
+  BATCHOPS_DEVICE void forget_stats() const {
+    if (args_.stats == nullptr) return;
+    constexpr float nothing = std::numeric_limits<float>::quiet_NaN();
+    for (int32_t i = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+         i < args_.table.tensors; i += blocks() * kThreads) {
+      args_.stats[i] = {nothing, nothing, nothing, nothing};
+    }
   }
 
   const StepArguments<Algorithm>& args_;
@@ -387,6 +414,36 @@ struct SetsToStore {
   int32_t count;
   Set sets[kMaxSets];
 };
+// Sets of step counts on the device, each tensor its own.
+template <class Algorithm>
+struct SetsToMake {
+  // Of tensors whose Entry::set is this one's index.
+  struct Seed {
+    typename Algorithm::Group group;
+    int32_t excluded;
+  };
+  Table table;
+  typename Algorithm::Set* to;  // [tensors]
+  DeviceNumbers device;
+  int32_t first, count;
+  Seed seeds[kMaxSets];
+};
+template <class Algorithm>
+BATCHOPS_DEVICE void make_sets(const SetsToMake<Algorithm>& args) {
+  const int32_t i = static_cast<int32_t>(blockIdx.x) * kMaxSets + static_cast<int>(threadIdx.x);
+  if (i >= args.table.tensors || skipped(args.device)) return;
+  const Entry& x = args.table.entries[i];
+  const int32_t k = x.set - args.first;
+  if (k < 0 || k >= args.count) return;
+  const auto& seed = args.seeds[k];
+  *x.step += 1;
+  args.to[i] =
+      typename Algorithm::Set(seed.group.device_rates == nullptr
+                                  ? seed.group
+                                  : Algorithm::with_rates(seed.group, seed.group.device_rates),
+                              *x.step, seed.excluded != 0);
+}
+
 template <class Set>
 BATCHOPS_DEVICE void store_sets(const SetsToStore<Set>& args) {
   const auto i = static_cast<int32_t>(threadIdx.x);
@@ -400,12 +457,27 @@ struct StepPlan {
 
   StepArguments<Algorithm> args{};
   std::vector<Set> sets;
-  Set* stored_sets = nullptr;  // where they are too many for arguments
+  std::vector<typename SetsToMake<Algorithm>::Seed> seeds;  // in place of sets
+  Set* stored_sets = nullptr;                               // where they are not arguments
   size_t counter_bytes = 0, bytes = 0;
 
   template <class Args>
-  StepPlan(const Args& given, std::vector<Set> of_tensors, const void* table, void* workspace)
-      : sets(std::move(of_tensors)) {
+  StepPlan(const Args& given, const void* table, void* workspace) {
+    const auto make = [&](auto& made, auto&& one) {
+      optimizer_sets(given.tensors, given.tensor_count, given.group_count, made, one);
+    };
+    size_t stored = 0;
+    if (given.tensor_count > 0 && given.tensors[0].device_step != nullptr) {
+      make(seeds, [&](const OptimizerTensor& x) {
+        return typename SetsToMake<Algorithm>::Seed{given.groups[x.group], x.excluded};
+      });
+      stored = given.tensor_count;
+    } else {
+      make(sets, [&](const OptimizerTensor& x) {
+        return Set(given.groups[x.group], x.step, x.excluded != 0);
+      });
+      if (sets.size() > kMaxSets) stored = sets.size();
+    }
     args.table = Table(given.tensors, given.tensor_count, table);
     args.squares = GradSquares(args.table);
     Cutter cutter(workspace);
@@ -415,10 +487,11 @@ struct StepPlan {
     args.squares.sums = cutter.take<double>(args.squares.pieces);
     args.sums = cutter.take<double>(size_t{Algorithm::kSums} * args.table.chunks);
     args.outcomes = cutter.take<typename Algorithm::Outcome>(args.table.tensors);
-    stored_sets = cutter.take<Set>(sets.size() > kMaxSets ? sets.size() : 0);
+    stored_sets = cutter.take<Set>(stored);
     bytes = cutter.bytes();
     args.max_grad_norm = given.max_grad_norm;
     args.grad_scale = given.grad_scale;
+    args.device = given.device;
   }
 };
 
@@ -429,6 +502,8 @@ struct StepKernels {
   void (*step)(const StepArguments<Algorithm>);
   const char* store_name;
   void (*store_sets)(const SetsToStore<typename Algorithm::Set>);
+  const char* make_name;
+  void (*make_sets)(const SetsToMake<Algorithm>);
 };
 
 // Slots that a block has where kResident of them share a multiprocessor.
@@ -439,29 +514,52 @@ inline int32_t slots_of(const Device& device) {
   return ((share < device.shared ? share : device.shared) - kStatic) / kSlotBytes;
 }
 
+// Puts the sets where the step will find them.
+template <class Algorithm>
+const char* place_sets(const StepKernels<Algorithm>& kernels, StepPlan<Algorithm>& plan,
+                       void* stream) {
+  // Calls send(first, count, batch) with as many of `all` as a launch takes.
+  const auto in_batches = [](const auto& all, auto* batch, auto&& send) -> const char* {
+    const auto size = static_cast<int32_t>(all.size());
+    for (int32_t first = 0; first < size; first += kMaxSets) {
+      const int32_t count = std::min(kMaxSets, size - first);
+      std::copy_n(all.begin() + first, count, batch);
+      if (const char* error = send(first, count)) return error;
+    }
+    return nullptr;
+  };
+  StepArguments<Algorithm>& args = plan.args;
+  if (!plan.seeds.empty()) {
+    args.more_sets = plan.stored_sets;
+    args.by_tensor = true;
+    SetsToMake<Algorithm> some{args.table, plan.stored_sets, args.device, 0, 0, {}};
+    return in_batches(plan.seeds, some.seeds, [&](int32_t first, int32_t count) {
+      some.first = first;
+      some.count = count;
+      return launch(kernels.make_name, kernels.make_sets,
+                    (args.table.tensors + kMaxSets - 1) / kMaxSets, kMaxSets, 0, stream, some);
+    });
+  }
+  if (plan.sets.size() <= kMaxSets) {
+    std::copy(plan.sets.begin(), plan.sets.end(), args.sets);
+    return nullptr;
+  }
+  args.more_sets = plan.stored_sets;
+  SetsToStore<typename Algorithm::Set> some{};
+  return in_batches(plan.sets, some.sets, [&](int32_t first, int32_t count) {
+    some.to = plan.stored_sets + first;
+    some.count = count;
+    return launch(kernels.store_name, kernels.store_sets, 1, kMaxSets, 0, stream, some);
+  });
+}
+
 template <class Algorithm>
 const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorithm>& plan,
                         int device, void* stream) {
   StepArguments<Algorithm>& args = plan.args;
   const int32_t items = args.table.items();
   if (items == 0) return nullptr;
-  const std::vector<typename Algorithm::Set>& sets = plan.sets;
-  const auto set_count = static_cast<int32_t>(sets.size());
-  if (set_count <= kMaxSets) {
-    std::copy(sets.begin(), sets.end(), args.sets);
-  } else {
-    args.more_sets = plan.stored_sets;
-    SetsToStore<typename Algorithm::Set> some;
-    for (int32_t first = 0; first < set_count; first += kMaxSets) {
-      some.to = plan.stored_sets + first;
-      some.count = std::min(kMaxSets, set_count - first);
-      std::copy_n(sets.begin() + first, some.count, some.sets);
-      if (const char* error =
-              launch(kernels.store_name, kernels.store_sets, 1, kMaxSets, 0, stream, some)) {
-        return error;
-      }
-    }
-  }
+  if (const char* error = place_sets(kernels, plan, stream)) return error;
   Device found;
   if (const char* error = query(kernels.name, device, found)) return error;
   args.slots = std::max(slots_of(found), 1);

@@ -24,6 +24,7 @@ struct Entry {
   float* m;
   float* v;
   float* master;  // or null
+  float* step;    // or null
   int64_t numel;
   int32_t first_chunk;
   int32_t set;               // see optimizer_sets
@@ -40,7 +41,7 @@ struct Entry {
   }
   BATCHOPS_DEVICE int32_t last_chunk() const { return first_chunk + chunks() - 1; }
 };
-static_assert(sizeof(Entry) == 64);
+static_assert(sizeof(Entry) == 72);
 
 // How tensors come to items; the smalls and chunks are counted on the host.
 struct Table {

@@ -55,6 +55,7 @@ void optimizer_write_table_cuda(const OptimizerTensor* tensors, int64_t tensor_c
                       x.m,
                       x.v,
                       x.master,
+                      x.device_step,
                       x.numel,
                       chunk,
                       set_of[i],
