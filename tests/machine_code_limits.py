@@ -137,6 +137,7 @@ LIMITS = {
         dynamic_shared=SLOT,
     ),
     "lamb_store_sets": Limits(2, threads=32),
+    "lamb_make_sets": Limits(2, threads=32),
     "lars_step": Limits(
         2,
         reads=2 * (3 + 3 + 3 + 9 + 3 + 3 + 1),
@@ -144,6 +145,9 @@ LIMITS = {
         dynamic_shared=SLOT,
     ),
     "lars_store_sets": Limits(2, threads=32),
+    "lars_make_sets": Limits(2, threads=32),
+    "optimizer_send_entries": Limits(4),
+    "optimizer_index": Limits(4),
     "optimizer_grad_squares": Limits(4, reads=2),
     "optimizer_grad_total": Limits(4),
 }

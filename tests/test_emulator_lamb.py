@@ -205,7 +205,11 @@ def test_numbers_on_the_device(library):
     room for; the counts go on."""
     groups = [replace(o, lr=o.lr * (1 + i)) for i in range(4) for o in VARIANTS.values()]
     parameters = [Parameter(30 * i, group=i, step=1 + i % 5) for i in range(len(groups))]
-    parameters += [Parameter(5 * CHUNK, step=3), Parameter(700, step=4), Parameter(9, excluded=True)]
+    parameters += [
+        Parameter(5 * CHUNK, step=3),
+        Parameter(700, step=4),
+        Parameter(9, excluded=True),
+    ]
     problem = Problem(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
     check_everywhere(library, problem)
     results = run(library, problem)

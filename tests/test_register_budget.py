@@ -83,8 +83,11 @@ def test_a_kernel_that_the_table_lacks_is_refused():
     library = optimizers.library()
     problem = optimizers.Problem([optimizers.Parameter(37)])
     with (
-        known(library, {"lars_step": 64}),
-        pytest.raises(emulator.EmulatorError, match="lamb_step: nothing is known of its registers"),
+        known(library, {"lamb_step": 64}),
+        pytest.raises(
+            emulator.EmulatorError,
+            match="optimizer_send_entries: nothing is known of its registers",
+        ),
     ):
         optimizers.run(library, problem)
 

@@ -28,6 +28,8 @@ int cuda_device_count(const char** message) {
   return 0;
 }
 
+bool cuda_stream_captures(void*) { return false; }
+
 size_t batch_norm_forward_workspace_cuda(const BatchNormShape&, int) { return 0; }
 
 size_t batch_norm_backward_workspace_cuda(const BatchNormShape&, int) { return 0; }
@@ -48,9 +50,16 @@ const char* group_norm_backward_cuda(const GroupNormBackward&, void*, int, void*
   return kNoCuda;
 }
 
+size_t optimizer_entries_bytes_cuda(int64_t) { return 0; }
+
+void optimizer_describe_cuda(const OptimizerTensor*, int64_t, int32_t, void*) {}
+
 size_t optimizer_table_bytes_cuda(const OptimizerTensor*, int64_t) { return 0; }
 
-void optimizer_write_table_cuda(const OptimizerTensor*, int64_t, int32_t, void*) {}
+const char* optimizer_send_table_cuda(const OptimizerTensor*, int64_t, const void*, void*, int,
+                                      void*) {
+  return kNoCuda;
+}
 
 size_t grad_sum_sq_workspace_bytes_cuda(const OptimizerTensor*, int64_t) { return 0; }
 

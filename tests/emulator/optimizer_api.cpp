@@ -90,10 +90,13 @@ void Lars::add(const Call& call, int64_t i) {
                     flag(4), flag(5), flag(6)});
 }
 
-void write_table(const Call& call, void* table) {
+const char* send_table(const Call& call, void* table, void* stream) {
   const std::vector<OptimizerTensor> tensors = tensors_of(call);
-  optimizer_write_table_cuda(tensors.data(), call.tensor_count,
-                             static_cast<int32_t>(call.group_count), table);
+  std::vector<unsigned char> entries(optimizer_entries_bytes_cuda(call.tensor_count));
+  optimizer_describe_cuda(tensors.data(), call.tensor_count, static_cast<int32_t>(call.group_count),
+                          entries.data());
+  return optimizer_send_table_cuda(tensors.data(), call.tensor_count, entries.data(), table, 0,
+                                   stream);
 }
 
 }  // namespace
@@ -114,8 +117,8 @@ EMULATOR_EXPORT size_t emulated_lars_workspace_bytes(const Call* call) {
 EMULATOR_EXPORT int emulated_lamb_step(const Call* call, void* table, void* workspace,
                                        const double* grad_sum_sq, TensorStats* stats, char* text,
                                        size_t size) {
-  return cuda_emulator::guarded(text, size, [&] {
-    write_table(*call, table);
+  return cuda_emulator::guarded(text, size, [&]() -> const char* {
+    if (const char* error = send_table(*call, table, nullptr)) return error;
     return lamb_step_cuda(Lamb(*call).args, table, workspace, grad_sum_sq, stats, 0, nullptr);
   });
 }
@@ -123,8 +126,8 @@ EMULATOR_EXPORT int emulated_lamb_step(const Call* call, void* table, void* work
 EMULATOR_EXPORT int emulated_lars_step(const Call* call, void* table, void* workspace,
                                        const double* grad_sum_sq, TensorStats* stats, char* text,
                                        size_t size) {
-  return cuda_emulator::guarded(text, size, [&] {
-    write_table(*call, table);
+  return cuda_emulator::guarded(text, size, [&]() -> const char* {
+    if (const char* error = send_table(*call, table, nullptr)) return error;
     return lars_step_cuda(Lars(*call).args, table, workspace, grad_sum_sq, stats, 0, nullptr);
   });
 }
@@ -137,9 +140,10 @@ EMULATOR_EXPORT int emulated_lamb_steps_in_streams(int64_t count, const Call* co
     for (int64_t i = 0; i < count; ++i) {
       cudaStream_t stream;
       cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-      write_table(*calls[i], tables[i]);
-      const char* error = lamb_step_cuda(Lamb(*calls[i]).args, tables[i], workspaces[i], nullptr,
-                                         nullptr, 0, stream);
+      const char* error = send_table(*calls[i], tables[i], stream);
+      if (error == nullptr)
+        error = lamb_step_cuda(Lamb(*calls[i]).args, tables[i], workspaces[i], nullptr, nullptr, 0,
+                               stream);
       cudaStreamDestroy(stream);  // once its work is done
       if (error != nullptr) return error;
     }
@@ -153,9 +157,9 @@ EMULATOR_EXPORT size_t emulated_grad_sum_sq_workspace_bytes(const Call* call) {
 
 EMULATOR_EXPORT int emulated_grad_sum_sq(const Call* call, void* table, void* workspace,
                                          double* sum_sq, char* text, size_t size) {
-  return cuda_emulator::guarded(text, size, [&] {
+  return cuda_emulator::guarded(text, size, [&]() -> const char* {
     const std::vector<OptimizerTensor> tensors = tensors_of(*call);
-    write_table(*call, table);
+    if (const char* error = send_table(*call, table, nullptr)) return error;
     return grad_sum_sq_cuda(tensors.data(), call->tensor_count, table, workspace, sum_sq, 0,
                             nullptr);
   });

@@ -75,7 +75,7 @@ class Problem:
     groups: list[Any] = field(default_factory=lambda: [lamb_reference.Options()])
     max_grad_norm: float | None = 0.05
     grad_scale: float = 1.0
-    # Step counts, learning rates and the loss scale on the device, which the host then does not know.
+    # Step counts, learning rates and the loss scale on the device: the host does not know them.
     on_device: bool = False
     found_inf: float | None = None
 

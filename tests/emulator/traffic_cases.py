@@ -291,15 +291,9 @@ def _optimizer_case(kind: type, x: optimizers.Parameter, clip: float | None) -> 
         run,
         passes,
         tuple(f"{name}0" for name in changed),
-        # The table's entry and the chunks' tensor; counters, set to 0, read and written; squares of
-        # a piece, sums of a chunk and the outcome, written and read; stats.
-        72
-        + 4 * max(chunks, 1)
-        + 3 * 8
-        + 2 * 8 * max(chunks, 1)
-        + 2 * 8 * sums * chunks
-        + 2 * 52
-        + 16,
+        # The table's entry and the chunks' tensor, and squares of a piece, sums of a chunk and the
+        # outcome, all written and read; counters, set to 0, read and written; stats.
+        2 * (72 + 4 * max(chunks, 1) + 8 * max(chunks, 1) + 8 * sums * chunks + 52) + 3 * 8 + 16,
         # Single elements of 2 bytes: a warp's 64 lie in 3 sectors. A tail is one more access.
         0.5 if x.offset or x.numel < 64 else 0.99,
         x.numel,

@@ -26,7 +26,7 @@ struct Entry {
   float* master;  // or null
   float* step;    // or null
   int64_t numel;
-  int32_t first_chunk;
+  int32_t first_chunk;       // of a small tensor, its place among the small ones
   int32_t set;               // see optimizer_sets
   int16_t p_dtype, g_dtype;  // DType
   int32_t wide;              // all of them aligned to kWidth elements
