@@ -386,7 +386,8 @@ def test_optimizers_are_race_free(kind, clip, place):
     parameters = [optimizers.Parameter(n) for n in (1, 37, 256, 4096, 5 * optimizers.CHUNK + 5)]
     parameters.append(optimizers.Parameter(2500, "bf16", offset=1, master=True))
     parameters += [optimizers.Parameter(n) for n in (256,) * 20]
-    problem = kind(parameters, max_grad_norm=clip)
+    # With a clip, and with step counts, lr and scale on the device.
+    problem = kind(parameters, max_grad_norm=clip, on_device=clip is None)
     if kind is optimizers.Lars:
         problem.groups[0].momentum = 0.9
     with (
