@@ -45,6 +45,7 @@ class FusedOptimizer(Optimizer):
     # names of options that are flags, in the order of the kernels' structs.
     _kind: str
     _flags: tuple[str, ...]
+    _rates: tuple[int, int]  # those of _numbers() that may be tensors
     _plan: _Plan | None = None
     _exclude: Any = None
     _step_supports_amp_scaling = True
@@ -327,20 +328,25 @@ class _Plan:
             {id(group["params"][i]) for i in group["exclude"] if i < len(group["params"])}
             for group in groups
         ]
-        tables: dict[torch.device, list[tuple[Tensor, int, int, int, str]]] = defaultdict(list)
+        # By device, and whether step counts are there too.
+        tables: dict[tuple[torch.device, bool], list[tuple[Tensor, int, int, int, str]]]
+        tables = defaultdict(list)
         self.plain: list[plain.Member] = []
         for p, index, at, name, native in chosen:
             group = groups[index]
             _complete_state(p, state[p], group, optimizer._moments(group))
             excluded = id(p) in positions[index]
             if native:
-                tables[p.device].append((p, index, at, excluded, name))
+                counted_there = bool(group["capturable"]) and not p.is_cpu
+                tables[p.device, counted_there].append((p, index, at, excluded, name))
             else:
                 self.plain.append(plain.Member(p, state[p], index, at, excluded, name))
-        self.tables = []
-        for device, members in tables.items():
-            rows = [at for _, _, at, _, _ in members]
-            self.tables.append((device, _native_table(optimizer, members), rows))
+        self.tables = [
+            _Table(
+                device, counted_there, _native_table(optimizer, members), [m[2] for m in members]
+            )
+            for (device, counted_there), members in tables.items()
+        ]
         self.entries = [entry for p, entry in state.items() if entry and isinstance(p, Tensor)]
         self.tensors = list(chain.from_iterable(entry.values() for entry in self.entries))
 
@@ -386,36 +392,22 @@ class _Plan:
         groups, kind = optimizer.param_groups, optimizer._kind
         bound = 0.0 if max_grad_norm is None else float(max_grad_norm)
         clip_eps = groups[0].get("clip_eps", 0.0)
-        numbers: list[float] = []
-        flags: list[int] = []
-        host_scale = 1.0
-        if self.tables:
-            numbers = [float(n) for group in groups for n in optimizer._numbers(group)]
-            flags = [
-                sum(bool(group[name]) << bit for bit, name in enumerate(optimizer._flags))
-                for group in groups
-            ]
-            host_scale = 1.0 if scale is None else float(scale)
-            if skip is not None and float(skip):
-                return True
-        if len(self.tables) == 1 and not self.plain:
-            table = self.tables[0][1]
-            return table.step(numbers, flags, bound, clip_eps, host_scale, None) < 0
-
+        alone = len(self.tables) == 1 and not self.plain
         members = [member for member in self.plain if member.p.grad is not None]
         for member in members:
             group = groups[member.group]
             _check_gradient(kind, member.p, member.p.grad, member.name)
             _check_state(kind, member.p, member.state, optimizer._moments(group), member.name)
-        if any(table.prepare() >= 0 for _, table, _ in self.tables):
+        if not alone and any(table.native.prepare() >= 0 for table in self.tables):
             return False
         sums: list[Tensor] = []
-        if bound:
-            sums = [table.grad_sum_sq() for _, table, _ in self.tables]
+        if bound and not alone:
+            sums = [table.native.grad_sum_sq() for table in self.tables]
             sums += [plain.sum_of_squares(member.p.grad) for member in members]
-        for device, table, _ in self.tables:
-            total = plain.total(sums, device, torch.float64)
-            table.step(numbers, flags, bound, clip_eps, host_scale, total)
+        for table in self.tables:
+            total = plain.total(sums, table.device, torch.float64)
+            if not table.step(optimizer, bound, clip_eps, scale, skip, total):
+                return False
         for member in self.plain:
             member.stats = None
         for member in members:
@@ -429,11 +421,74 @@ class _Plan:
 
     def stats(self) -> list[tuple[list[int], Tensor]]:
         parts = []
-        for _, table, rows in self.tables:
-            active, values = table.stats()
-            parts.append(([rows[i] for i in active], values))
+        for table in self.tables:
+            active, values = table.native.stats()
+            parts.append(([table.rows[i] for i in active], values))
         parts += [([m.row], m.stats[None]) for m in self.plain if m.stats is not None]
         return parts
+
+
+class _Table(NamedTuple):
+    """A native table of parameters on one device."""
+
+    device: torch.device
+    counted_there: bool  # the step counts are on it, and nothing of a step is read back
+    native: Any
+    rows: list[int]  # of the parameters among all
+
+    def step(
+        self,
+        optimizer: FusedOptimizer,
+        bound: float,
+        clip_eps: float,
+        scale: Tensor | None,
+        skip: Tensor | None,
+        total: Tensor | None,
+    ) -> bool:
+        """False, with nothing changed, if the table cannot serve its tensors any more."""
+        groups = optimizer.param_groups
+        numbers: list[float] = []
+        rates: list[Tensor | None] = []
+        for group in groups:
+            own = list(optimizer._numbers(group))
+            if self.counted_there:
+                rates.append(self._rates_there(own, optimizer._rates))
+            numbers += map(float, own)
+        flags = [
+            sum(bool(group[name]) << bit for bit, name in enumerate(optimizer._flags))
+            for group in groups
+        ]
+        host_scale, there = 1.0, {"device": self.device, "dtype": torch.float32}
+        if scale is not None and self.device.type == "cpu":
+            host_scale, scale = float(scale), None
+        if scale is not None:
+            scale = scale.to(**there)
+        if skip is not None and not self.counted_there:
+            if float(skip):
+                return True
+            skip = None
+        if skip is not None:
+            skip = skip.to(**there)
+        call = (numbers, flags, bound, clip_eps, host_scale, total, scale, skip, rates)
+        return self.native.step(*call) < 0
+
+    def _rates_there(self, numbers: list[Any], places: tuple[int, int]) -> Tensor | None:
+        """The two of the numbers that may be tensors as one, where one of them is on a device; then
+        zeros take their places."""
+        both = [numbers[k] for k in places]
+        if all(not isinstance(n, Tensor) or n.is_cpu for n in both):
+            return None
+        there: dict[str, Any] = {"device": self.device, "dtype": torch.float64}
+        for k in places:
+            numbers[k] = 0.0
+        return torch.stack(
+            [
+                n.to(**there).reshape(())
+                if isinstance(n, Tensor) and not n.is_cpu
+                else torch.full((), float(n), **there)
+                for n in both
+            ]
+        )
 
 
 def _native_table(
@@ -546,12 +601,16 @@ def _check_state(
 def _why_not_native(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor) -> str:
     if type(p) not in _PLAIN_TYPES:
         return f"expected a torch.Tensor, got the subclass {type(p).__name__}"
-    if group["capturable"] and not p.is_cpu:
-        return "capturable=True has no kernel of its own on a GPU"
     entry = optimizer.state.get(p) or {}
     step = entry.get("step")
-    if step is not None and (step.dtype != torch.float32 or not step.is_cpu or step.numel() != 1):
-        return f"expected state 'step' as a float32 number on the CPU, got {step.dtype}"
+    home = p.device if group["capturable"] else torch.device("cpu")
+    if step is not None and (
+        step.dtype != torch.float32 or step.device != home or step.numel() != 1
+    ):
+        return (
+            f"expected state 'step' as a float32 number on {home}, got {step.dtype} on "
+            f"{step.device}"
+        )
     moments = [entry.get(name) for name in optimizer._moments(group)]
     first, second = [*moments, None, None][:2]
     master = entry.get("master") if _wants_master(p, group) else None

@@ -69,7 +69,7 @@ class LAMB(FusedOptimizer):
             added; the group then holds positions.
         maximize: ascend instead of descend.
         capturable: all of a step on the device, without a synchronisation: ``step``, ``lr`` as a
-            tensor, GradScaler's ``found_inf``. Parameters on a GPU take torch operators then.
+            tensor, GradScaler's ``found_inf``; a captured CUDA graph may replay it.
         master_weights: float16 and bfloat16 parameters get a float32 master (state ``master``),
             which the update goes to; the parameter is its rounded copy.
         fused: ``True``: the native kernels, an error naming a parameter they cannot take;
@@ -93,6 +93,7 @@ class LAMB(FusedOptimizer):
     """
 
     _kind = "LAMB"
+    _rates = (0, 5)  # lr, decay_lr
     _flags = (
         "bias_correction",
         "grad_averaging",
@@ -238,8 +239,7 @@ class LARS(FusedOptimizer):
     needs a momentum. Results are the same bit for bit for any number of threads.
 
     Args:
-        params, lr, maximize, capturable, master_weights, fused: as in :class:`LAMB`. Parameters on
-            a GPU take torch operators.
+        params, lr, maximize, capturable, master_weights, fused: as in :class:`LAMB`.
         momentum: μ, at least 0.
         dampening: of the gradient in the buffer, but for the first step.
         weight_decay: λ; 0 also turns ``λ_l`` off.
@@ -269,6 +269,7 @@ class LARS(FusedOptimizer):
     """
 
     _kind = "LARS"
+    _rates = (0, 6)  # lr, the factor of the momentum correction
     _flags = (
         "nesterov",
         "trust_clip",

@@ -51,6 +51,9 @@ def _norm(blocks: int, reads: int, writes: int) -> Limits:
     return Limits(blocks, reads, writes, unit=0)
 
 
+SLOT = 16 * 1024  # bytes in which the optimizers keep a chunk
+
+
 # The key is the kernel's name, its layout and whether its units are of 16 bytes, as far as its
 # template arguments say so, and "any" for AnyActivation where that has an entry of its own.
 LIMITS = {
@@ -123,13 +126,30 @@ LIMITS = {
     "group_norm_backward_apply channels_last narrow": _norm(2, reads=2, writes=2),
     # One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3
     # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
-    # 16-bit p and g, which narrows those accesses but keeps all four tensors in step. lamb_moments
-    # keeps five sums in double beside them, 106 registers: held to 80 it would use a stack.
-    "lamb_grad_squares": Limits(4, reads=2),
-    "lamb_grad_total": Limits(4),
-    "lamb_moments": Limits(2, reads=2 * (9 * 2 + 3 + 3), writes=2 * 9 * 2),
-    "lamb_ratios": Limits(4),
-    "lamb_update": Limits(4, reads=2 * (3 * 2 + 1), writes=2),
+    # 16-bit p and g, which narrows those accesses but keeps all tensors in step. LAMB's first sweep
+    # is over four of them and its second, where nothing was kept, over p, m and v; LARS' first over
+    # p and g, its second over m and, where nothing was kept, all three. Elements that no unit fits
+    # go one by one. Dynamic shared memory: the one slot that sm_75 has room for.
+    "lamb_step": Limits(
+        2,
+        reads=2 * (9 * 2 + 3 + 3 + 3 * 2 + 1 + 1),
+        writes=2 * (9 * 2 + 1 + 1),
+        dynamic_shared=SLOT,
+    ),
+    "lamb_store_sets": Limits(2, threads=32),
+    "lamb_make_sets": Limits(2, threads=32),
+    "lars_step": Limits(
+        2,
+        reads=2 * (3 + 3 + 3 + 9 + 3 + 3 + 1),
+        writes=2 * (3 + 9 + 1 + 3),
+        dynamic_shared=SLOT,
+    ),
+    "lars_store_sets": Limits(2, threads=32),
+    "lars_make_sets": Limits(2, threads=32),
+    "optimizer_send_entries": Limits(4),
+    "optimizer_index": Limits(4),
+    "optimizer_grad_squares": Limits(4, reads=2),
+    "optimizer_grad_total": Limits(4),
 }
 
 

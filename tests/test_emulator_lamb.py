@@ -9,27 +9,36 @@ import pytest
 import torch
 
 from . import lamb_reference as reference
-from .emulator import emulator, lamb
-from .emulator.lamb import CHUNK, DTYPES, Parameter, Problem, run
+from .emulator import build, optimizers
+from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Parameter, Problem, State, run
 from .lamb_reference import Options, Tensor64
 from .reference import to_float64
 
 SIZES = {
-    0: "no chunk at all",
+    0: "nothing at all",
     1: "one element",
     37: "units of four and a tail",
-    4096: "whole units",
+    SMALL: "the most that a warp takes",
+    SMALL + 1: "the least that a block takes",
     CHUNK: "one full chunk",
     2 * CHUNK + 5: "three chunks, the last with one unit and a tail",
 }
+# A device and an order of blocks and threads: all of it kept on the chip, and most of it not.
+PLACES = (
+    ("Hopper", "forward", 0),
+    ("Hopper", "reverse", 0),
+    ("Hopper", "random", 1),
+    ("small", "random", 2),
+    ("alone", "forward", 0),
+)
 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    return lamb.library()
+    return optimizers.library()
 
 
-def check(problem: Problem, results: list[dict[str, torch.Tensor]], divisor: float) -> None:
+def check(problem: Problem, results: list[State], divisor: float) -> None:
     for i, (x, after) in enumerate(zip(problem.parameters, results, strict=True)):
         start = {**x.start, "p": x.start.get("master", x.start["p"])}
         p0, m, v, g = (to_float64(start[name]) for name in "pmvg")
@@ -40,10 +49,9 @@ def check(problem: Problem, results: list[dict[str, torch.Tensor]], divisor: flo
             assert torch.equal(after["p"], after["master"].to(after["p"].dtype))
         stepped = (after.get("master", after["p"]), after["m"], after["v"])
         reference.assert_stepped(exact, p0, *stepped, f"parameter {i}")
-        if x.numel:
-            p_norm, _, u_norm, ratio = exact.stats
-            want = (p_norm, reference.norm(g) / problem.grad_scale, u_norm, ratio)
-            assert after["stats"].tolist() == pytest.approx(want, rel=1e-5)
+        p_norm, _, u_norm, ratio = exact.stats
+        want = (p_norm, reference.norm(g) / problem.grad_scale, u_norm, ratio)
+        assert after["stats"].tolist() == pytest.approx(want, rel=1e-5)
 
 
 def divisor_of(problem: Problem) -> float:
@@ -51,33 +59,40 @@ def divisor_of(problem: Problem) -> float:
     return reference.clip_divisor(grads, problem.max_grad_norm)
 
 
-def check_under_all_schedules(lib: ctypes.CDLL, problem: Problem) -> None:
-    """Correct, and the same bits whatever the order of threads and blocks."""
+def same_bits(one: list[State], other: list[State]) -> bool:
+    return all(
+        torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+        for name in a
+    )
+
+
+def check_everywhere(lib: ctypes.CDLL, problem: Problem) -> None:
+    """Correct, and the same bits whatever the order of threads and blocks, how many there are and
+    what they keep on the chip."""
     divisor = divisor_of(problem)
     first = None
-    for order, seed in emulator.SCHEDULES:
-        with emulator.schedule(lib, order, seed):
+    for place in PLACES:
+        with optimizers.device(lib, *place):
             results = run(lib, problem)
-        check(problem, results, divisor)
         if first is None:
+            check(problem, results, divisor)
             first = results
-        for before, now in zip(first, results, strict=True):
-            for name in before:
-                assert torch.equal(before[name].view(torch.uint8), now[name].view(torch.uint8))
+        assert same_bits(first, results), place
 
 
 @pytest.mark.parametrize("g_dtype", DTYPES)
 @pytest.mark.parametrize("p_dtype", DTYPES)
 def test_every_dtype_and_size(library, p_dtype, g_dtype):
     problem = Problem([Parameter(n, p_dtype, g_dtype) for n in SIZES])
-    check_under_all_schedules(library, problem)
+    check_everywhere(library, problem)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_memory_that_no_unit_fits(library, offset):
     dtypes = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f32")]
     problem = Problem([Parameter(1030, *d, offset=offset) for d in dtypes])
-    check_under_all_schedules(library, problem)
+    check_everywhere(library, problem)
 
 
 VARIANTS = {
@@ -99,7 +114,7 @@ VARIANTS = {
 def test_groups_of_every_variant(library, clip):
     """Mixed in one call, with step counts of their own."""
     parameters = [Parameter(900 + i, group=i, step=1 + 3 * i) for i in range(len(VARIANTS))]
-    check_under_all_schedules(library, Problem(parameters, [*VARIANTS.values()], clip))
+    check_everywhere(library, Problem(parameters, [*VARIANTS.values()], clip))
 
 
 def test_masters_exclusion_and_loss_scale(library):
@@ -111,15 +126,53 @@ def test_masters_exclusion_and_loss_scale(library):
         Parameter(300),
     ]
     problem = Problem(parameters, max_grad_norm=1e-3, grad_scale=384.0)
-    check_under_all_schedules(library, problem)
+    check_everywhere(library, problem)
 
 
 def test_more_step_counts_than_a_launch_takes(library):
-    parameters = [Parameter(40, step=t) for t in range(1, 72)]
-    problem = Problem(parameters)
-    with emulator.schedule(library, "random", 5):
+    problem = Problem([Parameter(40, step=t) for t in range(1, 72)])
+    with optimizers.device(library, "Hopper", "random", 5):
         results = run(library, problem)
     check(problem, results, divisor_of(problem))
+
+
+TENSORS = (3 * CHUNK, 7, 20 * CHUNK + 3, CHUNK + 1, 300, 9 * CHUNK, 40)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
+@pytest.mark.parametrize("options", [Options(), Options(caution=True)], ids=["plain", "cautious"])
+def test_tensors_larger_than_what_all_blocks_hold(library, options, clip):
+    """Among others that are not; the last chunks of the large ones stay on the chip."""
+    problem = Problem([Parameter(n) for n in TENSORS], [options], clip)
+    check_everywhere(library, problem)
+
+
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16", True), ("f16", "f32", False)])
+def test_large_tensors_of_low_precision(library, dtypes):
+    p, g, master = dtypes
+    problem = Problem([Parameter(n, p, g, master=master) for n in (20 * CHUNK + 3, 5 * CHUNK)])
+    check_everywhere(library, problem)
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_many_small_tensors(library, place):
+    problem = Problem([Parameter(SMALL) for _ in range(70)], [Options()], None)
+    with optimizers.device(library, place, "random", 3):
+        results = run(library, problem)
+    check(problem, results, 1.0)
+
+
+def test_the_sum_is_that_of_the_clip_inside(library):
+    """To the last bit: no order of blocks or launches is in it."""
+    problem = Problem([Parameter(n, g_dtype=g) for n in TENSORS for g in DTYPES])
+    sums = []
+    for place in PLACES:
+        with optimizers.device(library, *place):
+            sums.append(optimizers.grad_sum_sq(library, problem))
+    assert len(set(sums)) == 1
+    assert sums[0] == pytest.approx(divisor_of(problem) ** 2 * problem.max_grad_norm**2, rel=1e-12)
+    with optimizers.device(library, "Hopper"):
+        assert same_bits(run(library, problem), run(library, problem, grad_sum_sq=sums[0]))
 
 
 def test_sum_of_gradients_elsewhere(library):
@@ -145,3 +198,40 @@ def test_zero_norms_and_non_finite_ones(library):
     bad.start["g"][5] = float("nan")
     results = run(library, problem)
     assert all(r["p"].isnan().all() for r in results)
+
+
+def test_numbers_on_the_device(library):
+    """Step counts, lr and the loss scale, of every variant and of more groups than one launch has
+    room for; the counts go on."""
+    groups = [replace(o, lr=o.lr * (1 + i)) for i in range(4) for o in VARIANTS.values()]
+    parameters = [Parameter(30 * i, group=i, step=1 + i % 5) for i in range(len(groups))]
+    parameters += [
+        Parameter(5 * CHUNK, step=3),
+        Parameter(700, step=4),
+        Parameter(9, excluded=True),
+    ]
+    problem = Problem(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
+    check_everywhere(library, problem)
+    results = run(library, problem)
+    assert [r["step"].item() for r in results] == [x.step for x in parameters]
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_a_skipped_step_changes_nothing(library, place):
+    parameters = [Parameter(5 * CHUNK + 3), Parameter(70, "bf16", master=True), Parameter(0)]
+    problem = Problem(parameters, on_device=True, found_inf=1.0)
+    with optimizers.device(library, place, "random", 6):
+        results = run(library, problem)
+    for x, after in zip(parameters, results, strict=True):
+        assert all(torch.equal(after[name], start) for name, start in x.start.items())
+        assert after["step"].item() == x.step - 1
+        assert after["stats"].isnan().all()
+
+
+@pytest.mark.sanitizer
+def test_sanitizers_find_nothing():
+    """Of LARS too."""
+    path = build.build("optimizers", optimizers.KERNELS, optimizers.API, sanitize=True)
+    result = build.run_sanitized("tests.emulator.sanitized_optimizers", str(path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "ran 38 problems" in result.stdout

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from .emulator import batch_norm, build, emulator, lamb
+from .emulator import batch_norm, build, emulator, optimizers
 from .emulator.recording import Recording, record
 
 SOURCES = [
@@ -376,14 +377,37 @@ def test_batch_norm_with_more_pieces_than_blocks_is_race_free(layout, shape):
         assert_batch_norm_is_race_free(device, problem, multiprocessors=1)
 
 
+@pytest.mark.parametrize("place", optimizers.DEVICES)
 @pytest.mark.parametrize("clip", [0.05, None], ids=["clip", "no clip"])
-def test_lamb_is_race_free(clip):
-    library = lamb.library(instrument=True)
-    sizes = (1, 37, 4096, lamb.CHUNK + 5)
-    problem = lamb.Problem([lamb.Parameter(n) for n in sizes], max_grad_norm=clip)
+@pytest.mark.parametrize("kind", [optimizers.Problem, optimizers.Lars], ids=lambda k: k.kind)
+def test_optimizers_are_race_free(kind, clip, place):
+    library = optimizers.library(instrument=True)
+    # Small ones, chunks of whole units and without, and more chunks than all slots hold.
+    parameters = [optimizers.Parameter(n) for n in (1, 37, 256, 4096, 5 * optimizers.CHUNK + 5)]
+    parameters.append(optimizers.Parameter(2500, "bf16", offset=1, master=True))
+    parameters += [optimizers.Parameter(n) for n in (256,) * 20]
+    # With a clip, and with step counts, lr and scale on the device.
+    problem = kind(parameters, max_grad_norm=clip, on_device=clip is None)
+    if kind is optimizers.Lars:
+        problem.groups[0].momentum = 0.9
     with (
         record(library, traffic=False, races=True) as recording,
-        emulator.schedule(library, "random", 2),
+        optimizers.device(library, place, "random", 2),
     ):
-        lamb.run(library, problem)
+        optimizers.run(library, problem)
+    recording.assert_race_free()
+
+
+def test_steps_of_two_streams_share_nothing():
+    """Each with a table and a workspace of its own, as the callers have them."""
+    library = optimizers.library(instrument=True)
+    problems = [optimizers.Problem([optimizers.Parameter(5 * optimizers.CHUNK)]) for _ in range(2)]
+    with (
+        record(library, traffic=False, races=True) as recording,
+        optimizers.device(library, "small", "random", 4),
+    ):
+        together = optimizers.run_in_streams(library, problems)
+        alone = [optimizers.run(library, problem) for problem in problems]
+    for one, other in zip(together, alone, strict=True):
+        assert all(torch.equal(one[0][name], other[0][name]) for name in "pmv")
     recording.assert_race_free()

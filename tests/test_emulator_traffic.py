@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .emulator import build, emulator, traffic_cases
+from . import lars_reference
+from .emulator import build, emulator, optimizers, traffic_cases
 from .emulator.planted import line_of
 from .emulator.recording import Recording, record
 from .emulator.traffic import Passes, assert_traffic
@@ -46,6 +47,49 @@ def test_passes_over_memory(cases):
             case.assert_holds(case.record())
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from None
+
+
+def optimizer_bytes(problem: optimizers.Problem, place: str) -> float:
+    """What a step reads and writes of a parameter's tensors, in bytes a parameter."""
+    library = optimizers.library(instrument=True)
+    with record(library) as recording, optimizers.device(library, place):
+        optimizers.run(library, problem)
+    recording.assert_in_bounds()
+    names = {f"{n}{i}" for i, x in enumerate(problem.parameters) for n in problem.arrays(x)}
+    flows = [recording.flow(name, written) for name in names for written in (False, True)]
+    return sum(flow.bytes for flow in flows) / sum(x.numel for x in problem.parameters)
+
+
+KEPT, NOT_KEPT = ("Hopper", 24), ("alone", 22)  # chunks; the one block of the second holds 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtypes", "clip", "place", "bar"),
+    [
+        ("lamb", ("f32", "f32", False), None, KEPT, 28),
+        ("lamb", ("f32", "f32", False), 0.05, KEPT, 32),
+        ("lamb", ("f32", "f32", False), None, NOT_KEPT, 40),
+        ("lamb", ("f32", "f32", False), 0.05, NOT_KEPT, 44),
+        ("lamb", ("bf16", "bf16", True), None, KEPT, 28),
+        ("lamb", ("bf16", "bf16", True), 0.05, KEPT, 30),
+        ("lars", ("f32", "f32", False), None, KEPT, 20),
+        ("lars", ("f32", "f32", False), 0.05, KEPT, 24),
+        ("lars", ("f32", "f32", False), None, NOT_KEPT, 28),
+    ],
+)
+def test_bytes_a_parameter_of_the_optimizers(kind, dtypes, clip, place, bar):
+    """Tensors that all slots hold together cost what Adam and SGD do; of larger ones the chunks
+    that find no room are read once more (12 bytes a parameter, LARS 8)."""
+    device, chunks = place
+    p, g, master = dtypes
+    parameters = [optimizers.Parameter(chunks * optimizers.CHUNK, p, g, master=master)]
+    if kind == "lars":
+        problem = optimizers.Lars(parameters, [lars_reference.Options(momentum=0.9)], clip)
+        again = 8
+    else:
+        problem, again = optimizers.Problem(parameters, max_grad_norm=clip), 12
+    room = 2 if place is NOT_KEPT else chunks
+    assert optimizer_bytes(problem, device) == bar - (again * room / chunks if room < chunks else 0)
 
 
 # ---- that the counters count

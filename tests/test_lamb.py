@@ -130,6 +130,47 @@ def test_first_steps_from_nothing(device, fused):
             p.grad = torch.randn_like(p) * 0.01
 
 
+LARGE = [(3000, 3001), (1000, 1000), *[(256,)] * 2000, (17, 4099)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("caution", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_that_a_gpu_holds_and_others(dtype, caution):
+    """Resident, read again, and small; the same bits every time."""
+    params = [parameter(shape, dtype, "cuda") for shape in LARGE]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, twin in zip(params, twins, strict=True):
+        twin.grad = p.grad
+    options = {"lr": 0.01, "caution": caution, "master_weights": True, "fused": True}
+    optimizer, other = LAMB(params, **options), LAMB(twins, **options)
+    for _ in range(3):
+        assert_one_step(optimizer)
+        other.step()
+    assert all(torch.equal(p, twin) for p, twin in zip(params, twins, strict=True))
+
+
+@pytest.mark.cuda
+def test_two_streams_at_once():
+    optimizers = []
+    for _ in range(4):  # two that step together, and a twin of each that steps alone
+        torch.manual_seed(len(optimizers) % 2)
+        params = [parameter(shape, device="cuda") for shape in LARGE]
+        optimizers.append(LAMB(params, lr=0.01, fused=True))
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for optimizer, stream in zip(optimizers[:2], streams, strict=True):
+            with torch.cuda.stream(stream):
+                optimizer.step()
+    torch.cuda.synchronize()
+    for optimizer, twin in zip(optimizers[:2], optimizers[2:], strict=True):
+        for _ in range(5):
+            twin.step()
+        pairs = zip(params_of(optimizer), params_of(twin), strict=True)
+        assert all(torch.equal(p, other) for p, other in pairs)
+
+
 VARIANTS = {
     "defaults": {},
     "no bias correction": {"bias_correction": False},
@@ -877,3 +918,37 @@ def test_options_changed_between_steps_are_checked(name, value, error):
     with pytest.raises(error, match=name.replace("lr", "l.*r")):
         optimizer.step()
     assert not optimizer.state[p]
+
+
+@pytest.mark.cuda
+def test_nothing_is_read_back_with_capturable():
+    """lr, step counts, loss scale and found_inf on the device, in eager steps and in a graph."""
+    params = [parameter(shape, device="cuda") for shape in ((3, 5), (70000,), (1000, 1000))]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, twin in zip(params, twins, strict=True):
+        twin.grad = p.grad
+    lr, found_inf = torch.tensor(0.01, device="cuda"), torch.zeros((), device="cuda")
+    options = {"lr": 0.01}
+    plain = LAMB(twins, **options, fused=False)
+    optimizer = LAMB(params, **(options | {"lr": lr}), capturable=True, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="cuda"), found_inf
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for skipped in (0.0, 1.0, 0.0):
+        found_inf.fill_(skipped)
+        graph.replay()
+    lr.fill_(0.03)
+    graph.replay()
+    for step in range(5):
+        plain.param_groups[0]["lr"] = 0.03 if step == 4 else 0.01
+        plain.step()
+    for p, twin in zip(params, twins, strict=True):
+        assert optimizer.state[p]["step"].item() == 5
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-6)

@@ -19,9 +19,9 @@ from .reference import to_float64
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
 
-def parameter(shape, dtype=torch.float32, scale=0.1) -> torch.nn.Parameter:
-    p = torch.nn.Parameter((torch.randn(shape) * scale).to(dtype))
-    p.grad = (torch.randn(shape) * 0.01).to(dtype)
+def parameter(shape, dtype=torch.float32, device="cpu") -> torch.nn.Parameter:
+    p = torch.nn.Parameter((torch.randn(shape) * 0.1).to(device, dtype))
+    p.grad = (torch.randn(shape) * 0.01).to(device, dtype)
     return p
 
 
@@ -100,10 +100,10 @@ VARIANTS = {
 
 @FUSED
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_variants(fused, variant):
+def test_variants(device, fused, variant):
     """Three steps, the first of which has no buffer yet; whole tensors, split ones and tails."""
     shapes = [(300, 7), (70001,), (5,), (), (0, 3)]
-    optimizer = LARS([parameter(shape) for shape in shapes], **variant, fused=fused)
+    optimizer = LARS([parameter(shape, device=device) for shape in shapes], **variant, fused=fused)
     for _ in range(3):
         assert_one_step(optimizer)
         renew(optimizer)
@@ -114,8 +114,8 @@ def test_variants(fused, variant):
 @FUSED
 @pytest.mark.parametrize("which", ["p", "g", "both"])
 @pytest.mark.parametrize("preset", LARS.PRESETS)
-def test_zero_norms(fused, which, preset):
-    p = parameter((40, 3))
+def test_zero_norms(device, fused, which, preset):
+    p = parameter((40, 3), device=device)
     if which != "g":
         p.data.zero_()
     if which != "p":
@@ -126,8 +126,8 @@ def test_zero_norms(fused, which, preset):
 
 
 @FUSED
-def test_momentum_correction(fused):
-    p = parameter((50, 4))
+def test_momentum_correction(device, fused):
+    p = parameter((50, 4), device=device)
     optimizer = LARS.preset("paper", [p], lr=0.1, momentum_correction=True, fused=fused)
     for lr in (0.1, 0.4, 0.0, 0.2, 0.1):
         optimizer.param_groups[0]["lr"] = lr
@@ -148,8 +148,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("master", [False, True])
-def test_dtypes_mixed_in_one_group(fused, master):
-    params = [parameter((100 * (i + 1), 3), dtype) for i, dtype in enumerate(DTYPES * 2)]
+def test_dtypes_mixed_in_one_group(device, fused, master):
+    params = [parameter((100 * (i + 1), 3), dtype, device) for i, dtype in enumerate(DTYPES * 2)]
     options = {"lr": 2.0, "weight_decay": 1e-3, "momentum": 0.9, "max_grad_norm": 0.5}
     optimizer = LARS(params, **options, master_weights=master, fused=fused)
     for _ in range(3):
@@ -162,11 +162,28 @@ def test_dtypes_mixed_in_one_group(fused, master):
             LARS(params, fused=True).step()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_tensors_that_a_gpu_holds_and_others(momentum):
+    """Resident, read again, and small; the same bits every time."""
+    shapes = [(3000, 3001), (1000, 1000), *[(256,)] * 2000, (17, 4099)]
+    params = [parameter(shape, device="cuda") for shape in shapes]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, twin in zip(params, twins, strict=True):
+        twin.grad = p.grad
+    options = {"weight_decay": 1e-3, "momentum": momentum, "max_grad_norm": 0.5, "fused": True}
+    optimizer, other = LARS(params, **options), LARS(twins, **options)
+    for _ in range(3):
+        assert_one_step(optimizer)
+        other.step()
+    assert all(torch.equal(p, twin) for p, twin in zip(params, twins, strict=True))
+
+
 @FUSED
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e17])
-def test_scales_far_from_one(fused, scale):
+def test_scales_far_from_one(device, fused, scale):
     """Squares that float32 cannot hold."""
-    params = [parameter((4000,)), parameter((70000,))]
+    params = [parameter((4000,), device=device), parameter((70000,), device=device)]
     params[1].data *= scale
     for p in params:
         p.grad *= scale
@@ -342,3 +359,37 @@ def test_momentum_that_comes_and_goes():
     for momentum in (0.9, 0.0, 0.5):
         optimizer.param_groups[0]["momentum"] = momentum
         assert_one_step(optimizer)
+
+
+@pytest.mark.cuda
+def test_nothing_is_read_back_with_capturable():
+    """lr, step counts, loss scale and found_inf on the device, in eager steps and in a graph."""
+    params = [parameter(shape, device="cuda") for shape in ((3, 5), (70000,), (1000, 1000))]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for p, twin in zip(params, twins, strict=True):
+        twin.grad = p.grad
+    lr, found_inf = torch.tensor(0.01, device="cuda"), torch.zeros((), device="cuda")
+    options = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
+    plain = LARS(twins, **options, fused=False)
+    optimizer = LARS(params, **(options | {"lr": lr}), capturable=True, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="cuda"), found_inf
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for skipped in (0.0, 1.0, 0.0):
+        found_inf.fill_(skipped)
+        graph.replay()
+    lr.fill_(0.03)
+    graph.replay()
+    for step in range(5):
+        plain.param_groups[0]["lr"] = 0.03 if step == 4 else 0.01
+        plain.step()
+    for p, twin in zip(params, twins, strict=True):
+        assert optimizer.state[p]["step"].item() == 5
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-6)

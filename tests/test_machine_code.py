@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_global_memory_is_accessed_in_the_width_meant(kernels):
     for kernel in kernels:
         wrong += machine_code_limits.accesses(kernel, machine_code_limits.limits(kernel))
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("target", occupancy.TARGETS)
+def test_the_optimizers_slots_leave_room_for_two_blocks(kernels, target):
+    """What slots_of in optimizer_step.cuh makes of each device, against what it has."""
+    sm = occupancy.TARGETS[target]
+    slots = (min(sm.shared // 2 - 1024, sm.shared_a_block) - 1024) // machine_code_limits.SLOT
+    assert slots >= 1
+    for kernel in kernels:
+        if kernel.base in ("lamb_step", "lars_step"):
+            assert kernel.shared <= 1024
+            limits = replace(
+                machine_code_limits.limits(kernel), dynamic_shared=slots * machine_code_limits.SLOT
+            )
+            assert not machine_code_limits.residency(replace(kernel, target=target), limits)
 
 
 @pytest.mark.parametrize("source", machine_code.sources(), ids=lambda path: path.name)

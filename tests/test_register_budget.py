@@ -17,7 +17,7 @@ import pytest
 
 from . import machine_code
 from .disassembly import Kernel
-from .emulator import batch_norm, build, emulator, group_norm, lamb, toolkit
+from .emulator import batch_norm, build, emulator, group_norm, optimizers, toolkit
 from .emulator.planted import line_of
 
 FAULTS = Path(__file__).parent / "emulator" / "register_faults.cu"
@@ -67,21 +67,29 @@ def test_blocks_of_the_norms_fit(shipped, operation, layout):
             operation.backward(library, problem, saved)
 
 
-def test_blocks_of_lamb_fit(shipped):
-    library = lamb.library()
-    problem = lamb.Problem([lamb.Parameter(n) for n in (37, lamb.CHUNK + 5)], max_grad_norm=0.05)
+@pytest.mark.parametrize("kind", [optimizers.Problem, optimizers.Lars], ids=lambda k: k.kind)
+def test_blocks_of_the_optimizers_fit(shipped, kind):
+    library = optimizers.library()
+    # Steps: more sets than a launch takes as arguments.
+    parameters = [optimizers.Parameter(37, step=t) for t in range(1, 40)]
+    parameters.append(optimizers.Parameter(optimizers.CHUNK + 5))
+    problem = kind(parameters, max_grad_norm=0.05)
     with known(library, shipped):
-        lamb.run(library, problem)
+        optimizers.run(library, problem)
+        optimizers.grad_sum_sq(library, problem)
 
 
 def test_a_kernel_that_the_table_lacks_is_refused():
-    library = lamb.library()
-    problem = lamb.Problem([lamb.Parameter(37)])
+    library = optimizers.library()
+    problem = optimizers.Problem([optimizers.Parameter(37)])
     with (
-        known(library, {"lamb_moments": 64}),
-        pytest.raises(emulator.EmulatorError, match=r"lamb_\w+: nothing is known of its registers"),
+        known(library, {"lamb_step": 64}),
+        pytest.raises(
+            emulator.EmulatorError,
+            match="optimizer_send_entries: nothing is known of its registers",
+        ),
     ):
-        lamb.run(library, problem)
+        optimizers.run(library, problem)
 
 
 # ---- planted fault

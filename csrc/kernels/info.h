@@ -17,4 +17,7 @@ BATCHOPS_API int cuda_device_count(const char** message);
 // "avx512", "avx2" or "default": chosen once, BATCHOPS_CPU_CAPABILITY lowers it.
 BATCHOPS_API const char* cpu_capability();
 
+// Whether what is put in the stream goes to a graph rather than to the device.
+BATCHOPS_API bool cuda_stream_captures(void* stream);
+
 }  // namespace batchops

@@ -37,8 +37,9 @@ struct LambGroup {
   bool caution = false;
   bool step_size_correction = false;
   bool eps_inside_sqrt = false;
+  const double* device_rates = nullptr;  // lr and decay_lr where device_step counts, or null
 
-  bool adapted() const { return weight_decay != 0 || always_adapt; }
+  constexpr bool adapted() const { return weight_decay != 0 || always_adapt; }
 };
 
 struct LambArgs {
@@ -49,6 +50,7 @@ struct LambArgs {
   double max_grad_norm = 0;  // 0: no clip
   double clip_eps = 0;
   double grad_scale = 1;
+  DeviceNumbers device;
 };
 
 // One step. `grad_sum_sq` is Σ grad² over every tensor the clip is to count, also those of other
@@ -57,22 +59,9 @@ struct LambArgs {
 BATCHOPS_API const char* lamb_step_cpu(const LambArgs& args, const double* grad_sum_sq,
                                        TensorStats* stats, const Parallel& par);
 
-// On CUDA the kernels read the tensors from a table in device memory. It depends on what LambArgs
-// says of the tensors, `step` only as far as tensors of a group have different ones, and not on
-// groups and clip: so it lives on from step to step while the pointers stay.
-// write_table fills `table`, lamb_table_bytes_cuda(args) bytes of host memory.
-BATCHOPS_API size_t lamb_table_bytes_cuda(const LambArgs& args);
-BATCHOPS_API void lamb_write_table_cuda(const LambArgs& args, void* table);
-
-// `table` is a copy in device memory, 16-byte aligned, of what lamb_write_table_cuda makes of these
-// args. The workspace belongs to the call: any content, 16-byte aligned, of at least so many bytes;
-// it may be freed in stream order as soon as the call returns. The current device must be `device`
-// already in the framework's eyes; it is set again for the statically linked runtime. Nothing waits
-// for the device. The sum, one double, the clip that comes of it and the stats stay on the device.
+// On CUDA, as grad_sum_sq_cuda. The sum, the clip that comes of it and the stats stay on the
+// device.
 BATCHOPS_API size_t lamb_workspace_bytes_cuda(const LambArgs& args);
-BATCHOPS_API const char* lamb_grad_sum_sq_cuda(const LambArgs& args, const void* table,
-                                               void* workspace, double* sum_sq, int device,
-                                               void* stream);
 BATCHOPS_API const char* lamb_step_cuda(const LambArgs& args, const void* table, void* workspace,
                                         const double* grad_sum_sq, TensorStats* stats, int device,
                                         void* stream);

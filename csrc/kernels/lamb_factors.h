@@ -18,20 +18,20 @@ struct LambSet {
   int32_t adapted, caution, maximize;
 
   LambSet() = default;
-  LambSet(const LambGroup& group, double step, bool excluded) {
-    double bc1 = group.bias_correction ? 1 - std::pow(group.beta1, step) : 1;
-    double bc2 = group.bias_correction ? 1 - std::pow(group.beta2, step) : 1;
+  BATCHOPS_HOST_DEVICE LambSet(const LambGroup& group, double step, bool excluded) {
+    double bc1 = group.bias_correction ? 1 - pow(group.beta1, step) : 1;
+    double bc2 = group.bias_correction ? 1 - pow(group.beta2, step) : 1;
     lr = group.lr;
     if (group.step_size_correction) {
-      lr *= std::sqrt(bc2) / bc1;
+      lr *= sqrt(bc2) / bc1;
       bc1 = bc2 = 1;
     }
     beta1 = group.beta1;
     beta2 = group.beta2;
     beta3 = group.grad_averaging ? 1 - group.beta1 : 1;
-    eps_root = group.eps_inside_sqrt ? 0 : group.eps * std::sqrt(bc2);
+    eps_root = group.eps_inside_sqrt ? 0 : group.eps * sqrt(bc2);
     eps_inside = group.eps_inside_sqrt ? group.eps * bc2 : 0;
-    scale = std::sqrt(bc2) / bc1;
+    scale = sqrt(bc2) / bc1;
     weight_decay = group.decoupled_decay ? 0 : group.weight_decay;
     decay = group.decoupled_decay ? group.decay_lr * group.weight_decay : 0;
     ratio_min = group.ratio_min;

@@ -33,9 +33,12 @@ struct LarsGroup {
   bool lr_in_momentum = false;
   bool zero_norm_plain = false;
   bool maximize = false;
+  const double* device_rates = nullptr;  // lr and momentum_factor, as LAMB's
 
-  bool adapted() const { return weight_decay != 0 || always_adapt; }
-  double decay_of(bool excluded) const { return excluded && exclude_decay ? 0 : weight_decay; }
+  constexpr bool adapted() const { return weight_decay != 0 || always_adapt; }
+  constexpr double decay_of(bool excluded) const {
+    return excluded && exclude_decay ? 0 : weight_decay;
+  }
 };
 
 struct LarsArgs {
@@ -45,10 +48,17 @@ struct LarsArgs {
   int32_t group_count = 0;
   double max_grad_norm = 0;  // 0: no clip
   double grad_scale = 1;
+  DeviceNumbers device;
 };
 
 // As lamb_step_cpu. u of the stats is g + λ·p, before λ_l.
 BATCHOPS_API const char* lars_step_cpu(const LarsArgs& args, const double* grad_sum_sq,
                                        TensorStats* stats, const Parallel& par);
+
+// On CUDA, as lamb_step_cuda.
+BATCHOPS_API size_t lars_workspace_bytes_cuda(const LarsArgs& args);
+BATCHOPS_API const char* lars_step_cuda(const LarsArgs& args, const void* table, void* workspace,
+                                        const double* grad_sum_sq, TensorStats* stats, int device,
+                                        void* stream);
 
 }  // namespace batchops

@@ -4,6 +4,7 @@
 #include "kernels/group_norm.h"
 #include "kernels/info.h"
 #include "kernels/lamb.h"
+#include "kernels/lars.h"
 
 namespace batchops {
 namespace {
@@ -27,6 +28,8 @@ int cuda_device_count(const char** message) {
   return 0;
 }
 
+bool cuda_stream_captures(void*) { return false; }
+
 size_t batch_norm_forward_workspace_cuda(const BatchNormShape&, int) { return 0; }
 
 size_t batch_norm_backward_workspace_cuda(const BatchNormShape&, int) { return 0; }
@@ -47,17 +50,34 @@ const char* group_norm_backward_cuda(const GroupNormBackward&, void*, int, void*
   return kNoCuda;
 }
 
-size_t lamb_table_bytes_cuda(const LambArgs&) { return 0; }
+size_t optimizer_entries_bytes_cuda(int64_t) { return 0; }
 
-void lamb_write_table_cuda(const LambArgs&, void*) {}
+void optimizer_describe_cuda(const OptimizerTensor*, int64_t, int32_t, void*) {}
 
-size_t lamb_workspace_bytes_cuda(const LambArgs&) { return 0; }
+size_t optimizer_table_bytes_cuda(const OptimizerTensor*, int64_t) { return 0; }
 
-const char* lamb_grad_sum_sq_cuda(const LambArgs&, const void*, void*, double*, int, void*) {
+const char* optimizer_send_table_cuda(const OptimizerTensor*, int64_t, const void*, void*, int,
+                                      void*) {
   return kNoCuda;
 }
 
+size_t grad_sum_sq_workspace_bytes_cuda(const OptimizerTensor*, int64_t) { return 0; }
+
+const char* grad_sum_sq_cuda(const OptimizerTensor*, int64_t, const void*, void*, double*, int,
+                             void*) {
+  return kNoCuda;
+}
+
+size_t lamb_workspace_bytes_cuda(const LambArgs&) { return 0; }
+
 const char* lamb_step_cuda(const LambArgs&, const void*, void*, const double*, TensorStats*, int,
+                           void*) {
+  return kNoCuda;
+}
+
+size_t lars_workspace_bytes_cuda(const LarsArgs&) { return 0; }
+
+const char* lars_step_cuda(const LarsArgs&, const void*, void*, const double*, TensorStats*, int,
                            void*) {
   return kNoCuda;
 }

@@ -58,7 +58,6 @@ std::string unsupported(const Kind& kind, const Tensor& p,
   }
   if (!p.is_cpu() && !p.is_cuda()) return text("expected a CPU or CUDA tensor, got ", p.device());
   if (p.is_cuda() && !built_with_cuda()) return "batchops was built without CUDA";
-  if (p.is_cuda() && !kind.lamb) return "LARS has kernels for the CPU only";
   if (!kernel_dtype(p)) {
     return text("expected float32, float16 or bfloat16, got ", p.scalar_type());
   }
@@ -119,6 +118,11 @@ class OptimizerTable : public torch::CustomClassHolder {
       TORCH_CHECK_VALUE(firsts_[i] && seconds_[i], "OptimizerTable: LAMB needs both moments");
     }
     device_ = params_[0].device();
+    counts_home_ = steps_[0].device();
+    TORCH_CHECK_VALUE(counts_home_.is_cpu() || counts_home_ == device_,
+                      "OptimizerTable: expected step counts on the CPU or on ", device_, ", got ",
+                      counts_home_);
+    group_count_ = static_cast<int32_t>(1 + *std::max_element(group_of_.begin(), group_of_.end()));
   }
 
   // Reads .grad of every parameter and checks what the step will touch. -1, or the index of a
@@ -133,7 +137,8 @@ class OptimizerTable : public torch::CustomClassHolder {
       if (!grad.defined()) continue;
       if (p.device() != device_ ||
           !unsupported(kind_, p, {&firsts_[i], &seconds_[i]}, masters_[i]).empty() ||
-          !steps_[i].is_cpu() || steps_[i].scalar_type() != at::kFloat || steps_[i].numel() != 1) {
+          steps_[i].device() != counts_home_ || steps_[i].scalar_type() != at::kFloat ||
+          steps_[i].numel() != 1) {
         return static_cast<int64_t>(i);
       }
       check_grad(p, grad, names_[i]);
@@ -153,22 +158,28 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
     const c10::DeviceGuard guard(device_);
     upload();
-    const Tensor workspace = bytes_on_device(lamb_workspace_bytes_cuda(lamb()));
-    raise_on(lamb_grad_sum_sq_cuda(lamb(), table_.const_data_ptr(), workspace.mutable_data_ptr(),
-                                   sum.mutable_data_ptr<double>(), device_.index(),
-                                   current_stream(device_)));
+    const auto count = static_cast<int64_t>(tensors_.size());
+    const Tensor workspace =
+        bytes_on_device(grad_sum_sq_workspace_bytes_cuda(tensors_.data(), count));
+    raise_on(grad_sum_sq_cuda(tensors_.data(), count, table_.const_data_ptr(),
+                              workspace.mutable_data_ptr(), sum.mutable_data_ptr<double>(),
+                              device_.index(), current_stream(device_)));
     return sum;
   }
 
   // prepare(), then the step. `numbers` and `flags` hold the fields of LambGroup or LarsGroup, each
   // group's in their order, the flags as bits. max_grad_norm 0 is no clip; grad_sum_sq counts
-  // gradients that other tables hold as well.
+  // gradients that other tables hold as well. What follows it is on the device of a GPU, and none
+  // elsewhere: the loss scale in place of grad_scale and, with step counts there, found_inf, and
+  // for each group two numbers in place of its own or none (DeviceNumbers, device_rates).
   int64_t step(const std::vector<double>& numbers, const std::vector<int64_t>& flags,
                double max_grad_norm, double clip_eps, double grad_scale,
-               const std::optional<Tensor>& grad_sum_sq) {
+               const std::optional<Tensor>& grad_sum_sq, const State& device_grad_scale,
+               const State& found_inf, const States& rates) {
     const int64_t stale = prepare();
     if (stale >= 0) return stale;
     set_groups(numbers, flags);
+    numbers_on_device(device_grad_scale, found_inf, rates);
     max_grad_norm_ = max_grad_norm;
     clip_eps_ = clip_eps;
     grad_scale_ = grad_scale;
@@ -186,7 +197,11 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
     for (size_t k = 0; k < active_.size(); ++k) {
       const size_t i = active_[k];
-      *steps_[i].mutable_data_ptr<float>() = static_cast<float>(tensors_[k].step);
+      if (counts_home_.is_cpu()) {
+        *steps_[i].mutable_data_ptr<float>() = static_cast<float>(tensors_[k].step);
+      } else {
+        changed(steps_[i]);
+      }
       // Autograd must notice that what it may have saved has changed.
       changed(params_[i]);
       for (const State* state : {&firsts_[i], &seconds_[i], &masters_[i]}) {
@@ -260,7 +275,11 @@ class OptimizerTable : public torch::CustomClassHolder {
     x.p_dtype = *dtype_of(p.scalar_type());
     x.g_dtype = *dtype_of(g.scalar_type());
     x.group = static_cast<int32_t>(group_of_[i]);
-    x.step = static_cast<double>(*steps_[i].const_data_ptr<float>()) + 1;
+    if (counts_home_.is_cpu()) {
+      x.step = static_cast<double>(*steps_[i].const_data_ptr<float>()) + 1;
+    } else {
+      x.device_step = steps_[i].mutable_data_ptr<float>();
+    }
     tensors_.push_back(x);
     active_.push_back(i);
   }
@@ -288,10 +307,37 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
   }
 
-  LambArgs lamb() {
-    if (lamb_groups_.empty()) {  // sums alone: the tensors' groups do not matter yet
-      lamb_groups_.resize(1 + *std::max_element(group_of_.begin(), group_of_.end()));
+  void numbers_on_device(const State& grad_scale, const State& found_inf, const States& rates) {
+    const auto check = [&](const Tensor& t, const char* name, at::ScalarType type, int64_t numel) {
+      TORCH_CHECK_VALUE(t.device() == device_ && t.scalar_type() == type && t.numel() == numel &&
+                            t.is_contiguous(),
+                        "OptimizerTable.step: expected ", name, " of ", numel, " ", type, " on ",
+                        device_, ", got ", t.sizes(), " ", t.scalar_type(), " on ", t.device());
+    };
+    TORCH_CHECK_VALUE(device_.is_cuda() || !(grad_scale || found_inf || !rates.empty()),
+                      "OptimizerTable.step: numbers on the device are for a GPU");
+    TORCH_CHECK_VALUE(!counts_home_.is_cpu() || !(found_inf || !rates.empty()),
+                      "OptimizerTable.step: found_inf and rates go with step counts on the device");
+    TORCH_CHECK_VALUE(rates.empty() || rates.size() == lamb_groups_.size() + lars_groups_.size(),
+                      "OptimizerTable.step: expected rates of every group, got ", rates.size());
+    device_numbers_ = {};
+    if (grad_scale) {
+      check(*grad_scale, "grad_scale", at::kFloat, 1);
+      device_numbers_.grad_scale = grad_scale->const_data_ptr<float>();
     }
+    if (found_inf) {
+      check(*found_inf, "found_inf", at::kFloat, 1);
+      device_numbers_.found_inf = found_inf->const_data_ptr<float>();
+    }
+    for (size_t k = 0; k < rates.size(); ++k) {
+      if (!rates[k]) continue;
+      check(*rates[k], "rates", at::kDouble, 2);
+      const double* data = rates[k]->const_data_ptr<double>();
+      (kind_.lamb ? lamb_groups_[k].device_rates : lars_groups_[k].device_rates) = data;
+    }
+  }
+
+  LambArgs lamb() const {
     LambArgs result;
     result.tensors = tensors_.data();
     result.tensor_count = static_cast<int64_t>(tensors_.size());
@@ -300,6 +346,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     result.max_grad_norm = max_grad_norm_;
     result.clip_eps = clip_eps_;
     result.grad_scale = grad_scale_;
+    result.device = device_numbers_;
     return result;
   }
 
@@ -311,6 +358,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     result.group_count = static_cast<int32_t>(lars_groups_.size());
     result.max_grad_norm = max_grad_norm_;
     result.grad_scale = grad_scale_;
+    result.device = device_numbers_;
     return result;
   }
 
@@ -322,30 +370,40 @@ class OptimizerTable : public torch::CustomClassHolder {
   void step_on_device(const std::optional<Tensor>& grad_sum_sq, TensorStats* stats) {
     const c10::DeviceGuard guard(device_);
     upload();
-    const Tensor workspace = bytes_on_device(lamb_workspace_bytes_cuda(lamb()));
-    raise_on(lamb_step_cuda(lamb(), table_.const_data_ptr(), workspace.mutable_data_ptr(),
-                            grad_sum_sq ? grad_sum_sq->const_data_ptr<double>() : nullptr, stats,
-                            device_.index(), current_stream(device_)));
+    const double* sum = grad_sum_sq ? grad_sum_sq->const_data_ptr<double>() : nullptr;
+    const void* table = table_.const_data_ptr();
+    void* stream = current_stream(device_);
+    const Tensor workspace = bytes_on_device(kind_.lamb ? lamb_workspace_bytes_cuda(lamb())
+                                                        : lars_workspace_bytes_cuda(lars()));
+    void* memory = workspace.mutable_data_ptr();
+    raise_on(kind_.lamb
+                 ? lamb_step_cuda(lamb(), table, memory, sum, stats, device_.index(), stream)
+                 : lars_step_cuda(lars(), table, memory, sum, stats, device_.index(), stream));
   }
 
   // The table on the device, sent again only when it or the stream has changed. A new one goes to
   // new memory: kernels of the step before may still be reading the old, whose memory the caching
-  // allocator hands out again in the order of the stream.
+  // allocator hands out again in the order of the stream. A captured graph sends and reads a table
+  // of its own, whenever it is replayed.
   void upload() {
-    const LambArgs now = lamb();
-    next_host_table_.resize(lamb_table_bytes_cuda(now));
-    lamb_write_table_cuda(now, next_host_table_.data());
+    const auto count = static_cast<int64_t>(tensors_.size());
+    next_entries_.resize(optimizer_entries_bytes_cuda(count));
+    optimizer_describe_cuda(tensors_.data(), count, group_count_, next_entries_.data());
     void* stream = current_stream(device_);
-    if (table_.defined() && stream == table_stream_ && next_host_table_ == host_table_) return;
-    const auto size = static_cast<int64_t>(next_host_table_.size());
-    const Tensor host = at::empty({size}, at::TensorOptions().dtype(at::kByte));
-    std::memcpy(host.mutable_data_ptr(), next_host_table_.data(), next_host_table_.size());
-    Tensor table = bytes_on_device(next_host_table_.size());
-    // From pageable memory: the driver has taken its own copy of `host` when this returns.
-    table.copy_(host, /*non_blocking=*/true);
+    const bool captured = cuda_stream_captures(stream);
+    if (!captured && table_.defined() && stream == table_stream_ && next_entries_ == entries_) {
+      return;
+    }
+    const Tensor table = bytes_on_device(optimizer_table_bytes_cuda(tensors_.data(), count));
+    raise_on(optimizer_send_table_cuda(tensors_.data(), count, next_entries_.data(),
+                                       table.mutable_data_ptr(), device_.index(), stream));
     table_ = table;
     table_stream_ = stream;
-    host_table_.swap(next_host_table_);
+    entries_.swap(next_entries_);
+    if (captured) {
+      captured_tables_.push_back(table);
+      entries_.clear();  // not there before the first replay
+    }
   }
 
   const Kind& kind_;
@@ -355,6 +413,8 @@ class OptimizerTable : public torch::CustomClassHolder {
   std::vector<int64_t> group_of_, excluded_;
   std::vector<std::string> names_;
   c10::Device device_ = c10::Device(c10::kCPU);
+  c10::Device counts_home_ = c10::Device(c10::kCPU);  // where the step counts are
+  int32_t group_count_ = 0;
 
   std::vector<OptimizerTensor> tensors_;  // of parameters with a gradient
   std::vector<size_t> active_;            // their indices
@@ -362,10 +422,12 @@ class OptimizerTable : public torch::CustomClassHolder {
   std::vector<LambGroup> lamb_groups_;
   std::vector<LarsGroup> lars_groups_;
   double max_grad_norm_ = 0, clip_eps_ = 0, grad_scale_ = 1;
+  DeviceNumbers device_numbers_;
   Tensor stats_;
 
-  std::vector<uint8_t> host_table_, next_host_table_;
+  std::vector<uint8_t> entries_, next_entries_;  // of the table
   Tensor table_;
+  std::vector<Tensor> captured_tables_;
   void* table_stream_ = nullptr;
 };
 

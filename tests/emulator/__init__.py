@@ -3,7 +3,7 @@
 To run a kernel file here, write an extern "C" file beside this one (control.h shows the shape) and
 load both:
 
-    library = build.library("lamb", ["csrc/kernels/cuda/lamb.cu"], ["lamb_api.cpp"])
+    library = build.library("optimizers", ["csrc/kernels/cuda/lamb.cu", ...], ["optimizer_api.cpp"])
     with emulator.schedule(library, "random", seed=3):
         emulator.call(library.emulated_lamb, ctypes.byref(arguments))
 

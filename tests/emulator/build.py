@@ -1,6 +1,6 @@
 """Compiles kernel sources with g++ over the emulator into a shared library, once per content.
 
-    library = build.library("lamb", ["csrc/kernels/cuda/lamb.cu"], ["lamb_api.cpp"])
+    library = build.library("optimizers", ["csrc/kernels/cuda/lamb.cu", ...], ["optimizer_api.cpp"])
 
 Paths are relative to the repository root and to this folder. Objects are kept in
 build/emulator/, named by hashes of all headers, the compiler, its flags, and of their source, so

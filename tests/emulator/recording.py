@@ -1,6 +1,6 @@
 """What a kernel does to memory: bytes and sectors by buffer, writes by byte, races, strays.
 
-    library = build.library("lamb", KERNELS, API, instrument=True)
+    library = build.library("optimizers", KERNELS, API, instrument=True)
     with record(library, races=True) as recording:
         ...                                        # buffers are emulator.Memory, with names
     recording.assert_in_bounds()

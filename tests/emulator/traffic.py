@@ -3,7 +3,7 @@
     python -m tests.emulator.traffic [WORD ...]
 
 prints a row for each launch of each operation (those whose row has every WORD in it): what it reads
-and writes of the operation's tensors, in passes over one tensor of x's size (lamb: bytes a
+and writes of the operation's tensors, in passes over one tensor of x's size (lamb, lars: bytes a
 parameter), what share of the 32-byte sectors its warps touch they use ("efficiency": 1 is fully
 coalesced), and the sectors of small data (weights, statistics, workspace; these stay in the caches)
 per sector of tensors. The row "all" adds the launches up and gives the least that the hardware

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-import torch
-
-from . import batch_norm, lamb
+from . import batch_norm, optimizers
 from .numbers import Numbers
 from .recording import Recording, record
 from .traffic import Passes, assert_traffic
@@ -49,8 +47,8 @@ def _batch_norm_library():
 
 
 @cache
-def _lamb_library():
-    return lamb.library(instrument=True)
+def _optimizers_library():
+    return optimizers.library(instrument=True)
 
 
 # ---- batch norm
@@ -241,56 +239,68 @@ def _backward(problem: batch_norm.Problem, chunks: int, device: str) -> Case:
     )
 
 
-# ---- LAMB
+# ---- LAMB and LARS
 
-LAMB_SIZES = (  # elements, past a 64-byte boundary: why
+OPTIMIZER_SIZES = (  # elements, past a 64-byte boundary: why
     (4096, 0, "whole units"),
-    (37, 0, "units of four and a tail"),
-    (2 * lamb.CHUNK + 5, 0, "three chunks"),
+    (37, 0, "a warp's tensor; units of four and a tail"),
+    (4 * optimizers.CHUNK + 5, 0, "five chunks"),
     (1030, 1, "no unit fits"),
+)
+OPTIMIZER_DTYPES = (  # p, g, with a master
+    ("f32", "f32", False),
+    ("bf16", "bf16", False),
+    ("f16", "f32", False),
+    ("bf16", "bf16", True),
 )
 
 
-def _lamb_cases() -> Iterator[Case]:
-    dtypes = (("f32", "f32"), ("bf16", "bf16"), ("f16", "f32"))
-    for (numel, offset, _), (p, g), clip in itertools.product(LAMB_SIZES, dtypes, (0.05, None)):
-        yield _lamb_case(numel, offset, p, g, clip)
+def _optimizer_cases() -> Iterator[Case]:
+    """On a device that keeps all of it on the chip."""
+    for kind, (numel, offset, _), (p, g, master), clip in itertools.product(
+        (optimizers.Problem, optimizers.Lars), OPTIMIZER_SIZES, OPTIMIZER_DTYPES, (0.05, None)
+    ):
+        yield _optimizer_case(
+            kind, optimizers.Parameter(numel, p, g, offset=offset, master=master), clip
+        )
 
 
-def _lamb_case(numel: int, offset: int, p: str, g: str, clip: float | None) -> Case:
-    passes = {
-        "p0": Passes(read=2, written=1),
-        "g0": Passes(read=2 if clip else 1),
-        "m0": Passes(read=2, written=1),
-        "v0": Passes(read=2, written=1),
-    }
-    chunks = -(-numel // lamb.CHUNK)
+def _optimizer_case(kind: type, x: optimizers.Parameter, clip: float | None) -> Case:
+    problem = kind([x], max_grad_norm=clip)
+    if kind is optimizers.Lars:
+        problem.groups[0].momentum = 0.9
+    changed = [name for name in problem.arrays(x) if name != "g"]
+    passes = {f"{name}0": Passes(read=1, written=1) for name in changed}
+    if x.master:
+        passes["p0"] = Passes(written=1)
+    passes["g0"] = Passes(read=2 if clip else 1)
+    chunks = -(-x.numel // optimizers.CHUNK) if x.numel > optimizers.SMALL else 0
+    sums = 5 if kind is optimizers.Problem else 3
 
     def run() -> Recording:
-        torch.manual_seed(0)
-        problem = lamb.Problem([lamb.Parameter(numel, p, g, offset=offset)], max_grad_norm=clip)
-        with record(_lamb_library()) as recording:
-            lamb.run(_lamb_library(), problem)
+        library = _optimizers_library()
+        with record(library) as recording, optimizers.device(library, "Hopper"):
+            optimizers.run(library, problem)
         return recording
 
-    p_size, g_size = Numbers(p).itemsize, Numbers(g).itemsize
+    sizes = {name: start.element_size() for name, start in x.start.items()}
     return Case(
-        "lamb",
-        f"{numel}" + (f"+{offset}" if offset else ""),
-        f"p {p} g {g}" + (" clip" if clip else ""),
+        problem.kind,
+        f"{x.numel}" + (f"+{x.offset}" if x.offset else ""),
+        f"p {x.p_dtype} g {x.g_dtype}" + " master" * x.master + " clip" * bool(clip),
         run,
         passes,
-        ("p0", "m0", "v0"),
-        # The table's entry and the chunks' tensor; the step's factors and the sum of squares,
-        # written and read; squares of each chunk, norms of each chunk, written and read; stats.
-        72 + 4 * chunks + 2 * (64 + 16) + 2 * (8 + 40) * chunks + 16,
+        tuple(f"{name}0" for name in changed),
+        # The table's entry and the chunks' tensor, and squares of a piece, sums of a chunk and the
+        # outcome, all written and read; counters, set to 0, read and written; stats.
+        2 * (72 + 4 * max(chunks, 1) + 8 * max(chunks, 1) + 8 * sums * chunks + 52) + 3 * 8 + 16,
         # Single elements of 2 bytes: a warp's 64 lie in 3 sectors. A tail is one more access.
-        0.5 if offset or numel < 64 else 0.99,
-        numel,
-        p_size * 2 + g_size * (2 if clip else 1) + 4 * 4,
+        0.5 if x.offset or x.numel < 64 else 0.99,
+        x.numel,
+        sum(sizes[n[:-1]] * (both.read + both.written) for n, both in passes.items()),
     )
 
 
 def cases() -> Iterator[Case]:
     yield from _batch_norm_cases()
-    yield from _lamb_cases()
+    yield from _optimizer_cases()

@@ -80,4 +80,11 @@ int cuda_device_count(const char** message) {
   return 0;
 }
 
+bool cuda_stream_captures(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace batchops

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/fast_divide.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
@@ -33,32 +34,6 @@ __host__ __device__ constexpr T clamp(T value, T low, T high) {
 }
 
 // ---- host
-
-struct Device {
-  int multiprocessors = 1;
-  int shared = 48 * 1024;         // bytes that a block may ask for
-  int shared_of_all = 48 * 1024;  // … and that the blocks of a multiprocessor have together
-  bool clusters = false;
-};
-
-inline const char* query(const char* operation, int device, Device& found) {
-  int major = 0;
-  const struct {
-    cudaDeviceAttr attribute;
-    int* value;
-  } wanted[] = {{cudaDevAttrMaxSharedMemoryPerBlockOptin, &found.shared},
-                {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &found.shared_of_all},
-                {cudaDevAttrMultiProcessorCount, &found.multiprocessors},
-                {cudaDevAttrComputeCapabilityMajor, &major}};
-  for (const auto& one : wanted) {
-    if (const char* error = check(operation, "cudaDeviceGetAttribute",
-                                  cudaDeviceGetAttribute(one.value, one.attribute, device))) {
-      return error;
-    }
-  }
-  found.clusters = major >= 9;
-  return nullptr;
-}
 
 // Blocks for `pieces` of work; a block takes every gridDim.x-th piece.
 inline const char* grid_size(const char* operation, int device, int64_t pieces, int64_t& blocks) {

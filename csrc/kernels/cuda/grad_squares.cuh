@@ -1,0 +1,82 @@
+// Σ g² over all tensors, in double. Items are added by pieces whose number depends on the tensors'
+// sizes only, and pieces in their order: the same bits for any number of blocks.
+#pragma once
+#include "kernels/cuda/optimizer_table.cuh"
+#include "kernels/cuda/reduce.cuh"
+
+namespace batchops::cuda::optimizer {
+
+// Each block of a step adds up all of them.
+constexpr int32_t kMostPieces = 4096;
+
+// Adds this thread's share.
+template <class G, int W>
+BATCHOPS_DEVICE void add_grad_squares(const Entry& x, const Units& units, double& total) {
+  const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+  for_each_unit(
+      units, [&](int32_t i) { return g.template load<W>(i); },
+      [&](const Unit<Held<G>, W>& raw, int32_t, int32_t) {
+        float value[W];
+        to_float<Held<G>, W>(raw, value);
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          total = fma(static_cast<double>(value[j]), static_cast<double>(value[j]), total);
+        }
+      });
+}
+BATCHOPS_DEVICE void add_grad_squares(const Part& part, double& total) {
+  const Units wide = Units::wide(part);
+  if (wide.count > 0) {
+    with_element(static_cast<DType>(part.x.g_dtype), [&](auto type) {
+      add_grad_squares<typename decltype(type)::type, kWidth>(part.x, wide, total);
+    });
+  }
+  add_grad_squares<Any, 1>(part.x, Units::narrow(part, wide), total);
+}
+
+struct GradSquares {
+  int32_t items;   // of a piece
+  int32_t pieces;  // in all
+  double* sums;    // [pieces]
+
+  GradSquares() = default;
+  explicit GradSquares(const Table& table, double* place = nullptr) : sums(place) {
+    items = (table.items() + kMostPieces - 1) / kMostPieces;
+    pieces = items == 0 ? 0 : (table.items() + items - 1) / items;
+  }
+
+  // This block's pieces; back to front, so that the gradients that a step begins with are the last
+  // ones read, and still in the L2 cache.
+  BATCHOPS_DEVICE void add_up(const Table& table) const {
+    for (int32_t piece = pieces - 1 - static_cast<int32_t>(blockIdx.x); piece >= 0;
+         piece -= static_cast<int32_t>(gridDim.x)) {
+      double total[1] = {0};
+      const int32_t begin = piece * items;
+      const int32_t end = begin + items < table.items() ? begin + items : table.items();
+      for (int32_t item = end; item-- > begin;) {
+        if (item < table.chunks) {
+          add_grad_squares(Part(table.entries[table.tensor_of[item]], item), total[0]);
+          continue;
+        }
+        const int32_t index =
+            (item - table.chunks) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+        if (index < table.smalls) {
+          add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total[0]);
+        }
+      }
+      block_sum<kThreads>(total);
+      if (threadIdx.x == 0) sums[piece] = total[0];
+    }
+  }
+
+  // In every thread, once all pieces are there.
+  BATCHOPS_DEVICE double total() const {
+    double total[1] = {0};
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads)
+      total[0] += sums[i];
+    block_sum<kThreads>(total);
+    return total[0];
+  }
+};
+
+}  // namespace batchops::cuda::optimizer

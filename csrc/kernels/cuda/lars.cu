@@ -1,0 +1,197 @@
+// LARS: first sweep Σ p², Σ g², Σ (g + λ·p)²; second sweep m and p. See optimizer_step.cuh.
+#include "kernels/cuda/optimizer_step.cuh"
+#include "kernels/lars_factors.h"
+
+namespace batchops {
+namespace cuda::optimizer {
+namespace {
+
+#define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
+#include "kernels/lars_math.inl"
+#undef BATCHOPS_OPTIMIZER_INLINE
+
+// What tensors of a set have in common.
+struct LarsSet {
+  LarsGroup group;
+  double step;
+  int32_t excluded;
+
+  LarsSet() = default;
+  BATCHOPS_HOST_DEVICE LarsSet(const LarsGroup& of, double t, bool without_ratio)
+      : group(of), step(t), excluded(without_ratio) {}
+};
+
+struct Lars {
+  static constexpr int kSums = 3;  // of LarsNorms, in its order
+  using Group = LarsGroup;
+  using Set = LarsSet;
+  using Outcome = LarsFactors;
+
+  // Of the first sweep, which takes its sums of ±g / 2^e: see GradDivisor.
+  struct Factors {
+    float g_scale, decay;
+    Factors() = default;
+    BATCHOPS_DEVICE Factors(const LarsSet& set, double C) {
+      const GradDivisor divisor(C);
+      g_scale = static_cast<float>(set.group.maximize ? -divisor.inverse : divisor.inverse);
+      decay = static_cast<float>(set.group.decay_of(set.excluded != 0) * divisor.c);
+    }
+  };
+
+  static BATCHOPS_DEVICE LarsGroup with_rates(LarsGroup group, const double* rates) {
+    group.lr = rates[0];
+    group.momentum_factor = rates[1];
+    return group;
+  }
+
+  static BATCHOPS_DEVICE Outcome outcome(const LarsSet& set, const double (&sums)[kSums], int64_t,
+                                         double C, double grad_scale, TensorStats& stats) {
+    OptimizerTensor tensor;
+    tensor.step = set.step;
+    tensor.excluded = set.excluded;
+    const LarsOutcome outcome(set.group, tensor, {sums[0], sums[1], sums[2]}, C, grad_scale);
+    stats = outcome.stats;
+    return outcome.factors;
+  }
+
+  // Keeps p and the scaled g.
+  static BATCHOPS_DEVICE void first(const Part& part, const Factors& factors, const Slot& slot,
+                                    double (&sums)[kSums]) {
+    with_units<true>(part, [&](auto p, auto g, auto width, const Units& units) {
+      constexpr int W = decltype(width)::value;
+      first<typename decltype(p)::type, typename decltype(g)::type, W>(part.x, units, factors, slot,
+                                                                       sums);
+    });
+  }
+
+  template <bool kKept>
+  static BATCHOPS_DEVICE void second(const Part& part, const Factors&, const Outcome& outcome,
+                                     const Slot& slot) {
+    with_units<!kKept>(part, [&](auto p, auto g, auto width, const Units& units) {
+      constexpr int W = decltype(width)::value;
+      second<kKept, typename decltype(p)::type, typename decltype(g)::type, W>(part.x, units,
+                                                                               outcome, slot);
+    });
+  }
+
+ private:
+  template <class P, class G, int W>
+  static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
+                                    const Slot& slot, double (&sums)[kSums]) {
+    const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
+    const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+    const F g_scale(factors.g_scale), decay(factors.decay);
+    struct Loaded {
+      Unit<Held<P>, W> p;
+      Unit<Held<G>, W> g;
+    };
+    for_each_unit(
+        units, [&](int32_t i) { return Loaded{p.template load<W>(i), g.template load<W>(i)}; },
+        [&](const Loaded& raw, int32_t i, int32_t n) {
+          float p_i[W], g_i[W];
+          to_float<Held<P>, W>(raw.p, p_i);
+          to_float<Held<G>, W>(raw.g, g_i);
+#pragma unroll
+          for (int j = 0; j < W; ++j) {
+            const F g_j = F(g_i[j]) * g_scale;
+            const double p_wide = p_i[j], g_wide = g_j.v, u_wide = fused(decay, F(p_i[j]), g_j).v;
+            sums[0] = fma(p_wide, p_wide, sums[0]);
+            sums[1] = fma(g_wide, g_wide, sums[1]);
+            sums[2] = fma(u_wide, u_wide, sums[2]);
+            g_i[j] = g_j.v;
+          }
+          slot.keep<W>(units.kept + n * W, p_i, g_i);
+        });
+  }
+
+  template <bool kKept, class P, class G, int W>
+  static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Outcome& factors,
+                                     const Slot& slot) {
+    const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
+    const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+    const Memory<float> m(x.m, DType::f32, units.begin);
+    const Constants c(factors);
+    const bool momentum = x.m != nullptr;
+    // Without nesterov the gradient does not go to p itself.
+    const bool direct = factors.p_g[0] != 0 || factors.p_p[0] != 0;
+    struct Loaded {
+      Unit<Held<P>, W> p;
+      Unit<Held<G>, W> g;
+      Unit<float, W> m;
+    };
+    for_each_unit(
+        units,
+        [&](int32_t i) {
+          Loaded raw{};
+          if constexpr (!kKept) {
+            raw.p = p.template load<W>(i);
+            raw.g = g.template load<W>(i);
+          }
+          if (momentum) raw.m = m.load<W>(i);
+          return raw;
+        },
+        [&](const Loaded& raw, int32_t i, int32_t n) {
+          float p_i[W], g_i[W], m_i[W];
+          if constexpr (kKept) {
+            slot.fetch<W>(units.kept + n * W, p_i, g_i);
+          } else {
+            to_float<Held<P>, W>(raw.p, p_i);
+            to_float<Held<G>, W>(raw.g, g_i);
+#pragma unroll
+            for (int j = 0; j < W; ++j) g_i[j] = (F(g_i[j]) * c.g_scale).v;
+          }
+          to_float<float, W>(raw.m, m_i);
+#pragma unroll
+          for (int j = 0; j < W; ++j) {
+            const F p_j(p_i[j]), g_j(g_i[j]);
+            const F m_j = momentum ? buffer(F(m_i[j]), g_j, p_j, c) : F(0.0f);
+            m_i[j] = m_j.v;
+            p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c)
+                                          : fused(c.p_m.high, m_j, fused(c.p_m.low, m_j, p_j)))
+                         .v;
+          }
+          if (momentum) m.store<W>(i, m_i);
+          p.template store<W>(i, p_i);
+          if (x.master != nullptr) publish<P, W>(x, units.begin, i, p_i);
+        });
+  }
+};
+
+__global__ void __launch_bounds__(kThreads, kResident)
+    lars_step(const __grid_constant__ StepArguments<Lars> args) {
+  BATCHOPS_DYNAMIC_SHARED(slots, float);
+  Step<Lars>(args, slots).run();
+}
+
+__global__ void __launch_bounds__(kMaxSets)
+    lars_store_sets(const __grid_constant__ SetsToStore<LarsSet> args) {
+  store_sets(args);
+}
+
+__global__ void __launch_bounds__(kMaxSets)
+    lars_make_sets(const __grid_constant__ SetsToMake<Lars> args) {
+  make_sets(args);
+}
+
+}  // namespace
+}  // namespace cuda::optimizer
+
+using namespace cuda::optimizer;
+
+size_t lars_workspace_bytes_cuda(const LarsArgs& args) {
+  return StepPlan<Lars>(args, nullptr, nullptr).bytes;
+}
+
+const char* lars_step_cuda(const LarsArgs& args, const void* table, void* workspace,
+                           const double* grad_sum_sq, TensorStats* stats, int device,
+                           void* stream) {
+  if (const char* error = cuda::set_device("lars", device)) return error;
+  StepPlan<Lars> plan(args, table, workspace);
+  plan.args.grad_sum_sq = grad_sum_sq;
+  plan.args.stats = stats;
+  return launch_step({"lars_step", lars_step, "lars_store_sets", lars_store_sets, "lars_make_sets",
+                      lars_make_sets},
+                     plan, device, stream);
+}
+
+}  // namespace batchops

@@ -1,0 +1,230 @@
+// The optimizers' tensors as kernels see them: a table in device memory, cut into items of work.
+//
+//   items   0 … chunks - 1    a chunk of a tensor, in the tensors' order; a block's work
+//           chunks …          kWarps small tensors, a warp's work each
+#pragma once
+#include "kernels/cuda/vector.cuh"
+#include "kernels/multi_tensor.h"
+
+namespace batchops::cuda::optimizer {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// Elements of a unit, and units that a thread loads before it uses the first.
+constexpr int kWidth = 4;
+constexpr int kInFlight = 2;
+// Elements of a chunk: what a block has in flight at once. Tensors up to kSmall, a warp's share of
+// it, are not worth a block.
+constexpr int kChunk = kThreads * kInFlight * kWidth;
+constexpr int kSmall = kChunk / kWarps;
+
+struct Entry {
+  void* p;
+  const void* g;
+  float* m;
+  float* v;
+  float* master;  // or null
+  float* step;    // or null
+  int64_t numel;
+  int32_t first_chunk;       // of a small tensor, its place among the small ones
+  int32_t set;               // see optimizer_sets
+  int16_t p_dtype, g_dtype;  // DType
+  int32_t wide;              // all of them aligned to kWidth elements
+
+  // What the formulas take for p.
+  BATCHOPS_DEVICE void* exact() const { return master == nullptr ? p : master; }
+  BATCHOPS_DEVICE DType exact_dtype() const {
+    return master == nullptr ? static_cast<DType>(p_dtype) : DType::f32;
+  }
+  BATCHOPS_DEVICE int32_t chunks() const {
+    return static_cast<int32_t>((numel + kChunk - 1) / kChunk);
+  }
+  BATCHOPS_DEVICE int32_t last_chunk() const { return first_chunk + chunks() - 1; }
+};
+static_assert(sizeof(Entry) == 72);
+
+// How tensors come to items; the smalls and chunks are counted on the host.
+struct Table {
+  const Entry* entries;      // [tensors]
+  const int32_t* tensor_of;  // [chunks + smalls]
+  int32_t tensors, chunks = 0, smalls = 0;
+
+  Table() = default;
+  Table(const OptimizerTensor* x, int64_t count, const void* table)
+      : entries(static_cast<const Entry*>(table)),
+        tensor_of(reinterpret_cast<const int32_t*>(entries + count)),
+        tensors(static_cast<int32_t>(count)) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (x[i].numel <= kSmall) {
+        ++smalls;
+      } else {
+        chunks += static_cast<int32_t>((x[i].numel + kChunk - 1) / kChunk);
+      }
+    }
+  }
+  size_t bytes() const {
+    return tensors * sizeof(Entry) + (int64_t{chunks} + smalls) * sizeof(int32_t);
+  }
+  __host__ __device__ int32_t items() const { return chunks + (smalls + kWarps - 1) / kWarps; }
+};
+
+// Elements of one tensor, and a thread among those that share them.
+struct Part {
+  const Entry& x;
+  int64_t begin;
+  int32_t count;
+  int32_t thread, threads;
+
+  // A chunk, all threads of the block.
+  BATCHOPS_DEVICE Part(const Entry& entry, int32_t item)
+      : x(entry),
+        begin((item - entry.first_chunk) * int64_t{kChunk}),
+        thread(static_cast<int32_t>(threadIdx.x)),
+        threads(kThreads) {
+    const int64_t left = entry.numel - begin;
+    count = static_cast<int32_t>(left < kChunk ? left : kChunk);
+  }
+  // A small tensor, the threads of this warp.
+  BATCHOPS_DEVICE explicit Part(const Entry& entry)
+      : x(entry),
+        begin(0),
+        count(static_cast<int32_t>(entry.numel)),
+        thread(static_cast<int32_t>(threadIdx.x % kWarp)),
+        threads(kWarp) {}
+};
+
+// Calls f(TypeIs<T>{}) for the dtype; the whole warp takes the same branch.
+template <class Call>
+BATCHOPS_DEVICE void with_element(DType dtype, Call&& f) {
+  switch (dtype) {
+    case DType::f16:
+      return f(TypeIs<__half>{});
+    case DType::bf16:
+      return f(TypeIs<__nv_bfloat16>{});
+    default:
+      return f(TypeIs<float>{});
+  }
+}
+
+// An element whose dtype is known at run time only.
+struct Any {};
+// What a register holds of an element in memory.
+template <class T>
+using Held = std::conditional_t<std::is_same_v<T, Any>, float, T>;
+
+// An array out of the table, from some element on, read and written in units of W.
+template <class T>
+class Memory {
+ public:
+  // T says the dtype already, unless it is Any.
+  BATCHOPS_DEVICE Memory(const void* array, DType dtype, int64_t begin)
+      : at_(static_cast<const char*>(array) + begin * size_of(dtype)), dtype_(dtype) {}
+
+  template <int W>
+  BATCHOPS_DEVICE Unit<Held<T>, W> load(int32_t unit) const {
+    const uint32_t i = unit * W;
+    if constexpr (std::is_same_v<T, Any>) {
+      float values[W];
+      with_element(dtype_, [&](auto type) {
+        using E = typename decltype(type)::type;
+        to_float<E, W>(load_unit<E, W>(at<E>(i)), values);
+      });
+      return load_unit<float, W>(values);
+    } else {
+      return load_unit<T, W>(at<T>(i));
+    }
+  }
+  template <int W>
+  BATCHOPS_DEVICE void store(int32_t unit, const float (&values)[W]) const {
+    const uint32_t i = unit * W;
+    if constexpr (std::is_same_v<T, Any>) {
+      with_element(dtype_, [&](auto type) {
+        using E = typename decltype(type)::type;
+        store_unit<E, W>(const_cast<E*>(at<E>(i)), values);
+      });
+    } else {
+      store_unit<T, W>(const_cast<T*>(at<T>(i)), values);
+    }
+  }
+
+ private:
+  // The compiler does not know that pointers out of a table lead to global memory.
+  template <class E>
+  BATCHOPS_DEVICE const E* at(uint32_t i) const {
+    const E* element = reinterpret_cast<const E*>(at_) + i;
+#ifndef BATCHOPS_CUDA_EMULATOR
+    __builtin_assume(__isGlobal(element));
+#endif
+    return element;
+  }
+
+  const char* at_;
+  DType dtype_;
+};
+
+// Units of a part, and this thread's among them: `thread`, `thread + threads`, …
+struct Units {
+  int64_t begin;  // element of the tensor
+  int32_t count;
+  int32_t thread, threads;
+  int32_t kept;  // elements of the part that are this thread's before these
+
+  // kWidth elements each.
+  BATCHOPS_DEVICE static Units wide(const Part& part) {
+    return {part.begin, part.x.wide ? part.count / kWidth : 0, part.thread, part.threads, 0};
+  }
+  // What `wide` leaves, one by one: all of it or, by the thread whose next unit that would be, less
+  // than a unit.
+  BATCHOPS_DEVICE static Units narrow(const Part& part, const Units& wide) {
+    const int32_t done = wide.count * kWidth, count = part.count - done;
+    if (done == 0) return {part.begin, count, part.thread, part.threads, 0};
+    const bool own = part.thread == wide.count % part.threads;
+    return {part.begin + done, own ? count : 0, 0, 1, wide.count / part.threads * kWidth};
+  }
+};
+
+// Calls sweep(TypeIs<P>, TypeIs<G>, integral_constant W, units) with the types of p and g or, one
+// by one, Any. Without kGrad G is Any in any case.
+template <bool kGrad, class Sweep>
+BATCHOPS_DEVICE void with_units(const Part& part, Sweep&& sweep) {
+  const Units wide = Units::wide(part);
+  if (wide.count > 0) {
+    with_element(part.x.exact_dtype(), [&](auto p) {
+      constexpr std::integral_constant<int, kWidth> width;
+      if constexpr (kGrad) {
+        with_element(static_cast<DType>(part.x.g_dtype), [&](auto g) { sweep(p, g, width, wide); });
+      } else {
+        sweep(p, TypeIs<Any>{}, width, wide);
+      }
+    });
+  }
+  const Units narrow = Units::narrow(part, wide);
+  if (narrow.count > 0) {
+    sweep(TypeIs<Any>{}, TypeIs<Any>{}, std::integral_constant<int, 1>{}, narrow);
+  }
+}
+
+// Calls use(load(i), i, n) for each unit i of this thread, its n-th, kInFlight loads ahead of the
+// first use. The same units are the same thread's in every sweep.
+template <class Load, class Use>
+BATCHOPS_DEVICE void for_each_unit(const Units& units, Load&& load, Use&& use) {
+  int32_t n = 0;
+#pragma unroll 1
+  for (int32_t first = units.thread; first < units.count; first += kInFlight * units.threads) {
+    // Zeros, or the compiler would carry what is not loaded from turn to turn, in registers.
+    decltype(load(0)) loaded[kInFlight] = {};
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (first + u * units.threads < units.count) loaded[u] = load(first + u * units.threads);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (first + u * units.threads < units.count) {
+        use(loaded[u], first + u * units.threads, n + u);
+      }
+    }
+    n += kInFlight;
+  }
+}
+
+}  // namespace batchops::cuda::optimizer

@@ -1,0 +1,137 @@
+// The table of the optimizers' tensors, and the sum of their squared gradients for a clip over more
+// tensors than those of one step.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/cuda/grad_squares.cuh"
+#include "kernels/optimizer_factors.h"
+
+namespace batchops {
+namespace cuda::optimizer {
+namespace {
+
+__global__ void __launch_bounds__(kThreads)
+    optimizer_grad_squares(const __grid_constant__ Table table,
+                           const __grid_constant__ GradSquares squares) {
+  squares.add_up(table);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    optimizer_grad_total(const __grid_constant__ GradSquares squares, double* sum_sq) {
+  const double total = squares.total();
+  if (threadIdx.x == 0) *sum_sq = total;
+}
+
+// As many entries as a launch's arguments have room for.
+constexpr int kSent = 52;
+struct EntriesToSend {
+  Entry* to;
+  int32_t count;
+  Entry entries[kSent];
+};
+static_assert(sizeof(EntriesToSend) <= 4096);
+
+__global__ void __launch_bounds__(kThreads)
+    optimizer_send_entries(const __grid_constant__ EntriesToSend args) {
+  const auto i = static_cast<int32_t>(threadIdx.x);
+  if (i < args.count) args.to[i] = args.entries[i];
+}
+
+// Table::tensor_of, a block a tensor.
+__global__ void __launch_bounds__(kThreads)
+    optimizer_index(const __grid_constant__ Table table, int32_t* tensor_of) {
+  const auto tensor = static_cast<int32_t>(blockIdx.x);
+  const Entry& x = table.entries[tensor];
+  const bool small = x.numel <= kSmall;
+  const int32_t first = small ? table.chunks + x.first_chunk : x.first_chunk;
+  const int32_t count = small ? 1 : x.chunks();
+  for (auto i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
+    tensor_of[first + i] = tensor;
+  }
+}
+
+}  // namespace
+}  // namespace cuda::optimizer
+
+using namespace cuda::optimizer;
+
+size_t optimizer_table_bytes_cuda(const OptimizerTensor* tensors, int64_t tensor_count) {
+  return Table(tensors, tensor_count, nullptr).bytes();
+}
+
+size_t optimizer_entries_bytes_cuda(int64_t tensor_count) { return tensor_count * sizeof(Entry); }
+
+void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_count,
+                             int32_t group_count, void* entries) {
+  const auto aligned = [](const void* pointer, DType dtype) {
+    return cuda::is_aligned(pointer, kWidth * static_cast<int>(size_of(dtype)));
+  };
+  struct Nothing {};
+  std::vector<Nothing> sets;
+  const std::vector<int32_t> set_of = optimizer_sets(
+      tensors, tensor_count, group_count, sets, [](const OptimizerTensor&) { return Nothing{}; });
+  int32_t chunks = 0, smalls = 0;
+  for (int64_t i = 0; i < tensor_count; ++i) {
+    const OptimizerTensor& x = tensors[i];
+    const bool wide = aligned(x.p, x.p_dtype) && aligned(x.g, x.g_dtype) &&
+                      aligned(x.m, DType::f32) && aligned(x.v, DType::f32) &&
+                      aligned(x.master, DType::f32);
+    const Entry entry{x.p,
+                      x.g,
+                      x.m,
+                      x.v,
+                      x.master,
+                      x.device_step,
+                      x.numel,
+                      x.numel <= kSmall ? smalls++ : chunks,
+                      set_of[i],
+                      static_cast<int16_t>(x.p_dtype),
+                      static_cast<int16_t>(x.g_dtype),
+                      wide};
+    std::memcpy(static_cast<unsigned char*>(entries) + i * sizeof entry, &entry, sizeof entry);
+    if (x.numel > kSmall) chunks += static_cast<int32_t>((x.numel + kChunk - 1) / kChunk);
+  }
+}
+
+const char* optimizer_send_table_cuda(const OptimizerTensor* tensors, int64_t tensor_count,
+                                      const void* entries, void* table, int device, void* stream) {
+  if (const char* error = cuda::set_device("optimizer table", device)) return error;
+  if (tensor_count == 0) return nullptr;
+  EntriesToSend some{};
+  for (int64_t first = 0; first < tensor_count; first += kSent) {
+    some.to = static_cast<Entry*>(table) + first;
+    some.count = static_cast<int32_t>(std::min<int64_t>(kSent, tensor_count - first));
+    std::memcpy(some.entries, static_cast<const Entry*>(entries) + first,
+                some.count * sizeof(Entry));
+    if (const char* error = cuda::launch("optimizer_send_entries", optimizer_send_entries, 1,
+                                         kThreads, 0, stream, some)) {
+      return error;
+    }
+  }
+  const Table shape(tensors, tensor_count, table);
+  return cuda::launch("optimizer_index", optimizer_index, tensor_count, kThreads, 0, stream, shape,
+                      const_cast<int32_t*>(shape.tensor_of));
+}
+
+size_t grad_sum_sq_workspace_bytes_cuda(const OptimizerTensor* tensors, int64_t tensor_count) {
+  return GradSquares(Table(tensors, tensor_count, nullptr)).pieces * sizeof(double);
+}
+
+const char* grad_sum_sq_cuda(const OptimizerTensor* tensors, int64_t tensor_count,
+                             const void* table, void* workspace, double* sum_sq, int device,
+                             void* stream) {
+  constexpr const char* kOp = "grad_sum_sq";
+  if (const char* error = cuda::set_device(kOp, device)) return error;
+  const Table shape(tensors, tensor_count, table);
+  const GradSquares squares(shape, static_cast<double*>(workspace));
+  if (squares.pieces > 0) {
+    if (const char* error = cuda::launch("optimizer_grad_squares", optimizer_grad_squares,
+                                         squares.pieces, kThreads, 0, stream, shape, squares)) {
+      return error;
+    }
+  }
+  return cuda::launch("optimizer_grad_total", optimizer_grad_total, 1, kThreads, 0, stream, squares,
+                      sum_sq);
+}
+
+}  // namespace batchops

@@ -1,0 +1,152 @@
+"""LARS' CUDA kernels, run by the emulator against float64."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+
+from . import lars_reference as reference
+from .emulator import optimizers
+from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Lars, Parameter, State, run
+from .lars_reference import Options, Tensor64
+from .reference import to_float64
+from .test_emulator_lamb import PLACES, SIZES, TENSORS, divisor_of, same_bits
+
+MOMENTUM = Options(lr=0.5, momentum=0.9, weight_decay=0.01)
+VARIANTS = {
+    "defaults": Options(),
+    "adapted, no momentum": Options(weight_decay=1e-4),
+    "momentum": MOMENTUM,
+    "dampening": replace(MOMENTUM, dampening=0.3),
+    "nesterov": replace(MOMENTUM, nesterov=True),
+    "always adapted": Options(momentum=0.5, always_adapt=True),
+    "clip": replace(MOMENTUM, trust_clip=True, lr=1e-4),
+    "lr in the momentum": replace(MOMENTUM, lr_in_momentum=True, lr=7.0),
+    "momentum correction": replace(MOMENTUM, momentum_correction=True, last_lr=0.1),
+    "maximize": replace(MOMENTUM, maximize=True),
+    "no decay where excluded": replace(MOMENTUM, exclude_decay=True),
+    "plain where a norm is 0": replace(MOMENTUM, zero_norm_plain=True, trust_clip=True),
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return optimizers.library()
+
+
+def check(problem: Lars, results: list[State], divisor: float) -> None:
+    for i, (x, after) in enumerate(zip(problem.parameters, results, strict=True)):
+        p0, m, g = (
+            to_float64(start)
+            for start in (x.start.get("master", x.start["p"]), x.start["m"], x.start["g"])
+        )
+        options = replace(problem.groups[x.group], excluded=x.excluded)
+        exact = Tensor64(p0, m, x.step - 1, options)
+        reference.step([exact], [g / divisor / problem.grad_scale], None)
+        if x.master:
+            assert torch.equal(after["p"], after["master"].to(after["p"].dtype))
+        stepped = after.get("master", after["p"])
+        reference.assert_stepped(exact, p0, stepped, after.get("m"), f"parameter {i}")
+        p_norm, _, u_norm, ratio = exact.stats
+        want = (p_norm, reference.norm(g) / problem.grad_scale, u_norm, ratio)
+        assert after["stats"].tolist() == pytest.approx(want, rel=1e-5)
+
+
+def check_everywhere(lib: ctypes.CDLL, problem: Lars) -> None:
+    """Correct, and the same bits on all of PLACES."""
+    divisor = divisor_of(problem)
+    first = None
+    for place in PLACES:
+        with optimizers.device(lib, *place):
+            results = run(lib, problem)
+        if first is None:
+            check(problem, results, divisor)
+            first = results
+        assert same_bits(first, results), place
+
+
+@pytest.mark.parametrize("g_dtype", DTYPES)
+@pytest.mark.parametrize("p_dtype", DTYPES)
+def test_every_dtype_and_size(library, p_dtype, g_dtype):
+    problem = Lars([Parameter(n, p_dtype, g_dtype) for n in SIZES], [MOMENTUM])
+    check_everywhere(library, problem)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_memory_that_no_unit_fits(library, offset):
+    dtypes = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f32")]
+    problem = Lars([Parameter(1030, *d, offset=offset) for d in dtypes], [MOMENTUM])
+    check_everywhere(library, problem)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["first step", "second step"])
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
+def test_groups_of_every_variant(library, clip, step):
+    """Mixed in one call, each with a tensor that is excluded and one whose norm is 0."""
+    parameters = []
+    for group in range(len(VARIANTS)):
+        parameters += [
+            Parameter(900 + group, group=group, step=step),
+            Parameter(70, group=group, step=step, excluded=True),
+            Parameter(30, group=group, step=step),
+        ]
+        parameters[-1].start["p"].zero_()
+    check_everywhere(library, Lars(parameters, [*VARIANTS.values()], clip))
+
+
+@pytest.mark.parametrize("options", [MOMENTUM, Options(weight_decay=0.01)], ids=["m", "no m"])
+def test_tensors_larger_than_what_all_blocks_hold(library, options):
+    problem = Lars([Parameter(n) for n in TENSORS], [options])
+    check_everywhere(library, problem)
+
+
+def test_masters_and_loss_scale(library):
+    parameters = [
+        Parameter(1030, "bf16", "bf16", master=True),
+        Parameter(1030, "f16", "f32", offset=1, master=True),
+        Parameter(9 * CHUNK, "bf16", "bf16", master=True),
+        Parameter(300, "bf16", "f16"),
+    ]
+    problem = Lars(parameters, [MOMENTUM], max_grad_norm=1e-3, grad_scale=384.0)
+    check_everywhere(library, problem)
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_more_small_tensors_and_step_counts_than_fit_at_once(library, place):
+    parameters = [Parameter(SMALL, step=1 + t) for t in range(70)]
+    problem = Lars(parameters, [MOMENTUM], None)
+    with optimizers.device(library, place, "random", 3):
+        results = run(library, problem)
+    check(problem, results, 1.0)
+
+
+def test_numbers_on_the_device(library):
+    groups = [replace(o, lr=o.lr * (1 + i)) for i in range(3) for o in VARIANTS.values()]
+    parameters = [Parameter(30 * i, group=i, step=1 + i % 3) for i in range(len(groups))]
+    parameters += [Parameter(5 * CHUNK, step=3), Parameter(9, excluded=True)]
+    problem = Lars(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
+    check_everywhere(library, problem)
+    results = run(library, problem)
+    assert [r["step"].item() for r in results] == [x.step for x in parameters]
+
+
+def test_a_skipped_step_changes_nothing(library):
+    parameters = [Parameter(5 * CHUNK + 3), Parameter(70)]
+    results = run(library, Lars(parameters, [MOMENTUM], on_device=True, found_inf=1.0))
+    for x, after in zip(parameters, results, strict=True):
+        assert all(torch.equal(after[name], x.start[name]) for name in "pm")
+        assert after["step"].item() == x.step - 1
+
+
+def test_non_finite_norms_are_not_hidden(library):
+    bad, sound = Parameter(600), Parameter(600)
+    bad.start["g"][5] = float("nan")
+    problem = Lars([bad, sound], [MOMENTUM], None)
+    results = run(library, problem)
+    assert not results[0]["p"].isfinite().any()
+    assert results[1]["p"].isfinite().all()
+    problem.max_grad_norm = 1.0
+    assert all(r["p"].isnan().all() for r in run(library, problem))
