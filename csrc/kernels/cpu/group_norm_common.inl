@@ -94,11 +94,15 @@ struct RowGeometry {
     for (int64_t j = 0; j < width; j += shape.C) {
       for (int64_t g = 0; g < shape.G; ++g) {
         const T* p = columns + j + g * plan.D;
-        Vec<T> total(T(0));
+        double total = 0;
         int64_t i = 0;
-        for (; i + L <= plan.D; i += L) total = total + load<T>(p + i);
-        if (i < plan.D) total = total + load<T>(p + i, plan.D - i);
-        groups[g] += sum(total);
+        if (plan.D >= L) {
+          Vec<T> lanes = load<T>(p);
+          for (i = L; i + L <= plan.D; i += L) lanes = lanes + load<T>(p + i);
+          total = sum(lanes);
+        }
+        for (; i < plan.D; ++i) total += p[i];
+        groups[g] += total;
       }
     }
   }
@@ -177,6 +181,7 @@ struct AffineValues {
 template <class S, class T = AccOf<S>>
 struct ColumnAffine {
   static constexpr bool kAnywhere = !kSwapped<S>;  // whether pairs may begin at any column
+  static constexpr bool kPrefetches = false;       // whether the next row is worth asking for
   const T* at_mean;
   const T* at_scale;
   const T* at_shift;
@@ -190,7 +195,7 @@ struct ColumnAffine {
 };
 template <class S, class T = AccOf<S>>
 struct RowAffine {
-  static constexpr bool kAnywhere = true;
+  static constexpr bool kAnywhere = true, kPrefetches = true;
   Vec<T> hi, rstd, minus_low;
   const T* weight;
   const T* bias;
@@ -208,7 +213,7 @@ struct RowAffine {
 
 template <class T>
 struct PlaneAffine {
-  static constexpr bool kAnywhere = true;
+  static constexpr bool kAnywhere = true, kPrefetches = false;
   Vec<T> of_mean, of_scale, of_shift;
   BATCHOPS_INLINE Vec<T> mean(int64_t, auto) const { return of_mean; }
   BATCHOPS_INLINE Vec<T> scale(int64_t, auto) const { return of_scale; }

@@ -43,6 +43,11 @@ struct GroupForward : GroupStatistics<S> {
     int64_t start = 0;
     uint64_t bits = 0;
     const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+      // The memory would idle while this loop runs in the cache.
+      if constexpr (Affine::kPrefetches) {
+        constexpr int kLine = 64 / sizeof(S);
+        for (int i = 0; i < 2 * L; i += kLine) prefetch(at.x, offset + n + j + i);
+      }
       return at.apply(offset + j, lanes, past, of.mean(j, lanes), of.scale(j, lanes),
                       of.shift(j, lanes));
     };
