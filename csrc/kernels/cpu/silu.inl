@@ -32,10 +32,21 @@ struct FastSilu {
     return dy * (s.value * fma(z, s.complement, V(1.0f)));
   }
 
+  // min(max(a, low), high). The instructions give the second operand where one is NaN.
+  static BATCHOPS_INLINE V clamp(V a, float low, float high) {
+#if defined(BATCHOPS_ISA_AVX512)
+    return _mm512_min_ps(V(high).v, _mm512_max_ps(V(low).v, a.v));
+#elif defined(BATCHOPS_ISA_AVX2)
+    return _mm256_min_ps(V(high).v, _mm256_max_ps(V(low).v, a.v));
+#else
+    return min(max(a, V(low)), V(high));
+#endif
+  }
+
   // 1 + e^-z, where e^-z is within 4e-6, at least 2^-126, at most 2^most, and infinite from 2^128
   // on.
   static BATCHOPS_INLINE V one_and_exp(V z, float most) {
-    const V t = min(max(z * V(-1.44269504f), V(-126.0f)), V(most));
+    const V t = clamp(z * V(-1.44269504f), -126.0f, most);
     const Rounded n(t);
     const V r = t - n.value;
     V p(0.00957009848f);
@@ -103,7 +114,7 @@ struct FastSilu {
   };
   static BATCHOPS_INLINE Ratio exp_ratio(V z) {
     using U = Native<float>::U;
-    const V clamped = min(max(z, V(-176.0f)), V(176.0f));
+    const V clamped = clamp(z, -176.0f, 176.0f);
     const V shifter(12582912.0f + 254.0f);  // as in Rounded, with the bias of two
     const V sum = fma(clamped, V(-1.44269504f), shifter), n = sum - shifter;
     V q = fma(n, V(0.693359375f), clamped);  // z + n ln 2 in two steps, so p = e^-q
