@@ -199,6 +199,8 @@ struct GroupBackward {
     const V mean(of.hi), slope(with.slope), offset(with.offset);
     const Elements elements = this->elements();
     const bool past = past_cache;
+    const int64_t M = plan.M;
+    const bool asks = past && asks_for_next_group(plan);
     for_planes_in_order<T>(
         begin, end, HxW, output + base,
         [&](int64_t d) BATCHOPS_INLINE_LAMBDA {
@@ -206,6 +208,10 @@ struct GroupBackward {
           return Values{scale, scale};
         },
         [&](int64_t j, auto lanes, V scale, V) BATCHOPS_INLINE_LAMBDA {
+          if (kOne && asks) {  // derivatives would take the room
+            prefetch_pair<T>(elements.x, base + M + j);
+            prefetch_pair<T>(elements.dy, base + M + j);
+          }
           const auto centred = load<T>(elements.x + base + j, lanes) - mean;
           const auto write = [&](auto dz) BATCHOPS_INLINE_LAMBDA {
             elements.write(base + j, lanes, past, dz, centred, scale, slope, offset);
@@ -332,11 +338,8 @@ struct GroupBackward {
       const int64_t row = at + k * width;
       const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
         // The memory would idle while this loop runs in the cache.
-        constexpr int kLine = 64 / sizeof(S);
-        for (int i = 0; i < 2 * L; i += kLine) {
-          prefetch(elements.x, row + R * width + j + i);
-          prefetch(elements.dy, row + R * width + j + i);
-        }
+        prefetch_pair<T>(elements.x, row + R * width + j);
+        prefetch_pair<T>(elements.dy, row + R * width + j);
         elements.write(row + j, lanes, past, gradient(k, j, lanes),
                        load<T>(elements.x + row + j, lanes) - mean,
                        rstd * ordered(weight + j, lanes), slope, offset);

@@ -147,6 +147,10 @@ inline bool takes_whole_units(const GroupNormPlan& plan, const Parallel& par) {
   return plan.chunks == 1 || 4 * plan.units >= 3 * share * par.threads;
 }
 
+// Planes: whether the next group should be on its way while this one's outputs are made from the
+// cache. The memory would idle; but a large group would leave the next no room.
+inline bool asks_for_next_group(const GroupNormPlan& plan) { return plan.chunks == 1; }
+
 // weight and bias, one for each channel (planes) or each column.
 template <class T>
 struct AffineValues {

@@ -44,10 +44,7 @@ struct GroupForward : GroupStatistics<S> {
     uint64_t bits = 0;
     const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
       // The memory would idle while this loop runs in the cache.
-      if constexpr (Affine::kPrefetches) {
-        constexpr int kLine = 64 / sizeof(S);
-        for (int i = 0; i < 2 * L; i += kLine) prefetch(at.x, offset + n + j + i);
-      }
+      if constexpr (Affine::kPrefetches) prefetch_pair<T>(at.x, offset + n + j);
       return at.apply(offset + j, lanes, past, of.mean(j, lanes), of.scale(j, lanes),
                       of.shift(j, lanes));
     };
@@ -105,8 +102,11 @@ struct GroupForward : GroupStatistics<S> {
     } else {
       const Elements at = elements();
       const bool past = past_cache;
+      const int64_t M = plan.M;
+      const bool asks = past && asks_for_next_group(plan);
       for_planes_in_order<T>(begin, end, HxW, y + base, enter,
                              [&](int64_t j, auto lanes, V scale, V shift) BATCHOPS_INLINE_LAMBDA {
+                               if (asks) prefetch_pair<T>(at.x, base + M + j);
                                at.apply(base + j, lanes, past, mean, scale, shift);
                              });
     }

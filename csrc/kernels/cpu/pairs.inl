@@ -130,6 +130,12 @@ BATCHOPS_INLINE void put(S* p, Pair<T> a, Rest part, bool past_cache) {
   }
 }
 
+// As prefetch(), for all that an access by pairs will take there.
+template <class T, class S>
+BATCHOPS_INLINE void prefetch_pair(const S* p, int64_t offset) {
+  for (int i = 0; i < 2 * Vec<T>::kLanes; i += 64 / sizeof(S)) prefetch(p, offset + i);
+}
+
 // ------------------------------------------------------------------------- values for elements
 
 // An array of T has a value for each of a run of elements of S, and room for a pair past the end.
