@@ -12,6 +12,7 @@ enum class Derivative { one, recomputed, bits };
 
 template <class S, class Act, Derivative kDerivative>
 struct GroupBackward {
+  using Element = S;
   using T = AccOf<S>;
   using V = Vec<T>;
   static constexpr int L = V::kLanes;
@@ -41,25 +42,66 @@ struct GroupBackward {
 
   GroupStats<T> stats_of(int64_t index) const { return {stats, shape.N * shape.G, index}; }
 
-  template <class Lanes>
-  BATCHOPS_INLINE V derivative(int64_t at, Lanes lanes, uint64_t bits, V value, V mean, V scale,
-                               V shift) const {
-    const V gradient = load<T>(dy + at, lanes);
-    if constexpr (kOne) {
-      return gradient;
-    } else if constexpr (kBits) {
-      return act.backward_bits(gradient, bits);
+  // What one access takes: a pair, or the vector that a stretch of mask bits stands for.
+  using X = std::conditional_t<kBits, V, Pair<T>>;
+
+  // What a loop over elements needs, to be kept in registers: as far as the compiler knows, a store
+  // to dx may alter any member of what lies in memory.
+  struct Elements {
+    const S* x;
+    const S* dy;
+    const S* residual;
+    S* dx;
+    S* dresidual;
+    Act act;
+    bool past_residual;
+
+    template <class Lanes, class Mean, class Scale>
+    BATCHOPS_INLINE X derivative(int64_t at, Lanes lanes, uint64_t bits, X value, Mean mean,
+                                 Scale scale, Scale shift) const {
+      const X gradient = load<T>(dy + at, lanes);
+      if constexpr (kOne) {
+        return gradient;
+      } else if constexpr (kBits) {
+        return act.backward_bits(gradient, bits);
+      } else {
+        X z = normalize(value, X(mean), X(scale), X(shift));
+        if (residual != nullptr) z = z + load<T>(residual + at, lanes);
+        return derivative_of(act, gradient, z);
+      }
+    }
+    template <class Lanes, class Taken, class Value>
+    BATCHOPS_INLINE void write(int64_t at, Lanes lanes, bool past, Taken dz, Taken centred,
+                               Value scale, Value slope, Value offset) const {
+      if (dx != nullptr) put(dx + at, fma(scale, dz, fma(slope, centred, offset)), lanes, past);
+      if (dresidual != nullptr) put(dresidual + at, dz, lanes, past && past_residual);
+    }
+  };
+  Elements elements() const { return {x, dy, residual, dx, dresidual, act, past_residual}; }
+
+  // Calls vector(j, lanes, u, bits) over [from, n); `mask` is where the bits of j = 0 lie.
+  static constexpr int kChains = kBits ? 4 : 2;
+  template <int kUnroll, class Vector>
+  static BATCHOPS_INLINE void for_run(int64_t from, int64_t n, const uint8_t* mask,
+                                      Vector&& vector) {
+    if constexpr (kBits) {
+      uint64_t bits = 0;
+      for_blocks<T>(
+          from, n,
+          [&](int64_t j, auto bytes)
+              BATCHOPS_INLINE_LAMBDA { bits = read_bits(mask + j / 8, bytes); },
+          [&](int64_t j, auto lanes, int u)
+              BATCHOPS_INLINE_LAMBDA { vector(j, lanes, u, bits >> (u * L)); },
+          [](int64_t, auto) {});
     } else {
-      V z = normalize(value, mean, scale, shift);
-      if (residual != nullptr) z = z + load<T>(residual + at, lanes);
-      return act.backward(gradient, z);
+      for_pairs<T, kUnroll>(from, n, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        vector(j, lanes, u, uint64_t{0});
+      });
     }
   }
-  template <class Lanes>
-  BATCHOPS_INLINE void write(int64_t at, Lanes lanes, bool past, V dz, V centred, V scale, V slope,
-                             V offset) const {
-    if (dx != nullptr) put(dx + at, fma(scale, dz, fma(slope, centred, offset)), lanes, past);
-    if (dresidual != nullptr) put(dresidual + at, dz, lanes, past && past_residual);
+  // In the order that for_run() takes values in, from the elements' order or back.
+  static void in_run_order(T* values, int64_t width) {
+    if constexpr (!kBits) in_pair_order<S>(values, width);
   }
 
   struct Coefficients {
@@ -103,7 +145,7 @@ struct GroupBackward {
   };
 
   // Sums of chunk `chunk` of group `unit` for its D channels, added to dz and dz_x; the derivatives
-  // themselves go to `kept` (not where there is no activation).
+  // themselves go to `kept` (not where there is no activation), whole pairs at a time.
   void sum_planes(int64_t unit, int64_t chunk, T* kept, double* dz, double* dz_x) const {
     const int64_t HxW = shape.HxW, base = unit * plan.M;
     const int64_t begin = begin_of_chunk(plan, HxW, chunk);
@@ -111,6 +153,7 @@ struct GroupBackward {
     const int64_t first_channel = unit % shape.G * plan.D;
     const GroupStats<T> of = stats_of(unit);
     const V mean(of.hi), zero(T(0));
+    const Elements elements = this->elements();
     for (int64_t j0 = begin; j0 < end;) {
       const int64_t d = j0 / HxW, i = j0 % HxW;
       const int64_t n = end - j0 < HxW - i ? end - j0 : HxW - i;
@@ -123,23 +166,23 @@ struct GroupBackward {
         const int64_t count = n - from < kPieceElements ? n - from : kPieceElements;
         const int64_t at = base + j0 + from;
         T* const to = kOne ? nullptr : kept + (j0 - begin + from);
-        V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
-        uint64_t bits = 0;
-        for_blocks<T>(
-            0, count,
-            [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-              if constexpr (kBits) bits = read_bits(mask + (from + j) / 8, bytes);
-            },
-            [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-              const V value = load<T>(x + at + j, lanes);
-              const V g = derivative(at + j, lanes, bits >> (u * L), value, mean, scale, shift);
-              if constexpr (!kOne) put(to + j, g, lanes, false);
-              s[u] = s[u] + g;
-              q[u] = fma(g, value - mean, q[u]);
-            },
-            [](int64_t, auto) {});
-        total += sum((s[0] + s[1]) + (s[2] + s[3]));
-        total_x += sum((q[0] + q[1]) + (q[2] + q[3]));
+        X s[kChains], q[kChains];
+        for (int u = 0; u < kChains; ++u) s[u] = q[u] = zero;
+        for_run<2>(0, count, kBits ? mask + from / 8 : nullptr,
+                   [&](int64_t j, auto lanes, int u, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+                     const X value = load<T>(elements.x + at + j, lanes);
+                     const X g =
+                         elements.derivative(at + j, lanes, bits, value, mean, scale, shift);
+                     if constexpr (!kOne) store_whole(to + j, reorder<S>(g));
+                     s[u] = s[u] + g;
+                     q[u] = fma(g, value - mean, q[u]);
+                   });
+        for (int u = 1; u < kChains; ++u) {
+          s[0] = s[0] + s[u];
+          q[0] = q[0] + q[u];
+        }
+        total += sum(s[0]);
+        total_x += sum(q[0]);
       }
       dz[d] += total;
       dz_x[d] += total_x;
@@ -154,6 +197,10 @@ struct GroupBackward {
     const GroupStats<T> of = stats_of(unit);
     const T* const weight = affine.weight + unit % shape.G * plan.D;
     const V mean(of.hi), slope(with.slope), offset(with.offset);
+    const Elements elements = this->elements();
+    const bool past = past_cache;
+    const int64_t M = plan.M;
+    const bool asks = past && asks_for_next_group(plan);
     for_planes_in_order<T>(
         begin, end, HxW, output + base,
         [&](int64_t d) BATCHOPS_INLINE_LAMBDA {
@@ -161,14 +208,19 @@ struct GroupBackward {
           return Values{scale, scale};
         },
         [&](int64_t j, auto lanes, V scale, V) BATCHOPS_INLINE_LAMBDA {
-          const V value = load<T>(x + base + j, lanes);
-          V dz;
-          if constexpr (kOne) {
-            dz = load<T>(dy + base + j, lanes);
-          } else {
-            dz = load<T>(kept + (j - begin), lanes);
+          if (kOne && asks) {  // derivatives would take the room
+            prefetch_pair<T>(elements.x, base + M + j);
+            prefetch_pair<T>(elements.dy, base + M + j);
           }
-          write(base + j, lanes, past_cache, dz, value - mean, scale, slope, offset);
+          const auto centred = load<T>(elements.x + base + j, lanes) - mean;
+          const auto write = [&](auto dz) BATCHOPS_INLINE_LAMBDA {
+            elements.write(base + j, lanes, past, dz, centred, scale, slope, offset);
+          };
+          if constexpr (kOne) {
+            write(load<T>(elements.dy + base + j, lanes));
+          } else {
+            write(reorder<S>(load_whole(kept + (j - begin), lanes)));
+          }
         });
   }
 
@@ -176,23 +228,16 @@ struct GroupBackward {
 
   // dz of a whole row, into `to`.
   template <class Affine>
-  void derive_row(int64_t n, const Affine& of, T* to, uint8_t* flat) const {
-    const uint8_t* mask = mask_of(n, 0, flat);
+  void derive_row(int64_t n, const Affine of, T* to, uint8_t* flat) const {
+    const Elements elements = this->elements();
     const int64_t at = rows.row_offset(n, 0);
-    uint64_t bits = 0;
-    for_blocks<T>(
-        0, plan.width,
-        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-          if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
-        },
-        [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-          const V value = load<T>(x + at + j, lanes);
-          put(to + j,
-              derivative(at + j, lanes, bits >> (u * L), value, of.mean(j), of.scale(j),
-                         of.shift(j)),
-              lanes, false);
-        },
-        [](int64_t, auto) {});
+    for_run<1>(0, plan.width, mask_of(n, 0, flat),
+               [&](int64_t j, auto lanes, int, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+                 const X value = load<T>(elements.x + at + j, lanes);
+                 const X g = elements.derivative(at + j, lanes, bits, value, of.mean(j, lanes),
+                                                 of.scale(j, lanes), of.shift(j, lanes));
+                 store_whole(to + j, reorder<S>(g));
+               });
   }
   // The bits of a row in one string.
   const uint8_t* mask_of(int64_t n, int64_t step, uint8_t* flat) const {
@@ -215,18 +260,22 @@ struct GroupBackward {
   }
 
   // Group g of R samples from n on: sums of the columns to dz and dz_xhat, and dx. `kept` holds dz
-  // of R whole rows, `stride` apart, where there is an activation.
+  // of R whole rows, `stride` apart, where there is an activation. dz and dz_xhat are in pair order
+  // as far as there are whole pairs: the rest of one lies beside the next group's sums.
   template <int R>
   void group_of_rows(int64_t n, int64_t g, const T* kept, int64_t stride, T* dz, T* dz_xhat) const {
-    constexpr int kChains = R == 1 ? 4 : 1;
-    const int64_t first = g * plan.M, at = rows.row_offset(n, 0) + first;
+    constexpr int kChains = R == 1 ? 2 : 1;
+    const int64_t first = g * plan.M, at = rows.row_offset(n, 0) + first, width = plan.width;
     const T* const weight = affine.weight + first;
-    const V zero(T(0));
+    const Pair<T> zero(V(T(0)));
+    const Elements elements = this->elements();
+    const auto ordered = [](const T* p, auto lanes)
+                             BATCHOPS_INLINE_LAMBDA { return reorder<S>(load<T>(p, lanes)); };
     const auto gradient = [&](int k, int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
       if constexpr (kOne) {
-        return load<T>(dy + at + k * plan.width + j, lanes);
+        return load<T>(elements.dy + at + k * width + j, lanes);
       } else {
-        return load<T>(kept + k * stride + first + j, lanes);
+        return ordered(kept + k * stride + first + j, lanes);
       }
     };
     double a[R] = {}, b[R] = {};
@@ -240,28 +289,34 @@ struct GroupBackward {
       }
       for (int64_t from = 0; from < plan.M; from += kPieceElements) {
         const int64_t count = plan.M - from < kPieceElements ? plan.M - from : kPieceElements;
-        V s[R][kChains], q[R][kChains];
+        Pair<T> s[R][kChains], q[R][kChains];
         for (int k = 0; k < R; ++k) {
           for (int u = 0; u < kChains; ++u) s[k][u] = q[k][u] = zero;
         }
-        for_blocks<T>(
-            0, count, [](int64_t, auto) {},
-            [&](int64_t i, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-              const int64_t j = from + i;
-              const V weight_j = load<T>(weight + j);
-              V sum_j = load<T>(dz + j), product_j = load<T>(dz_xhat + j);
-              for (int k = 0; k < R; ++k) {
-                const V d = gradient(k, j, lanes), weighted = d * weight_j;
-                const V centred = load<T>(x + at + k * plan.width + j, lanes) - mean[k];
-                s[k][u % kChains] = s[k][u % kChains] + weighted;
-                q[k][u % kChains] = fma(weighted, centred, q[k][u % kChains]);
-                sum_j = sum_j + d;
-                product_j = fma(d, fma(centred, rstd[k], minus_low[k]), product_j);
-              }
-              put(dz + j, sum_j, lanes, false);
-              put(dz_xhat + j, product_j, lanes, false);
-            },
-            [](int64_t, auto) {});
+        for_pairs<T, kChains>(0, count, [&](int64_t i, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+          constexpr bool kWhole = std::is_same_v<decltype(lanes), Two>;
+          const int64_t j = from + i;
+          const Pair<T> weight_j = ordered(weight + j, lanes);
+          Pair<T> sum_j = load<T>(dz + j, lanes), product_j = load<T>(dz_xhat + j, lanes);
+          if constexpr (!kWhole) {
+            sum_j = reorder<S>(sum_j);
+            product_j = reorder<S>(product_j);
+          }
+          for (int k = 0; k < R; ++k) {
+            const Pair<T> d = gradient(k, j, lanes), weighted = d * weight_j;
+            const Pair<T> centred = load<T>(elements.x + at + k * width + j, lanes) - mean[k];
+            s[k][u] = s[k][u] + weighted;
+            q[k][u] = fma(weighted, centred, q[k][u]);
+            sum_j = sum_j + d;
+            product_j = fma(d, fma(centred, rstd[k], minus_low[k]), product_j);
+          }
+          if constexpr (!kWhole) {
+            sum_j = reorder<S>(sum_j);
+            product_j = reorder<S>(product_j);
+          }
+          put(dz + j, sum_j, lanes, false);
+          put(dz_xhat + j, product_j, lanes, false);
+        });
         for (int k = 0; k < R; ++k) {
           for (int u = 1; u < kChains; ++u) {
             s[k][0] = s[k][0] + s[k][u];
@@ -273,28 +328,35 @@ struct GroupBackward {
       }
     }
     if (output == nullptr) return;
+    const bool past = past_cache;
     for (int k = 0; k < R; ++k) {
       const GroupStats<T> of = stats_of((n + k) * shape.G + g);
       const double inverse = 1.0 / static_cast<double>(plan.M);
       const Coefficients with = coefficients(of, a[k], b[k] - of.low * a[k], inverse);
-      const V mean(of.hi), rstd(of.rstd), slope(with.slope), offset(with.offset);
-      const int64_t row = at + k * plan.width;
-      const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+      const V mean(of.hi), rstd(of.rstd);
+      const Pair<T> slope(V(with.slope)), offset(V(with.offset));
+      const int64_t row = at + k * width;
+      const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
         // The memory would idle while this loop runs in the cache.
-        if (u % (64 / (L * static_cast<int>(sizeof(S)))) == 0) {
-          prefetch(x, row + R * plan.width + j);
-          prefetch(dy, row + R * plan.width + j);
-        }
-        write(row + j, lanes, past_cache, gradient(k, j, lanes), load<T>(x + row + j, lanes) - mean,
-              rstd * load<T>(weight + j), slope, offset);
+        prefetch_pair<T>(elements.x, row + R * width + j);
+        prefetch_pair<T>(elements.dy, row + R * width + j);
+        elements.write(row + j, lanes, past, gradient(k, j, lanes),
+                       load<T>(elements.x + row + j, lanes) - mean,
+                       rstd * ordered(weight + j, lanes), slope, offset);
       };
       int64_t start = 0;
-      if (past_cache) {
+      if (past) {
         const int64_t head = to_boundary<T>(output + row);
         start = head < plan.M ? head : plan.M;
-        if (start > 0) vector(0, First{start}, 0);
+        if (start > 0) vector(0, Rest{start}, 0);
       }
-      for_blocks<T>(start, plan.M, [](int64_t, auto) {}, vector, [](int64_t, auto) {});
+      for_pairs<T>(start, plan.M, vector);
+    }
+  }
+  // The columns' sums in the elements' order.
+  void order_sums(T* columns) const {
+    for (int64_t g = 0; g < shape.G; ++g) {
+      in_pair_order<S>(columns + g * plan.M, plan.M - plan.M % (2 * L));
     }
   }
 
@@ -315,13 +377,15 @@ struct GroupBackward {
       const int64_t stop = step >= full_end                  ? end
                            : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
                                                              : full_end;
-      for (int64_t j = 0; j < plan.width; j += L) {
+      for (int64_t j = 0; j < padded(plan.width); j += L) {
         store(s + j, V(T(0)));
         store(q + j, V(T(0)));
       }
       const int64_t width = rows.row_width(step);
       for (; together && step + 2 <= stop; step += 2) add_rows<2>(n, step, columns, flat, s, q);
       for (; step < stop; ++step) add_rows<1>(n, step, columns, flat, s, q);
+      in_run_order(s, width);
+      in_run_order(q, width);
       rows.fold_channels(s, width, dz);
       rows.fold_channels(q, width, dz_x);
     }
@@ -329,40 +393,35 @@ struct GroupBackward {
   template <int R>
   BATCHOPS_INLINE void add_rows(int64_t n, int64_t step, const ScratchRows<T>& columns,
                                 uint8_t* flat, T* s, T* q) const {
-    const uint8_t* mask = mask_of(n, step, flat);
     const int64_t at = rows.row_offset(n, step), stride = plan.width;
+    const Elements elements = this->elements();
     const T* const means = columns[0];
     const T* const scales = columns[1];
     const T* const shifts = columns[2];
-    uint64_t bits = 0;
-    for_blocks<T>(
-        0, rows.row_width(step),
-        [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-          if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
-        },
-        [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-          const V mean = load<T>(means + j);
-          V scale = mean, shift = mean;
-          if constexpr (kDerivative == Derivative::recomputed) {
-            scale = load<T>(scales + j);
-            shift = load<T>(shifts + j);
-          }
-          V sum_j = load<T>(s + j), product_j = load<T>(q + j);
-          for (int k = 0; k < R; ++k) {
-            const int64_t from = at + k * stride + j;
-            if constexpr (R > 1) {  // the next R rows, in the order of memory
-              prefetch(x, at + R * (stride + j) + k * L);
-              prefetch(dy, at + R * (stride + j) + k * L);
-            }
-            const V value = load<T>(x + from, lanes);
-            const V g = derivative(from, lanes, bits >> (u * L), value, mean, scale, shift);
-            sum_j = sum_j + g;
-            product_j = fma(g, value - mean, product_j);
-          }
-          store(s + j, sum_j);
-          store(q + j, product_j);
-        },
-        [](int64_t, auto) {});
+    for_run<1>(0, rows.row_width(step), mask_of(n, step, flat),
+               [&](int64_t j, auto lanes, int, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+                 const X mean = load_whole(means + j, lanes);
+                 X scale = mean, shift = mean;
+                 if constexpr (kDerivative == Derivative::recomputed) {
+                   scale = load_whole(scales + j, lanes);
+                   shift = load_whole(shifts + j, lanes);
+                 }
+                 X sum_j = load_whole(s + j, lanes), product_j = load_whole(q + j, lanes);
+                 for (int k = 0; k < R; ++k) {
+                   const int64_t from = at + k * stride + j;
+                   if constexpr (R > 1) {  // the next R rows, in the order of memory
+                     const int64_t next = at + R * (stride + j) + k * 2 * L;
+                     prefetch(elements.x, next);
+                     prefetch(elements.dy, next);
+                   }
+                   const X value = load<T>(elements.x + from, lanes);
+                   const X g = elements.derivative(from, lanes, bits, value, mean, scale, shift);
+                   sum_j = sum_j + g;
+                   product_j = fma(g, value - mean, product_j);
+                 }
+                 store_whole(s + j, sum_j);
+                 store_whole(q + j, product_j);
+               });
   }
 
   // slope and offset of sample n's groups, to the columns.
@@ -376,6 +435,7 @@ struct GroupBackward {
   }
   void set_columns(int64_t n, const ScratchRows<T>& columns) const {
     column_affine(rows, stats, n, affine, columns[0], columns[1], columns[2]);
+    for (int row = 0; row < 3; ++row) in_run_order(columns[row], plan.width);
   }
 
   void apply_pixels(int64_t n, int64_t chunk, const ScratchRows<T>& columns, uint8_t* flat) const {
@@ -385,35 +445,31 @@ struct GroupBackward {
     const T* const shifts = columns[2];
     const T* const slopes = columns[3];
     const T* const offsets = columns[4];
+    const Elements elements = this->elements();
     for (int64_t step = rows.first_step(chunk); step < end; ++step) {
       const int64_t at = rows.row_offset(n, step), width = rows.row_width(step);
-      const uint8_t* mask = mask_of(n, step, flat);
       bool past = past_cache;
-      uint64_t bits = 0;
-      const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-        const V value = load<T>(x + at + j, lanes), mean = load<T>(means + j);
-        const V scale = load<T>(scales + j);
-        const V shift = kDerivative == Derivative::recomputed ? load<T>(shifts + j) : mean;
-        const V g = derivative(at + j, lanes, bits >> (u * L), value, mean, scale, shift);
-        write(at + j, lanes, past, g, value - mean, scale, load<T>(slopes + j),
-              load<T>(offsets + j));
+      const auto vector = [&](int64_t j, auto lanes, int, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+        const X value = load<T>(elements.x + at + j, lanes);
+        const X mean = load_whole(means + j, lanes);
+        const X scale = load_whole(scales + j, lanes);
+        X shift = mean;
+        if constexpr (kDerivative == Derivative::recomputed) shift = load_whole(shifts + j, lanes);
+        const X g = elements.derivative(at + j, lanes, bits, value, mean, scale, shift);
+        elements.write(at + j, lanes, past, g, value - mean, scale, load_whole(slopes + j, lanes),
+                       load_whole(offsets + j, lanes));
       };
       int64_t start = 0;
       if (past && !can_stream<T>(output + at)) {
-        if (kBits) {
-          past = false;  // mask bytes begin at the row's first element
+        if constexpr (kBits || kSwapped<S>) {
+          past = false;  // mask bytes and pairs begin at the row's first element
         } else {
           const int64_t head = to_boundary<T>(output + at);
           start = head < width ? head : width;
-          vector(0, First{start}, 0);
+          vector(0, Rest{start}, 0, 0);
         }
       }
-      for_blocks<T>(
-          start, width,
-          [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-            if constexpr (kBits) bits = read_bits(mask + j / 8, bytes);
-          },
-          vector, [](int64_t, auto) {});
+      for_run<1>(start, width, mask_of(n, step, flat), vector);
     }
   }
 };
@@ -529,6 +585,7 @@ inline const char* backward_planes(const Pass& pass, const Parallel& par) {
 
 template <class Pass>
 inline const char* backward_rows(const Pass& pass, const Parallel& par) {
+  using S = typename Pass::Element;
   using T = typename Pass::T;
   const GroupNormPlan& plan = pass.plan;
   const GroupNormShape& shape = pass.shape;
@@ -546,10 +603,10 @@ inline const char* backward_rows(const Pass& pass, const Parallel& par) {
     }
     const auto derive = [&](int64_t n, T* to) {
       if (spreads) {
-        column_affine(pass.rows, pass.stats, n, pass.affine, spread[0], spread[1], spread[2]);
-        pass.derive_row(n, ColumnAffine<T>{spread[0], spread[1], spread[2]}, to, flat.get());
+        pass.set_columns(n, spread);
+        pass.derive_row(n, ColumnAffine<S>{spread[0], spread[1], spread[2]}, to, flat.get());
       } else {
-        const RowAffine<T> of(pass.stats_of(n), pass.affine.weight, pass.affine.bias);
+        const RowAffine<S> of(pass.stats_of(n), pass.affine.weight, pass.affine.bias);
         pass.derive_row(n, of, to, flat.get());
       }
     };
@@ -577,6 +634,7 @@ inline const char* backward_rows(const Pass& pass, const Parallel& par) {
         constexpr int R = Pass::kRows;
         for (; together && n + R <= flush; n += R) take_rows(std::integral_constant<int, R>{}, n);
         for (; n < flush; ++n) take_rows(std::integral_constant<int, 1>{}, n);
+        for (int row = 0; row < 2; ++row) pass.order_sums(columns[row]);
         pass.rows.fold_channels(columns[1], plan.width, dweight);
         pass.rows.fold_channels(columns[0], plan.width, dweight + shape.C);
       }
@@ -608,6 +666,7 @@ inline const char* backward_pixels(const Pass& pass, const Parallel& par) {
   const auto spread = [&](const T* groups, const ScratchRows<T>& columns) {
     pass.rows.spread_groups(groups, columns[3]);
     pass.rows.spread_groups(groups + G, columns[4]);
+    for (int row = 3; row < 5; ++row) pass.in_run_order(columns[row], plan.width);
   };
   if (takes_whole_units(plan, par)) {
     par(plan.blocks, [&](int64_t begin, int64_t end) {

@@ -4,5 +4,6 @@
 #include "kernels/activation.inl"
 #include "kernels/cpu/silu.inl"
 #include "kernels/cpu/norm_common.inl"
+#include "kernels/cpu/pairs.inl"
 #include "kernels/cpu/group_norm_common.inl"
 #include "kernels/cpu/group_norm_backward.inl"

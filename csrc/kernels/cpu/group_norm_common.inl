@@ -94,11 +94,15 @@ struct RowGeometry {
     for (int64_t j = 0; j < width; j += shape.C) {
       for (int64_t g = 0; g < shape.G; ++g) {
         const T* p = columns + j + g * plan.D;
-        Vec<T> total(T(0));
+        double total = 0;
         int64_t i = 0;
-        for (; i + L <= plan.D; i += L) total = total + load<T>(p + i);
-        if (i < plan.D) total = total + load<T>(p + i, plan.D - i);
-        groups[g] += sum(total);
+        if (plan.D >= L) {
+          Vec<T> lanes = load<T>(p);
+          for (i = L; i + L <= plan.D; i += L) lanes = lanes + load<T>(p + i);
+          total = sum(lanes);
+        }
+        for (; i < plan.D; ++i) total += p[i];
+        groups[g] += total;
       }
     }
   }
@@ -143,6 +147,10 @@ inline bool takes_whole_units(const GroupNormPlan& plan, const Parallel& par) {
   return plan.chunks == 1 || 4 * plan.units >= 3 * share * par.threads;
 }
 
+// Planes: whether the next group should be on its way while this one's outputs are made from the
+// cache. The memory would idle; but a large group would leave the next no room.
+inline bool asks_for_next_group(const GroupNormPlan& plan) { return plan.chunks == 1; }
+
 // weight and bias, one for each channel (planes) or each column.
 template <class T>
 struct AffineValues {
@@ -171,29 +179,49 @@ struct AffineValues {
   }
 };
 
-// Where a row takes (mean, scale, shift) of its columns from: arrays, or the one group that fills
-// the row and the weight and bias of each column.
-template <class T>
+// Where a row of elements of S takes (mean, scale, shift) of its columns from: arrays in pair
+// order, or the one group that fills the row and the weight and bias of each column; and the
+// channel that a plane belongs to.
+template <class S, class T = AccOf<S>>
 struct ColumnAffine {
+  static constexpr bool kAnywhere = !kSwapped<S>;  // whether pairs may begin at any column
+  static constexpr bool kPrefetches = false;       // whether the next row is worth asking for
   const T* at_mean;
   const T* at_scale;
   const T* at_shift;
-  BATCHOPS_INLINE Vec<T> mean(int64_t j) const { return load<T>(at_mean + j); }
-  BATCHOPS_INLINE Vec<T> scale(int64_t j) const { return load<T>(at_scale + j); }
-  BATCHOPS_INLINE Vec<T> shift(int64_t j) const { return load<T>(at_shift + j); }
+  BATCHOPS_INLINE auto mean(int64_t j, auto lanes) const { return load_whole(at_mean + j, lanes); }
+  BATCHOPS_INLINE auto scale(int64_t j, auto lanes) const {
+    return load_whole(at_scale + j, lanes);
+  }
+  BATCHOPS_INLINE auto shift(int64_t j, auto lanes) const {
+    return load_whole(at_shift + j, lanes);
+  }
 };
-template <class T>
+template <class S, class T = AccOf<S>>
 struct RowAffine {
+  static constexpr bool kAnywhere = true, kPrefetches = true;
   Vec<T> hi, rstd, minus_low;
   const T* weight;
   const T* bias;
   RowAffine(const GroupStats<T>& s, const T* w, const T* b)
       : hi(s.hi), rstd(s.rstd), minus_low(-s.low * s.rstd), weight(w), bias(b) {}
-  BATCHOPS_INLINE Vec<T> mean(int64_t) const { return hi; }
-  BATCHOPS_INLINE Vec<T> scale(int64_t j) const { return rstd * load<T>(weight + j); }
-  BATCHOPS_INLINE Vec<T> shift(int64_t j) const {
-    return fma(minus_low, load<T>(weight + j), load<T>(bias + j));
+  BATCHOPS_INLINE Vec<T> mean(int64_t, auto) const { return hi; }
+  BATCHOPS_INLINE auto scale(int64_t j, auto lanes) const {
+    return rstd * reorder<S>(load_whole(weight + j, lanes));
   }
+  BATCHOPS_INLINE auto shift(int64_t j, auto lanes) const {
+    return fma(minus_low, reorder<S>(load_whole(weight + j, lanes)),
+               reorder<S>(load_whole(bias + j, lanes)));
+  }
+};
+
+template <class T>
+struct PlaneAffine {
+  static constexpr bool kAnywhere = true, kPrefetches = false;
+  Vec<T> of_mean, of_scale, of_shift;
+  BATCHOPS_INLINE Vec<T> mean(int64_t, auto) const { return of_mean; }
+  BATCHOPS_INLINE Vec<T> scale(int64_t, auto) const { return of_scale; }
+  BATCHOPS_INLINE Vec<T> shift(int64_t, auto) const { return of_shift; }
 };
 
 // The columns' mean, scale and shift of sample n.
@@ -223,8 +251,9 @@ BATCHOPS_INLINE int64_t to_boundary(const S* p) {
 }
 
 // Calls vector(j, lanes, scale, shift) over elements [begin, end) of a group of planes in the order
-// of memory, by vectors that end where one of `out` ends: those on the border of two planes take
-// the channel values of both. enter(d) gives the {first, second} values of the group's channel d.
+// of memory, by vectors (within a plane by pairs) that end where one of `out` ends: those on the
+// border of two planes take the channel values of both. enter(d) gives the {first, second} values
+// of the group's channel d.
 template <class T, class S, class Enter, class Vector>
 BATCHOPS_INLINE void for_planes_in_order(int64_t begin, int64_t end, int64_t HxW, const S* out,
                                          Enter&& enter, Vector&& vector) {
@@ -254,13 +283,11 @@ BATCHOPS_INLINE void for_planes_in_order(int64_t begin, int64_t end, int64_t HxW
   }
   while (true) {
     const int64_t stop = plane_end < end ? plane_end : end;
-    for (; j + 4 * L <= stop; j += 4 * L) {
+    for (; j + 2 * L <= stop; j += 2 * L) vector(j, Two{}, now.first, now.second);
+    if (j + L <= stop) {
       vector(j, All{}, now.first, now.second);
-      vector(j + L, All{}, now.first, now.second);
-      vector(j + 2 * L, All{}, now.first, now.second);
-      vector(j + 3 * L, All{}, now.first, now.second);
+      j += L;
     }
-    for (; j + L <= stop; j += L) vector(j, All{}, now.first, now.second);
     if (j + L > end) break;
     if (j == plane_end) {
       plane_end += HxW;

@@ -3,6 +3,7 @@
 template <class S, class Act, bool kMask>
 struct GroupForward : GroupStatistics<S> {
   using Base = GroupStatistics<S>;
+  using Element = S;
   using T = typename Base::T;
   using V = typename Base::V;
   using Base::args, Base::plan, Base::shape, Base::rows, Base::x, Base::stats, Base::L;
@@ -13,41 +14,58 @@ struct GroupForward : GroupStatistics<S> {
   S* const y = static_cast<S*>(args.y);
   const bool past_cache = streams(args.shape);
 
-  template <class Lanes>
-  BATCHOPS_INLINE V activate(int64_t at, Lanes lanes, bool past, V mean, V scale, V shift) const {
-    V z = normalize(load<T>(x + at, lanes), mean, scale, shift);
-    if (residual != nullptr) z = z + load<T>(residual + at, lanes);
-    put(y + at, act.forward(z), lanes, past);
-    return z;
-  }
+  // What a loop over elements needs, to be kept in registers: as far as the compiler knows, a store
+  // to y may alter any member of what lies in memory.
+  struct Elements {
+    const S* x;
+    const S* residual;
+    S* y;
+    Act act;
+
+    template <class Lanes, class Mean, class Value>
+    BATCHOPS_INLINE auto apply(int64_t at, Lanes lanes, bool past, Mean mean, Value scale,
+                               Value shift) const {
+      const auto value = load<T>(x + at, lanes);
+      using X = std::remove_cvref_t<decltype(value)>;
+      X z = normalize(value, X(mean), X(scale), X(shift));
+      if (residual != nullptr) z = z + load<T>(residual + at, lanes);
+      put(y + at, activation(act, z), lanes, past);
+      return z;
+    }
+  };
+  Elements elements() const { return {x, residual, y, act}; }
 
   // One stretch of n elements from `offset`, with its mask bits from `mask`.
   template <class Affine>
-  BATCHOPS_INLINE void apply_run(int64_t offset, int64_t n, uint8_t* mask, const Affine& of) const {
+  BATCHOPS_INLINE void apply_run(int64_t offset, int64_t n, uint8_t* mask, const Affine of) const {
+    const Elements at = elements();
     bool past = past_cache;
     int64_t start = 0;
     uint64_t bits = 0;
-    const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-      const V z = activate(offset + j, lanes, past, of.mean(j), of.scale(j), of.shift(j));
-      if constexpr (kMask) bits |= mask_bits(z) << (u * L);
+    const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+      // The memory would idle while this loop runs in the cache.
+      if constexpr (Affine::kPrefetches) prefetch_pair<T>(at.x, offset + n + j);
+      return at.apply(offset + j, lanes, past, of.mean(j, lanes), of.scale(j, lanes),
+                      of.shift(j, lanes));
     };
     if (past && !can_stream<T>(y + offset)) {
-      if (kMask) {
-        past = false;  // mask bytes begin at the run's first element
+      if (kMask || !Affine::kAnywhere) {
+        past = false;  // mask bytes and pairs begin at the run's first element
       } else {
         const int64_t head = to_boundary<T>(y + offset);
         start = head < n ? head : n;
         vector(0, First{start}, 0);
       }
     }
+    if constexpr (!kMask) return for_pairs<T>(start, n, vector);
     for_blocks<T>(
-        start, n, [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA { bits = 0; }, vector,
+        0, n, [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA { bits = 0; },
+        [&](int64_t j, auto lanes, int u)
+            BATCHOPS_INLINE_LAMBDA { bits |= mask_bits(vector(j, lanes, u)) << (u * L); },
         [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
-          if constexpr (kMask) {
-            // Lanes past the end of a run must leave no bits.
-            if (n - j < 64) bits &= (uint64_t{1} << (n - j)) - 1;
-            write_bits(mask + j / 8, bits, bytes);
-          }
+          // Lanes past the end of a run must leave no bits.
+          if (n - j < 64) bits &= (uint64_t{1} << (n - j)) - 1;
+          write_bits(mask + j / 8, bits, bytes);
         });
   }
   BATCHOPS_INLINE uint64_t mask_bits(V z) const {
@@ -73,24 +91,23 @@ struct GroupForward : GroupStatistics<S> {
     };
     const V mean(of.hi);
     if constexpr (kMask) {
-      struct OneAffine {
-        V of_mean;
-        Values values;
-        BATCHOPS_INLINE V mean(int64_t) const { return of_mean; }
-        BATCHOPS_INLINE V scale(int64_t) const { return values.first; }
-        BATCHOPS_INLINE V shift(int64_t) const { return values.second; }
-      };
       for (int64_t j = begin; j < end;) {
         const int64_t d = j / HxW, i = j % HxW;
         const int64_t n = end - j < HxW - i ? end - j : HxW - i;
         uint8_t* mask = args.mask + ((base + j) / HxW) * ((HxW + 7) / 8) + i / 8;
-        apply_run(base + j, n, mask, OneAffine{mean, enter(d)});
+        const Values values = enter(d);
+        apply_run(base + j, n, mask, PlaneAffine<T>{mean, values.first, values.second});
         j += n;
       }
     } else {
+      const Elements at = elements();
+      const bool past = past_cache;
+      const int64_t M = plan.M;
+      const bool asks = past && asks_for_next_group(plan);
       for_planes_in_order<T>(begin, end, HxW, y + base, enter,
                              [&](int64_t j, auto lanes, V scale, V shift) BATCHOPS_INLINE_LAMBDA {
-                               activate(base + j, lanes, past_cache, mean, scale, shift);
+                               if (asks) prefetch_pair<T>(at.x, base + M + j);
+                               at.apply(base + j, lanes, past, mean, scale, shift);
                              });
     }
   }
@@ -108,7 +125,10 @@ struct GroupForward : GroupStatistics<S> {
   void apply_pixels(int64_t n, int64_t chunk_begin, int64_t chunk_end,
                     const ScratchRows<T>& columns, uint8_t* flat) const {
     column_affine(rows, stats, n, affine, columns[0], columns[1], columns[2]);
-    const ColumnAffine<T> of{columns[0], columns[1], columns[2]};
+    if constexpr (!kMask) {
+      for (int row = 0; row < 3; ++row) in_pair_order<S>(columns[row], plan.width);
+    }
+    const ColumnAffine<S> of{columns[0], columns[1], columns[2]};
     // The chunks from the last on: it is the one still in the cache.
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       const int64_t end = rows.end_step(chunk);
@@ -179,6 +199,7 @@ struct ForwardScratch {
 
 template <class Pass>
 inline const char* forward_rows(const Pass& pass, const Parallel& par) {
+  using S = typename Pass::Element;
   using T = typename Pass::T;
   const GroupNormShape& shape = pass.shape;
   std::atomic<bool> failed{false};
@@ -200,7 +221,7 @@ inline const char* forward_rows(const Pass& pass, const Parallel& par) {
         pass.apply_pixels(n, 0, 1, scratch.columns, scratch.flat.get());
       } else {
         const GroupStats<T> of(pass.stats, shape.N, n);
-        const RowAffine<T> affine(of, pass.affine.weight, pass.affine.bias);
+        const RowAffine<S> affine(of, pass.affine.weight, pass.affine.bias);
         pass.apply_row(n, 0, affine, scratch.flat.get());
       }
     }

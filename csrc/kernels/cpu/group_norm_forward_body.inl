@@ -4,6 +4,7 @@
 #include "kernels/activation.inl"
 #include "kernels/cpu/silu.inl"
 #include "kernels/cpu/norm_common.inl"
+#include "kernels/cpu/pairs.inl"
 #include "kernels/cpu/group_norm_common.inl"
 #include "kernels/cpu/group_norm_statistics.inl"
 #include "kernels/cpu/group_norm_forward.inl"

@@ -33,21 +33,16 @@ struct GroupStatistics {
       const int64_t count = n - done < kPieceElements ? n - done : kPieceElements;
       const S* from = p + done;
       const V about(shift);
-      V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
-      for_blocks<T>(
-          0, count, [](int64_t, auto) {},
-          [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-            V d = load<T>(from + j, lanes) - about;
-            if constexpr (std::is_same_v<decltype(lanes), First>) {
-              d = keep((uint64_t{1} << lanes.n) - 1, d);
-            }
-            s[u] = s[u] + d;
-            q[u] = fma(d, d, q[u]);
-          },
-          [](int64_t, auto) {});
+      Pair<T> s[2] = {zero, zero}, q[2] = {zero, zero};
+      for_pairs<T, 2>(0, count, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        Pair<T> d = load<T>(from + j, lanes) - about;
+        if constexpr (std::is_same_v<decltype(lanes), Rest>) d = keep_first<S>(lanes.n, d);
+        s[u] = s[u] + d;
+        q[u] = fma(d, d, q[u]);
+      });
       const double m = static_cast<double>(count);
-      const double d = sum((s[0] + s[1]) + (s[2] + s[3])) / m;
-      const double square = sum((q[0] + q[1]) + (q[2] + q[3])) - d * d * m;
+      const double d = sum(s[0] + s[1]) / m;
+      const double square = sum(q[0] + q[1]) - d * d * m;
       if (done == 0) {
         mean = shift + d;
         m2 = square;
@@ -78,7 +73,7 @@ struct GroupStatistics {
     double* const first = sums;
     double* const second = sums + G;
     const auto clear = [&](T* p) {
-      for (int64_t j = 0; j < plan.width; j += L) store(p + j, V(T(0)));
+      for (int64_t j = 0; j < plan.width; j += 2 * L) store_pair(p + j, Pair<T>(V(T(0))));
     };
     const auto values = [&](int64_t from, int64_t to) {
       const int64_t pixels = (to < plan.steps ? to * plan.repeat : shape.HxW) - from * plan.repeat;
@@ -101,12 +96,12 @@ struct GroupStatistics {
       for (int64_t g = 0; g < G; ++g) first[g] = 0;
       for (int64_t step = begin; step < stop; ++step) {
         const S* p = x + rows.row_offset(n, step);
-        for_blocks<T>(
-            0, rows.row_width(step), [](int64_t, auto) {},
-            [&](int64_t j, auto lanes, int)
-                BATCHOPS_INLINE_LAMBDA { store(s + j, load<T>(s + j) + load<T>(p + j, lanes)); },
-            [](int64_t, auto) {});
+        for_pairs<T>(0, rows.row_width(step),
+                     [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+                       store_pair(s + j, load_pair(s + j) + load<T>(p + j, lanes));
+                     });
       }
+      in_pair_order<S>(s, plan.width);
       rows.fold_groups(s, plan.width, first);
       const double inverse = 1.0 / values(begin, stop);
       for (int64_t g = 0; g < G; ++g) mean[g] = first[g] * inverse;
@@ -118,6 +113,7 @@ struct GroupStatistics {
                            : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
                                                              : full_end;
       set_shift(mean);
+      in_pair_order<S>(about, plan.width);
       clear(s);
       clear(q);
       const int64_t width = rows.row_width(step);
@@ -126,6 +122,8 @@ struct GroupStatistics {
         add_rows<4>(x + rows.row_offset(n, r), width, about, s, q);
       }
       for (; r < stop; ++r) add_rows<1>(x + rows.row_offset(n, r), width, about, s, q);
+      in_pair_order<S>(s, width);
+      in_pair_order<S>(q, width);
       for (int64_t g = 0; g < 2 * G; ++g) sums[g] = 0;
       rows.fold_groups(s, width, first);
       rows.fold_groups(q, width, second);
@@ -147,23 +145,20 @@ struct GroupStatistics {
   template <int R>
   BATCHOPS_INLINE void add_rows(const S* p, int64_t width, const T* about, T* s, T* q) const {
     const int64_t stride = plan.width;
-    for_blocks<T>(
-        0, width, [](int64_t, auto) {},
-        [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
-          const V shift = load<T>(about + j);
-          V sum_j = load<T>(s + j), square_j = load<T>(q + j);
-          for (int k = 0; k < R; ++k) {
-            // The next R rows, in the order of memory.
-            if constexpr (R > 1) prefetch(p, R * (stride + j) + k * L);
-            const V d = load<T>(p + k * stride + j, lanes) - shift;
-            sum_j = sum_j + d;
-            square_j = fma(d, d, square_j);
-          }
-          // Lanes past the row's end gather -shift, in columns that nobody reads.
-          store(s + j, sum_j);
-          store(q + j, square_j);
-        },
-        [](int64_t, auto) {});
+    for_pairs<T>(0, width, [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+      const Pair<T> shift = load_pair(about + j);
+      Pair<T> sum_j = load_pair(s + j), square_j = load_pair(q + j);
+      for (int k = 0; k < R; ++k) {
+        // The next R rows, in the order of memory.
+        if constexpr (R > 1) prefetch(p, R * (stride + j) + k * 2 * L);
+        const Pair<T> d = load<T>(p + k * stride + j, lanes) - shift;
+        sum_j = sum_j + d;
+        square_j = fma(d, d, square_j);
+      }
+      // Lanes past the row's end gather -shift, in columns that nobody reads.
+      store_pair(s + j, sum_j);
+      store_pair(q + j, square_j);
+    });
   }
 
   // Values of a group in the chunks before `chunk`.

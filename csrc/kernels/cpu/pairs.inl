@@ -1,0 +1,218 @@
+// Two vectors of neighbouring elements at once. That is worth its own type for bfloat16 in AVX2:
+// one vector of words turns into two of floats with one instruction each, and back with half of
+// what each alone would take.
+
+// Whether the first vector holds the elements of the first and third half vector in memory and the
+// second those of the second and fourth, as the instructions that interleave words leave them. Else
+// the first L elements come first.
+#if defined(BATCHOPS_ISA_AVX2)
+template <class S>
+constexpr bool kSwapped = std::is_same_v<S, BFloat16>;
+#else
+template <class S>
+constexpr bool kSwapped = false;
+#endif
+
+template <class T>
+struct Pair {
+  using V = Vec<T>;
+  V a, b;
+
+  Pair() = default;
+  BATCHOPS_INLINE Pair(V both) : a(both), b(both) {}
+  BATCHOPS_INLINE Pair(V first, V second) : a(first), b(second) {}
+
+  BATCHOPS_INLINE friend Pair operator+(Pair p, Pair q) { return {p.a + q.a, p.b + q.b}; }
+  BATCHOPS_INLINE friend Pair operator-(Pair p, Pair q) { return {p.a - q.a, p.b - q.b}; }
+  BATCHOPS_INLINE friend Pair operator*(Pair p, Pair q) { return {p.a * q.a, p.b * q.b}; }
+  BATCHOPS_INLINE friend Pair fma(Pair p, Pair q, Pair r) {
+    return {fma(p.a, q.a, r.a), fma(p.b, q.b, r.b)};
+  }
+};
+
+// Lanes of one access, as All and First: all of a pair, or the first n elements' and zeros.
+struct Two {};
+struct Rest {
+  int64_t n;
+};
+
+template <class Act, class T>
+BATCHOPS_INLINE Vec<T> activation(const Act& act, Vec<T> z) {
+  return act.forward(z);
+}
+template <class Act, class T>
+BATCHOPS_INLINE Pair<T> activation(const Act& act, Pair<T> z) {
+  return {act.forward(z.a), act.forward(z.b)};
+}
+template <class Act, class T>
+BATCHOPS_INLINE Vec<T> derivative_of(const Act& act, Vec<T> dy, Vec<T> z) {
+  return act.backward(dy, z);
+}
+template <class Act, class T>
+BATCHOPS_INLINE Pair<T> derivative_of(const Act& act, Pair<T> dy, Pair<T> z) {
+  return {act.backward(dy.a, z.a), act.backward(dy.b, z.b)};
+}
+
+// ----------------------------------------------------------------------------- loads and stores
+
+template <class T, class S>
+BATCHOPS_INLINE Pair<T> load(const S* p, Two) {
+#if defined(BATCHOPS_ISA_AVX2)
+  if constexpr (kSwapped<S>) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i zero = _mm256_setzero_si256();
+    return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words)),
+            _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words))};
+  }
+#endif
+  return {load<T>(p), load<T>(p + Vec<T>::kLanes)};
+}
+template <class T, class S>
+BATCHOPS_INLINE Pair<T> load(const S* p, Rest part) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  if constexpr (kSwapped<S>) {
+    S elements[2 * L] = {};
+    for (int64_t i = 0; i < part.n; ++i) elements[i] = p[i];
+    return load<T>(elements, Two{});
+  }
+  if (part.n < L) return {load<T>(p, part.n), Vec<T>(T(0))};
+  return {load<T>(p), load<T>(p + L, part.n - L)};
+}
+
+#if defined(BATCHOPS_ISA_AVX2)
+// Rounds as pack() does. NaN is so rare that both vectors share one test for it.
+BATCHOPS_INLINE __m256i pack(Pair<float> a) {
+  using U = Native<float>::U;
+  const auto rounded = [](Vec<float> v) BATCHOPS_INLINE_LAMBDA {
+    const U bits = (U)v.v;
+    return (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
+  };
+  U first = rounded(a.a), second = rounded(a.b);
+  if (_mm256_movemask_ps(_mm256_cmp_ps(a.a.v, a.b.v, _CMP_UNORD_Q)) != 0) [[unlikely]] {
+    first = bf16_bits(a.a);
+    second = bf16_bits(a.b);
+  }
+  return _mm256_packus_epi32((__m256i)first, (__m256i)second);
+}
+#endif
+
+template <class T, class S>
+BATCHOPS_INLINE void put(S* p, Pair<T> a, Two, bool past_cache) {
+#if defined(BATCHOPS_ISA_AVX2)
+  if constexpr (kSwapped<S>) {
+    const __m256i words = pack(a);
+    if (past_cache) {  // no more aligned than one vector needs it
+      auto* const to = reinterpret_cast<__m128i*>(p);
+      _mm_stream_si128(to, _mm256_castsi256_si128(words));
+      _mm_stream_si128(to + 1, _mm256_extracti128_si256(words, 1));
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+    }
+    return;
+  }
+#endif
+  put(p, a.a, All{}, past_cache);
+  put(p + Vec<T>::kLanes, a.b, All{}, past_cache);
+}
+
+template <class T, class S>
+BATCHOPS_INLINE void put(S* p, Pair<T> a, Rest part, bool past_cache) {
+  constexpr int64_t L = Vec<T>::kLanes;
+  if constexpr (kSwapped<S>) {
+    S elements[2 * L];
+    put(elements, a, Two{}, false);
+    for (int64_t i = 0; i < part.n; ++i) p[i] = elements[i];
+  } else if (part.n < L) {
+    store(p, a.a, part.n);
+  } else {
+    put(p, a.a, All{}, past_cache);
+    store(p + L, a.b, part.n - L);
+  }
+}
+
+// As prefetch(), for all that an access by pairs will take there.
+template <class T, class S>
+BATCHOPS_INLINE void prefetch_pair(const S* p, int64_t offset) {
+  for (int i = 0; i < 2 * Vec<T>::kLanes; i += 64 / sizeof(S)) prefetch(p, offset + i);
+}
+
+// ------------------------------------------------------------------------- values for elements
+
+// An array of T has a value for each of a run of elements of S, and room for a pair past the end.
+// It is either in the elements' order, and reorder() makes that of a pair and the other way round,
+// or in_pair_order() has done so with all of it.
+
+template <class S, class T>
+BATCHOPS_INLINE Vec<T> reorder(Vec<T> a) {
+  return a;
+}
+template <class S, class T>
+BATCHOPS_INLINE Pair<T> reorder(Pair<T> a) {
+#if defined(BATCHOPS_ISA_AVX2)
+  if constexpr (kSwapped<S>) {
+    return {_mm256_permute2f128_ps(a.a.v, a.b.v, 0x20), _mm256_permute2f128_ps(a.a.v, a.b.v, 0x31)};
+  }
+#endif
+  return a;
+}
+template <class T>
+BATCHOPS_INLINE Pair<T> load_pair(const T* p) {
+  return load<T>(p, Two{});
+}
+template <class T>
+BATCHOPS_INLINE void store_pair(T* p, Pair<T> a) {
+  put(p, a, Two{}, false);
+}
+template <class T>
+BATCHOPS_INLINE void store_whole(T* p, Vec<T> a) {
+  store(p, a);
+}
+template <class T>
+BATCHOPS_INLINE void store_whole(T* p, Pair<T> a) {
+  store_pair(p, a);
+}
+// The values of all that an access may take.
+template <class T, class Lanes>
+BATCHOPS_INLINE auto load_whole(const T* p, Lanes) {
+  if constexpr (std::is_same_v<Lanes, Two> || std::is_same_v<Lanes, Rest>) {
+    return load_pair(p);
+  } else {
+    return load<T>(p);
+  }
+}
+template <class S, class T>
+BATCHOPS_NOINLINE void in_pair_order(T* values, int64_t width) {
+  if constexpr (kSwapped<S>) {
+    for (int64_t j = 0; j < width; j += 2 * Vec<T>::kLanes) {
+      store_pair(values + j, reorder<S>(load_pair(values + j)));
+    }
+  }
+}
+
+// Zero where the element is not one of the first n.
+template <class S, class T>
+BATCHOPS_INLINE Pair<T> keep_first(int64_t n, Pair<T> a) {
+  const uint64_t bits = (uint64_t{1} << n) - 1;
+  const Pair<T> in_order = reorder<S>(a);
+  return reorder<S>(Pair<T>(keep(bits, in_order.a), keep(bits >> Vec<T>::kLanes, in_order.b)));
+}
+
+template <class T>
+BATCHOPS_INLINE double sum(Pair<T> a) {
+  return sum(a.a + a.b);
+}
+
+// Calls vector(j, lanes, u) over [from, n), u counting 0…kUnroll - 1.
+template <class T, int kUnroll = 1, class Vector>
+BATCHOPS_INLINE void for_pairs(int64_t from, int64_t n, Vector&& vector) {
+  constexpr int64_t kWidth = 2 * Vec<T>::kLanes;
+  int64_t j = from;
+  if constexpr (kUnroll == 2) {
+    for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+      vector(j, Two{}, 0);
+      vector(j + kWidth, Two{}, 1);
+    }
+  }
+  for (; j + kWidth <= n; j += kWidth) vector(j, Two{}, 0);
+  if (j < n) vector(j, Rest{n - j}, 0);
+}
