@@ -103,6 +103,51 @@ for dtype in (torch.bfloat16, torch.float16):
 """
 
 
+# Rows and planes of every kind, with values of their own for each channel.
+EVAL = """
+import torch
+from batchops.functional import batch_norm
+from tests.reference import to_float64
+
+torch.manual_seed(0)
+SHAPES = (
+    (3, 16, 15, 17),   # planes whose vectors begin anywhere; rows of whole pairs of vectors
+    (40, 48, 5, 3),    # a last group of fewer columns than the others
+    (5, 8, 7, 9),      # several pixels a row, and a short last row
+    (33, 4112, 1, 1),  # three groups of columns
+    (70, 64, 31, 33),  # past the cache
+)
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in SHAPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for with_residual in (False, True):
+                C = shape[1]
+                make = lambda: torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+                x, residual = make(), make() if with_residual else None
+                mean, bias = torch.randn(C), torch.randn(C)
+                var, weight = torch.rand(C) + 0.5, torch.rand(C) + 0.5
+                column = lambda t: to_float64(t)[:, None, None]
+                want = (to_float64(x) - column(mean)) / (column(var) + 1e-5) ** 0.5
+                want = want * column(weight) + column(bias)
+                if with_residual:
+                    want += to_float64(residual)
+                for offset in (0, 1):  # of the output's own memory the caller has no say
+                    moved = torch.empty(x.numel() + offset, dtype=dtype)[offset:]
+                    moved = moved.as_strided(x.shape, x.stride()).copy_(x)
+                    y = batch_norm(moved, mean, var, weight, bias, training=False,
+                                   residual=residual)
+                    error = abs(to_float64(y) - want) / (1 + abs(want))
+                    bound = 2**-8 if dtype == torch.bfloat16 else 1e-6
+                    assert error.max() <= bound, (dtype, shape, layout, error.max())
+"""
+
+
+@pytest.mark.parametrize("capability", DISTINCT)
+def test_eval_is_exact_at(capability):
+    result = run_python(capability, "-c", EVAL)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("capability", DISTINCT)
 def test_every_number_of_16_bits_is_rounded_as_torch_does_at(capability):
     result = run_python(capability, "-c", ROUNDING)

@@ -3,5 +3,6 @@
 // clang-format off: the order matters
 #include "kernels/activation.inl"
 #include "kernels/cpu/norm_common.inl"
+#include "kernels/cpu/pairs.inl"
 #include "kernels/cpu/batch_norm_common.inl"
 #include "kernels/cpu/batch_norm_backward.inl"

@@ -48,7 +48,7 @@ struct OneChannel {
   OneChannel() = default;
   BATCHOPS_INLINE explicit OneChannel(const T* p) : value(*p) {}
   BATCHOPS_INLINE Vec<T> operator[](int64_t) const { return value; }
-  BATCHOPS_INLINE Pair<T> pair(int64_t) const { return {value, value}; }
+  BATCHOPS_INLINE Pair<T> pair(int64_t) const { return value; }
 };
 template <class T>
 struct EachColumn {
@@ -58,21 +58,8 @@ struct EachColumn {
   BATCHOPS_INLINE explicit EachColumn(const T* values, bool paired = false)
       : p(values), in_pairs(paired) {}
   BATCHOPS_INLINE Vec<T> operator[](int64_t j) const { return load<T>(p + j); }
-  BATCHOPS_INLINE Pair<T> pair(int64_t j) const {
-    return {load<T>(p + j), load<T>(p + j + Vec<T>::kLanes)};
-  }
+  BATCHOPS_INLINE Pair<T> pair(int64_t j) const { return load_pair(p + j); }
 };
-// Puts each whole 2 · kLanes of n columns into the order of a Pair of 16-bit elements.
-template <class T>
-inline void pair_columns(T* columns, int64_t n) {
-  constexpr int L = Vec<T>::kLanes;
-  for (int64_t j = 0; j + 2 * L <= n; j += 2 * L, columns += 2 * L) {
-    T odd[L];
-    for (int i = 0; i < L; ++i) odd[i] = columns[2 * i + 1];
-    for (int i = 0; i < L; ++i) columns[i] = columns[2 * i];
-    for (int i = 0; i < L; ++i) columns[L + i] = odd[i];
-  }
-}
 
 struct FlatBits {
   alignas(64) uint8_t at[kMaxWidth / 8 + 16];

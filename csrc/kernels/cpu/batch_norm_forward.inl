@@ -12,29 +12,19 @@ struct ForwardPass : Statistics<S> {
   const Act act = activation_of<Act>(args.shape);
   const bool past_cache = streams(args.shape);
 
-  // Elements from `to` on to the next multiple of `unit` elements' bytes, n at most.
-  template <int unit>
-  static BATCHOPS_INLINE int64_t to_next(const S* to, int64_t n) {
-    const int64_t before = reinterpret_cast<uintptr_t>(to) % (unit * sizeof(S)) / sizeof(S);
-    const int64_t left = before == 0 ? 0 : unit - before;
+  // Elements from `to` on to the next that a whole vector may be streamed to, n at most.
+  static BATCHOPS_INLINE int64_t to_aligned(const S* to, int64_t n) {
+    constexpr int64_t kBytes = L * sizeof(S);
+    const int64_t past = reinterpret_cast<uintptr_t>(to) % kBytes / sizeof(S);
+    const int64_t left = past == 0 ? 0 : L - past;
     return left < n ? left : n;
   }
 
   BATCHOPS_INLINE void write_pair(int64_t at, Pair<T> mean, Pair<T> scale, Pair<T> shift,
                                   bool past) const {
-    Pair<T> z = load_pair(x + at);
-    z = {normalize(z.first, mean.first, scale.first, shift.first),
-         normalize(z.second, mean.second, scale.second, shift.second)};
-    if constexpr (kResidual) {
-      const Pair<T> added = load_pair(residual + at);
-      z = {z.first + added.first, z.second + added.second};
-    }
-    z = {act.forward(z.first), act.forward(z.second)};
-    if (past) {
-      stream_pair(y + at, z);
-    } else {
-      store_pair(y + at, z);
-    }
+    Pair<T> z = normalize(load<T>(x + at, Two{}), mean, scale, shift);
+    if constexpr (kResidual) z = z + load<T>(residual + at, Two{});
+    put(y + at, activation(act, z), Two{}, past);
   }
 
   // R runs of n elements, `stride` apart, with the same channel values.
@@ -61,16 +51,11 @@ struct ForwardPass : Statistics<S> {
       if (kMask || R > 1) {
         past = false;  // mask bytes begin at the run's first element
       } else {
-        start = to_next<L>(to, n);
+        start = to_aligned(to, n);
         vector(0, First{start}, 0);
       }
     }
-    if constexpr (kPairs<S> && !kMask) {
-      if (std::is_same_v<Param, OneChannel<T>> && past && start + L <= n &&
-          to_next<2 * L>(to + start, n) != 0) {
-        vector(start, All{}, 0);
-        start += L;
-      }
+    if constexpr (kSwapped<S> && !kMask) {
       for (; mean.in_pairs && start + 2 * L <= n; start += 2 * L) {
         for (int k = 0; k < R; ++k) {
           write_pair(offset + k * stride + start, mean.pair(start), scale.pair(start),
@@ -167,21 +152,16 @@ struct ForwardPass : Statistics<S> {
     constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(S));
     int64_t j = begin;
     enter();
-    if (const int64_t head = to_next<L>(y + begin, end - begin); head != 0) {
+    if (const int64_t head = to_aligned(y + begin, end - begin); head != 0) {
       write_part(j, head);
       j += head;
     }
     while (true) {
       const int64_t stop = plane_end < end ? plane_end : end;
-      if constexpr (kPairs<S>) {
-        if (j + L <= stop && to_next<2 * L>(y + j, L) != 0) {
-          write(j, All{}, now.mean, now.scale, now.shift);
-          j += L;
-        }
+      if constexpr (kSwapped<S>) {
         for (; j + 2 * L <= stop; j += 2 * L) {
           prefetch(x, j + kAhead);
-          write_pair(j, {now.mean, now.mean}, {now.scale, now.scale}, {now.shift, now.shift},
-                     past_cache);
+          write_pair(j, now.mean, now.scale, now.shift, past_cache);
         }
       }
       for (; j + L <= stop; j += L) {
@@ -205,10 +185,11 @@ struct ForwardPass : Statistics<S> {
       geometry.spread(group, channel[1], scale.at);
       geometry.spread(group, channel[2], shift.at);
     }
-    const bool in_pairs = kPairs<S> && !kMask && geometry.plan.row_stride % (2 * L) == 0 &&
-                          geometry.plan.tail % (2 * L) == 0 && to_next<2 * L>(y, 1) == 0;
+    const BatchNormPlan& plan = geometry.plan;
+    const bool whole_pairs = (plan.row_stride | plan.width | plan.tail) % (2 * L) == 0;
+    const bool in_pairs = kSwapped<S> && !kMask && whole_pairs && can_stream<T>(y);
     if (in_pairs) {
-      for (T* at : {mean.at, scale.at, shift.at}) pair_columns(at, group.width);
+      for (T* at : {mean.at, scale.at, shift.at}) in_pair_order<S>(at, group.width);
     }
     const EachColumn<T> means(mean.at, in_pairs), scales(scale.at, in_pairs),
         shifts(shift.at, in_pairs);
@@ -218,7 +199,7 @@ struct ForwardPass : Statistics<S> {
       const int64_t end = geometry.end_step(chunk);
       int64_t step = geometry.first_step(chunk);
       if (pairs) {
-        const int64_t full_end = end - (geometry.plan.tail > 0 && end == geometry.plan.steps);
+        const int64_t full_end = end - (plan.tail > 0 && end == plan.steps);
         for (; step + 2 <= full_end; step += 2) {
           apply_row<2>(g, group, step, means, scales, shifts);
         }

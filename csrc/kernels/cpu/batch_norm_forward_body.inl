@@ -3,6 +3,7 @@
 // clang-format off: the order matters
 #include "kernels/activation.inl"
 #include "kernels/cpu/norm_common.inl"
+#include "kernels/cpu/pairs.inl"
 #include "kernels/cpu/batch_norm_common.inl"
 #include "kernels/cpu/batch_norm_statistics.inl"
 #include "kernels/cpu/batch_norm_forward.inl"

@@ -346,52 +346,6 @@ BATCHOPS_INLINE void prefetch(const S* p, int64_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
 
-// ------------------------------------------------------------------------------------- pairs
-
-// Two vectors of 2 · kLanes consecutive elements, in the order of lanes that costs least to load
-// and to store: only for what does the same to every element.
-template <class T>
-struct Pair {
-  Vec<T> first, second;
-};
-// Whether that is cheaper than one vector after the other.
-template <class S>
-#if defined(BATCHOPS_ISA_AVX2)
-constexpr bool kPairs = std::is_same_v<S, BFloat16>;
-#else
-constexpr bool kPairs = false;
-#endif
-
-#if defined(BATCHOPS_ISA_AVX2)
-// Elements 2i in lane i of `first`, 2i + 1 in lane i of `second`: no shuffle.
-BATCHOPS_INLINE Pair<float> load_pair(const BFloat16* p) {
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
-          _mm256_castsi256_ps(_mm256_and_si256(words, upper))};
-}
-BATCHOPS_INLINE __m256i pack(Pair<float> a) {
-  const auto round = [](Vec<float> x) BATCHOPS_INLINE_LAMBDA {
-    const Native<float>::U bits = (Native<float>::U)x.v;
-    return bits + ((bits >> 16) & 1u) + 0x7fffu;
-  };
-  Native<float>::U first = round(a.first) >> 16, second = round(a.second);
-  const __m256 nan = _mm256_cmp_ps(a.first.v, a.second.v, _CMP_UNORD_Q);
-  if (__builtin_expect(_mm256_movemask_ps(nan), 0)) {
-    first = bf16_bits(a.first);
-    second = bf16_bits(a.second) << 16;
-  }
-  return _mm256_blend_epi16((__m256i)first, (__m256i)second, 0xaa);
-}
-BATCHOPS_INLINE void store_pair(BFloat16* p, Pair<float> a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(a));
-}
-// `p` must be aligned to both vectors.
-BATCHOPS_INLINE void stream_pair(BFloat16* p, Pair<float> a) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(a));
-}
-#endif
-
 // ------------------------------------------------------------------------ reductions and bits
 
 // The lanes of a float vector as two double vectors, low lanes first.
