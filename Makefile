@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 # Development builds name one target; wheels name them all (cmake/cuda.cmake).
 CUDA_ARCHS ?=
 DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90-real))
+# Bytecode is made of what is imported, not of all that torch brings.
+PIP := $(BIN)/python -m pip install --no-compile --progress-bar off -q
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -30,10 +32,10 @@ $(BIN)/.ready: requirements-dev.txt
 	$(say) "virtual environment in $(VENV) ($(shell $(PYTHON) --version))"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(say) "$(TORCH)"
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --progress-bar off -q "$(TORCH)"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) "$(TORCH)"
 	$(say) "build and test tools"
-	$(BIN)/python -m pip install --progress-bar off -q -r requirements-dev.txt
-	$(BIN)/python -m pip install --progress-bar off -q --no-deps timm==1.0.31
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps timm==1.0.31
 	touch $@
 
 env: $(BIN)/.ready

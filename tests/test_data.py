@@ -755,13 +755,17 @@ def test_indices_with_workers(name: str) -> None:
     same(lambda cls: (cls(images(), batch_sampler=INDEX_BATCHES[name], num_workers=2), {}))
 
 
-def test_error_in_a_worker_reads_as_torchs() -> None:
+def test_error_in_a_worker_reads_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How long torch's iterator waits for each of its workers when the error lets go of it.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     texts = []
     for cls in (TorchLoader, DataLoader):
         loader = cls(images(), batch_sampler=[[0], [N_ROWS]], num_workers=2)
         with pytest.raises(IndexError) as caught:
             list(loader)
         texts.append(str(caught.value).splitlines())
+        del caught
+        gc.collect()
     assert texts[0][:2] == texts[1][:2]
     assert texts[0][0] == "Caught IndexError in DataLoader worker process 1."
     assert texts[0][-1] == texts[1][-1]
