@@ -1,0 +1,227 @@
+"""A whole LAMB or LARS step from Python: against timm's, the plain path, and fused AdamW or SGD.
+
+AdamW and SGD compute other updates; they are here as what an optimizer over the same state costs at
+best. Bytes that must move, for each float32 element: p, g, m, v read and p, m, v written are 28,
+without v 20, and with a clip the gradients are read once more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batchops.optim import LAMB, LARS
+
+Shape = tuple[int, ...]
+
+
+def resnet50() -> list[Shape]:
+    """161 tensors, 25.6 million elements: convolutions, batch norms and the classifier."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(blocks):
+            out = 4 * width
+            convolutions = [(width, channels, 1, 1), (width, width, 3, 3), (out, width, 1, 1)]
+            if block == 0:
+                convolutions.append((out, channels, 1, 1))
+            for shape in convolutions:
+                shapes += [shape, (shape[0],), (shape[0],)]
+            channels = out
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def bert(layers: int = 4, hidden: int = 1024, vocabulary: int = 30522) -> list[Shape]:
+    """BERT-like: a few tensors, each larger than a core's caches."""
+    layer = [(3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,)]
+    layer += [(4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden)] + [(hidden,)] * 5
+    return [(vocabulary, hidden), (512, hidden), *layer * layers]
+
+
+MODELS: dict[str, Callable[[], list[Shape]]] = {
+    "resnet50": resnet50,
+    "bert, 4 layers": bert,
+    "2000 tensors of 256": lambda: [(256,)] * 2000,  # nothing but the cost of handling tensors
+}
+
+
+def timm_optimizer(name: str) -> Any:
+    """timm's Lamb or Lars, also where timm itself cannot be imported for want of torchvision."""
+    module = f"timm.optim.{name.lower()}"
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        reason = f"timm cannot be imported: {error}"
+    for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == "timm"]:
+        del sys.modules[loaded]
+    spec = importlib.util.find_spec("timm")
+    if spec is None or not spec.submodule_search_locations:
+        return reason
+    root = Path(spec.submodule_search_locations[0])
+    for package, folder in (("timm", root), ("timm.optim", root / "optim")):
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(folder)]
+    return getattr(importlib.import_module(module), name)
+
+
+def parameters(shapes: list[Shape], device: torch.device) -> list[torch.nn.Parameter]:
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        p = torch.randn(shape, generator=generator, device=device) * 0.05
+        params.append(torch.nn.Parameter(p))
+        params[-1].grad = torch.randn(shape, generator=generator, device=device) * 0.01
+    return params
+
+
+Update = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def lamb_update(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """p after a first step with the default options."""
+    u = g / (g.abs() + 1e-6) + 0.01 * p  # m / bc1 = g and v / bc2 = g² in the first step
+    return p - 1e-3 * p.norm() / u.norm() * u
+
+
+LARS_OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+
+
+def lars_update(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """p after a first step with LARS_OPTIONS, in which m is what is added to it."""
+    rate = 1e-3 * p.norm() / (g.norm() + 1e-4 * p.norm() + 1e-8)
+    return p - 0.1 * rate * (g + 1e-4 * p)
+
+
+def after_a_step(
+    params: list[torch.nn.Parameter], index: int, clip: float | None, update: Update
+) -> torch.Tensor:
+    """Parameter `index` after a first step, in float64."""
+    grads = [p.grad.double() for p in params]
+    total = sum(float(g.square().sum()) for g in grads) ** 0.5
+    g = grads[index] / (max(1.0, total / clip) if clip else 1.0)
+    return update(params[index].detach().double(), g)
+
+
+Make = Callable[[list[torch.nn.Parameter]], Any]
+
+
+def compare(
+    pair: Any,
+    device: torch.device,
+    model: str,
+    makes: dict[str, Make | str],
+    other: str,
+    expected: dict[int, torch.Tensor],
+    **row: Any,
+) -> None:
+    """Times makes["batchops"] against the rest, each on parameters of its own. `other` is the peer
+    that computes another update."""
+    shapes = MODELS[model]()
+    elements = sum(torch.Size(shape).numel() for shape in shapes)
+    apart = []
+
+    def stepper(name: str) -> Callable[[], Any] | str:
+        make = makes[name]
+        if isinstance(make, str):
+            return make  # why it is missing
+        params = parameters(shapes, device)
+        optimizer = make(params)
+        if name == other:
+            apart.append(params)
+
+        def call() -> list[torch.nn.Parameter]:
+            optimizer.step()
+            return params
+
+        return call
+
+    def is_right(params: list[torch.nn.Parameter], _: int) -> None:
+        for i, want in expected.items():
+            error = float((params[i].double() - want).abs().max() / want.abs().max())
+            assert error < 1e-6, f"parameter {i}: relative error {error:.1e}"
+
+    def is_right_or_other(params: list[torch.nn.Parameter], index: int) -> None:
+        if params is not apart[0]:
+            is_right(params, index)
+
+    pair(
+        stepper("batchops"),
+        {name: stepper(name) for name in makes if name != "batchops"},
+        check=is_right,
+        peer_check=is_right_or_other,
+        bytes_moved=elements * row.pop("bytes_an_element"),
+        items=elements,
+        calls=1,
+        cached=16 * elements < 32 << 20,
+        **row,
+    )
+
+
+def watched_after_a_step(
+    model: str, device: torch.device, clip: float | None, update: Update
+) -> dict[int, torch.Tensor]:
+    params = parameters(MODELS[model](), device)
+    watched = range(0, len(params), max(1, len(params) // 8))
+    return {i: after_a_step(params, i, clip, update) for i in watched}
+
+
+MODEL = pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=pytest.mark.quick) if name == "resnet50" else name
+        for name in MODELS
+    ],
+)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["no clip", "clip 1.0"])
+@MODEL
+def test_lamb(pair, device, threads, model, clip):
+    Lamb = timm_optimizer("Lamb")
+    makes = {
+        "batchops": lambda p: LAMB(p, max_grad_norm=clip, fused=True),
+        "timm": Lamb if isinstance(Lamb, str) else lambda p: Lamb(p, max_grad_norm=clip),
+        "plain": lambda p: LAMB(p, max_grad_norm=clip, fused=False),
+        "fused AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    }
+    compare(
+        pair,
+        device,
+        model,
+        makes,
+        "fused AdamW",
+        watched_after_a_step(model, device, clip, lamb_update),
+        bytes_an_element=32 if clip else 28,
+        op="LAMB step",
+        case={"model": model, "clip": "none" if clip is None else str(clip)},
+    )
+
+
+@MODEL
+def test_lars(pair, device, threads, model):
+    Lars = timm_optimizer("Lars")
+    makes = {
+        "batchops": lambda p: LARS(p, **LARS_OPTIONS, fused=True),
+        "timm": Lars if isinstance(Lars, str) else lambda p: Lars(p, **LARS_OPTIONS),
+        "plain": lambda p: LARS(p, **LARS_OPTIONS, fused=False),
+        "fused SGD": lambda p: torch.optim.SGD(p, **LARS_OPTIONS, fused=True),
+    }
+    compare(
+        pair,
+        device,
+        model,
+        makes,
+        "fused SGD",
+        watched_after_a_step(model, device, None, lars_update),
+        bytes_an_element=20,
+        op="LARS step",
+        case={"model": model},
+    )
