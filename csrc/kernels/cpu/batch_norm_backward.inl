@@ -282,9 +282,7 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
       if (kBits || R > 1) {
         past = past_residual = false;  // mask bytes begin at the run's first element
       } else {
-        constexpr int64_t kBytes = L * sizeof(S);
-        const int64_t head = (kBytes - reinterpret_cast<uintptr_t>(aligned) % kBytes) / sizeof(S);
-        start = head < n ? head : n;
+        start = std::min(to_boundary<T>(aligned), n);
         vector(0, First{start}, 0);
       }
     }

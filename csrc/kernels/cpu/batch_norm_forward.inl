@@ -12,14 +12,6 @@ struct ForwardPass : Statistics<S> {
   const Act act = activation_of<Act>(args.shape);
   const bool past_cache = streams(args.shape);
 
-  // Elements from `to` on to the next that a whole vector may be streamed to, n at most.
-  static BATCHOPS_INLINE int64_t to_aligned(const S* to, int64_t n) {
-    constexpr int64_t kBytes = L * sizeof(S);
-    const int64_t past = reinterpret_cast<uintptr_t>(to) % kBytes / sizeof(S);
-    const int64_t left = past == 0 ? 0 : L - past;
-    return left < n ? left : n;
-  }
-
   BATCHOPS_INLINE void write_pair(int64_t at, Pair<T> mean, Pair<T> scale, Pair<T> shift,
                                   bool past) const {
     Pair<T> z = normalize(load<T>(x + at, Two{}), mean, scale, shift);
@@ -51,7 +43,7 @@ struct ForwardPass : Statistics<S> {
       if (kMask || R > 1) {
         past = false;  // mask bytes begin at the run's first element
       } else {
-        start = to_aligned(to, n);
+        start = std::min(to_boundary<T>(to), n);
         vector(0, First{start}, 0);
       }
     }
@@ -152,7 +144,7 @@ struct ForwardPass : Statistics<S> {
     constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(S));
     int64_t j = begin;
     enter();
-    if (const int64_t head = to_aligned(y + begin, end - begin); head != 0) {
+    if (const int64_t head = std::min(to_boundary<T>(y + begin), end - begin); head != 0) {
       write_part(j, head);
       j += head;
     }
@@ -194,11 +186,11 @@ struct ForwardPass : Statistics<S> {
     const EachColumn<T> means(mean.at, in_pairs), scales(scale.at, in_pairs),
         shifts(shift.at, in_pairs);
     // In eval mode x comes from memory, where strictly ascending reads are worth more.
-    const bool pairs = writes_rows_together(args.shape) && args.training;
+    const bool together = writes_rows_together(args.shape) && args.training;
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       const int64_t end = geometry.end_step(chunk);
       int64_t step = geometry.first_step(chunk);
-      if (pairs) {
+      if (together) {
         const int64_t full_end = end - (plan.tail > 0 && end == plan.steps);
         for (; step + 2 <= full_end; step += 2) {
           apply_row<2>(g, group, step, means, scales, shifts);

@@ -243,13 +243,6 @@ inline void column_affine(const RowGeometry& rows, const T* stats, int64_t n,
   }
 }
 
-// How many elements lie before the next boundary of a vector's size at `p`.
-template <class T, class S>
-BATCHOPS_INLINE int64_t to_boundary(const S* p) {
-  constexpr int64_t kBytes = Vec<T>::kLanes * sizeof(S);
-  return (kBytes - reinterpret_cast<uintptr_t>(p) % kBytes) % kBytes / sizeof(S);
-}
-
 // Calls vector(j, lanes, scale, shift) over elements [begin, end) of a group of planes in the order
 // of memory, by vectors (within a plane by pairs) that end where one of `out` ends: those on the
 // border of two planes take the channel values of both. enter(d) gives the {first, second} values

@@ -182,6 +182,13 @@ BATCHOPS_INLINE void put(S* p, Vec<T> a, First part, bool) {
   store(p, a, part.n);
 }
 
+// How many elements lie before the next boundary of a vector's size at `p`.
+template <class T, class S>
+BATCHOPS_INLINE int64_t to_boundary(const S* p) {
+  constexpr int64_t kBytes = Vec<T>::kLanes * sizeof(S);
+  return (kBytes - reinterpret_cast<uintptr_t>(p) % kBytes) % kBytes / sizeof(S);
+}
+
 template <class T>
 constexpr int64_t kBlock = 4 * Vec<T>::kLanes;
 
