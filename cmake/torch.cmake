@@ -42,7 +42,8 @@ function(batchops_add_torch_binding root result)
   string(REPLACE "." "_" _suffix "${_version}")
   set(_target _torch_${_suffix})
   add_library(${_target} MODULE ${BATCHOPS_TORCH_SOURCES})
-  set_target_properties(${_target} PROPERTIES PREFIX "" BUILD_WITH_INSTALL_RPATH ON)
+  set_target_properties(${_target} PROPERTIES PREFIX "" BUILD_WITH_INSTALL_RPATH ON
+    UNITY_BUILD ${BATCHOPS_UNITY} UNITY_BUILD_BATCH_SIZE 0)
   target_include_directories(${_target} PRIVATE csrc)
   target_include_directories(${_target} SYSTEM PRIVATE
     "${root}/include" "${root}/include/torch/csrc/api/include" ${Python_INCLUDE_DIRS})

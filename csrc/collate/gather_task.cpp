@@ -5,14 +5,6 @@
 #include "collate/copy.h"
 
 namespace batchops::collate {
-namespace {
-
-// Small enough that threads finish together and that a cancelled batch is over at once (some 20
-// µs), large enough that claiming a chunk costs nothing beside it.
-constexpr int64_t kChunkBytes = 128 << 10;
-
-}  // namespace
-
 std::shared_ptr<GatherTask> GatherTask::make(std::shared_ptr<const Table> table,
                                              std::shared_ptr<const std::vector<int64_t>> rows,
                                              std::vector<std::byte*> out, int max_threads) {

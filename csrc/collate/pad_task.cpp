@@ -8,8 +8,6 @@
 namespace batchops::collate {
 namespace {
 
-constexpr int64_t kChunkBytes = 128 << 10;
-
 template <class T>
 void fill_items(std::byte* out, int64_t count, const Item& item) {
   T value;

@@ -5,12 +5,6 @@
 #include "collate/copy.h"
 
 namespace batchops::collate {
-namespace {
-
-constexpr int64_t kChunkBytes = 128 << 10;
-
-}  // namespace
-
 std::shared_ptr<StackTask> StackTask::make(std::shared_ptr<const Blocks> blocks, std::byte* out,
                                            int max_threads) {
   std::vector<Chunk> plan;

@@ -17,6 +17,10 @@
 
 namespace batchops::collate {
 
+// Small enough that threads finish together and that a cancelled batch is over at once (some 20
+// µs), large enough that claiming a chunk costs nothing beside it.
+constexpr int64_t kChunkBytes = 128 << 10;
+
 class Task {
  public:
   // `max_threads` bounds the pool threads that work on this task at one time.

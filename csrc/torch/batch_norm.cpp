@@ -11,25 +11,25 @@
 namespace batchops::binding {
 namespace {
 
-constexpr const char* kOp = "batch_norm";
+constexpr const char* kBatchNorm = "batch_norm";
 
 void check_running(const Tensor& input, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var) {
   auto type = at::ScalarType::Undefined;
-  check_per_channel(kOp, "running_mean", running_mean, input, type);
-  check_per_channel(kOp, "running_var", running_var, input, type);
+  check_per_channel(kBatchNorm, "running_mean", running_mean, input, type);
+  check_per_channel(kBatchNorm, "running_var", running_var, input, type);
 }
 
 // Ghost batches of one value have no variance either.
 void check_training(const Tensor& input, double eps, int64_t ghost) {
-  TORCH_CHECK_VALUE(eps > 0, kOp, " eps must be positive during training, but got ", eps);
-  TORCH_CHECK_VALUE(ghost >= 0, kOp,
+  TORCH_CHECK_VALUE(eps > 0, kBatchNorm, " eps must be positive during training, but got ", eps);
+  TORCH_CHECK_VALUE(ghost >= 0, kBatchNorm,
                     ": expected ghost_batch_size to be positive, or 0 for the whole batch, got ",
                     ghost);
   c10::SymInt values = 1;
   for (int64_t d = 2; d < input.dim(); d++) values = values * input.sym_size(d);
   const bool one_value = ghost == 1 && values == 1 && input.sym_size(0) > 1;
-  TORCH_CHECK_VALUE(!one_value, kOp,
+  TORCH_CHECK_VALUE(!one_value, kBatchNorm,
                     ": expected more than 1 value per channel in a ghost batch when training, got "
                     "ghost_batch_size=1 and input of size ",
                     input.sym_sizes());
@@ -62,9 +62,10 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
                        const OptionalTensor& bias, const OptionalTensor& residual, bool training,
                        double momentum, double eps, std::string_view activation, double slope,
                        bool save_mask, int64_t ghost, const OptionalTensor& stats) {
-  const NormForwardCall call{
-      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
-  check_norm_input(kOp, input, weight, bias, residual);
+  const NormForwardCall call{kBatchNorm, input,    weight,
+                             bias,       residual, parse_activation(kBatchNorm, activation),
+                             slope,      save_mask};
+  check_norm_input(kBatchNorm, input, weight, bias, residual);
   check_running(input, running_mean, running_var);
   if (training && !stats) check_training(input, eps, ghost);
   NormForwardTensors tensors(call, stats_columns(input, ghost).expect_int(), stats);
@@ -88,7 +89,7 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
   args.training = training;
   args.momentum = momentum;
   args.eps = eps;
-  launch(kOp, input, args, batch_norm_forward_cpu, batch_norm_forward_workspace_cuda,
+  launch(kBatchNorm, input, args, batch_norm_forward_cpu, batch_norm_forward_workspace_cuda,
          batch_norm_forward_cuda);
   if (training && running_mean && !mean.is_same(*running_mean)) running_mean->copy_(mean);
   if (training && running_var && !var.is_same(*running_var)) running_var->copy_(var);
@@ -160,9 +161,10 @@ ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& running_m
                             const OptionalTensor& bias, const OptionalTensor& residual,
                             bool training, double eps, std::string_view activation, double slope,
                             bool save_mask, int64_t ghost) {
-  const NormForwardCall call{
-      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
-  check_norm_input(kOp, input, weight, bias, residual);
+  const NormForwardCall call{kBatchNorm, input,    weight,
+                             bias,       residual, parse_activation(kBatchNorm, activation),
+                             slope,      save_mask};
+  check_norm_input(kBatchNorm, input, weight, bias, residual);
   check_running(input, running_mean, running_var);
   if (training) check_training(input, eps, ghost);
   return norm_forward_meta(call, stats_columns(input, ghost));
@@ -255,6 +257,7 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
 TORCH_LIBRARY_IMPL(batchops, CPU, m) { BATCHOPS_IMPLEMENT(m, ); }
 TORCH_LIBRARY_IMPL(batchops, CUDA, m) { BATCHOPS_IMPLEMENT(m, ); }
 TORCH_LIBRARY_IMPL(batchops, Meta, m) { BATCHOPS_IMPLEMENT(m, _meta); }
+#undef BATCHOPS_IMPLEMENT
 TORCH_LIBRARY_IMPL(batchops, CompositeImplicitAutograd, m) { m.impl("activation", &activation_op); }
 
 }  // namespace batchops::binding

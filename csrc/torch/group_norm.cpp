@@ -11,7 +11,7 @@
 namespace batchops::binding {
 namespace {
 
-constexpr const char* kOp = "group_norm";
+constexpr const char* kGroupNorm = "group_norm";
 
 void check_groups(const char* op, const Tensor& input, int64_t num_groups) {
   TORCH_CHECK(num_groups > 0, op, ": expected num_groups to be greater than 0, got ", num_groups);
@@ -25,10 +25,11 @@ ForwardOutputs forward(const Tensor& input, int64_t num_groups, const OptionalTe
                        const OptionalTensor& bias, const OptionalTensor& residual, double eps,
                        std::string_view activation, double slope, bool save_mask,
                        const OptionalTensor& stats) {
-  const NormForwardCall call{
-      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
-  check_norm_input(kOp, input, weight, bias, residual);
-  check_groups(kOp, input, num_groups);
+  const NormForwardCall call{kGroupNorm, input,    weight,
+                             bias,       residual, parse_activation(kGroupNorm, activation),
+                             slope,      save_mask};
+  check_norm_input(kGroupNorm, input, weight, bias, residual);
+  check_groups(kGroupNorm, input, num_groups);
   NormForwardTensors tensors(call, input.size(0) * num_groups, stats);
   if (input.numel() == 0) return tensors.outputs();
   GroupNormForward args;
@@ -37,7 +38,7 @@ ForwardOutputs forward(const Tensor& input, int64_t num_groups, const OptionalTe
   args.have_stats = stats.has_value();
   args.eps = eps;
   tensors.fill(args);
-  launch(kOp, input, args, group_norm_forward_cpu, group_norm_forward_workspace_cuda,
+  launch(kGroupNorm, input, args, group_norm_forward_cpu, group_norm_forward_workspace_cuda,
          group_norm_forward_cuda);
   return tensors.outputs();
 }
@@ -84,10 +85,11 @@ ForwardOutputs group_norm_meta(const Tensor& input, int64_t num_groups,
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& residual, double, std::string_view activation,
                                double slope, bool save_mask) {
-  const NormForwardCall call{
-      kOp, input, weight, bias, residual, parse_activation(kOp, activation), slope, save_mask};
-  check_norm_input(kOp, input, weight, bias, residual);
-  check_groups(kOp, input, num_groups);
+  const NormForwardCall call{kGroupNorm, input,    weight,
+                             bias,       residual, parse_activation(kGroupNorm, activation),
+                             slope,      save_mask};
+  check_norm_input(kGroupNorm, input, weight, bias, residual);
+  check_groups(kGroupNorm, input, num_groups);
   return norm_forward_meta(call, input.sym_size(0) * num_groups);
 }
 
@@ -188,6 +190,7 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
 TORCH_LIBRARY_IMPL(batchops, CPU, m) { BATCHOPS_IMPLEMENT(m, ); }
 TORCH_LIBRARY_IMPL(batchops, CUDA, m) { BATCHOPS_IMPLEMENT(m, ); }
 TORCH_LIBRARY_IMPL(batchops, Meta, m) { BATCHOPS_IMPLEMENT(m, _meta); }
+#undef BATCHOPS_IMPLEMENT
 TORCH_LIBRARY_IMPL(batchops, CompositeImplicitAutograd, m) { m.impl("layer_norm", &layer_norm); }
 
 }  // namespace batchops::binding
