@@ -18,7 +18,9 @@ BIN := $(VENV)/bin
 # Development builds name one target; wheels name them all (cmake/cuda.cmake).
 CUDA_ARCHS ?=
 DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90-real))
-# Bytecode is made of what is imported, not of all that torch brings.
+# Bytecode is made of what is imported, once, and not of all that torch brings: where it may not be
+# kept, each of the many processes that the tests start would compile torch again.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --no-compile --progress-bar off -q
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
