@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,7 +61,6 @@ class Memory:
         self._warned = False
         self._pid = os.getpid()
         self._ring = self._new_ring()
-        self._leases: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
     def _new_ring(self) -> _C.Ring:
         if self.pages is None:
@@ -87,7 +85,6 @@ class Memory:
             lease = self.ring.acquire(nbytes)
             if lease is not None:
                 # resize_ to as many items moves nothing; unlike view, it leaves no base behind.
-                self._leases[lease.address] = lease
                 flat = torch.frombuffer(lease, dtype=dtype, count=count)
                 return flat.resize_(tuple(shape))
             self._warn_of_capacity(nbytes)
@@ -98,9 +95,7 @@ class Memory:
 
         Memory of torch's page-locked allocator waits for its copies by itself.
         """
-        lease = self._leases.get(tensor.untyped_storage().data_ptr())
-        if lease is not None:
-            lease.hold_until(event)
+        self._ring.hold(tensor.untyped_storage().data_ptr(), event)
 
     def _warn_of_capacity(self, nbytes: int) -> None:
         if self._warned:

@@ -5,6 +5,7 @@
 #include "collate/copy.h"
 
 namespace batchops::collate {
+
 std::shared_ptr<StackTask> StackTask::make(std::shared_ptr<const Blocks> blocks, std::byte* out,
                                            int max_threads) {
   std::vector<Chunk> plan;

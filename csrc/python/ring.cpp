@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "collate/ring.h"
@@ -69,13 +70,17 @@ struct SharedRing {
 
   Ring ring;
   std::vector<std::pair<Ring::Slot*, py::object>> flying;
+  std::unordered_map<uintptr_t, class Lease*> leases;  // by address
 };
 
 class Lease {
  public:
   Lease(std::shared_ptr<SharedRing> shared, Ring::Slot* slot, size_t bytes)
-      : shared_(std::move(shared)), slot_(slot), bytes_(bytes) {}
+      : shared_(std::move(shared)), slot_(slot), bytes_(bytes) {
+    shared_->leases[address()] = this;
+  }
   ~Lease() {
+    shared_->leases.erase(address());
     if (event_.is_none()) {
       shared_->ring.release(slot_, false);
     } else {
@@ -88,7 +93,6 @@ class Lease {
 
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(Ring::data(slot_)); }
   size_t bytes() const { return bytes_; }
-  // The slot is not used again before event.query() is true.
   void hold_until(py::object event) { event_ = std::move(event); }
 
   py::buffer_info buffer() const {
@@ -121,6 +125,13 @@ class PyRing {
     Ring::Slot* const slot = shared_->ring.acquire(bytes);
     if (slot == nullptr) return nullptr;
     return std::make_unique<Lease>(shared_, slot, bytes);
+  }
+
+  bool hold(uintptr_t address, py::object event) {
+    const auto found = shared_->leases.find(address);
+    if (found == shared_->leases.end()) return false;
+    found->second->hold_until(std::move(event));
+    return true;
   }
 
   void trim() {
@@ -158,9 +169,7 @@ void bind_ring(py::module_& m) {
                     "A slot of a ring, for as long as this lives")
       .def_buffer(&Lease::buffer)
       .def_property_readonly("address", &Lease::address)
-      .def_property_readonly("nbytes", &Lease::bytes)
-      .def("hold_until", &Lease::hold_until, py::arg("event"),
-           "Not used again before event.query() is true, however early this is dropped");
+      .def_property_readonly("nbytes", &Lease::bytes);
 
   py::class_<PyRing>(m, "Ring", "Memory that batches are written to, used again and again")
       .def(py::init<size_t, bool, const py::object&, const py::object&>(), py::arg("capacity"),
@@ -168,6 +177,9 @@ void bind_ring(py::module_& m) {
            "lock(address, bytes) -> bool and unlock(address, bytes) page-lock slots")
       .def("acquire", &PyRing::acquire, py::arg("bytes"),
            "A Lease, or None: capacity reached, or no memory")
+      .def("hold", &PyRing::hold, py::arg("address"), py::arg("event"),
+           "The slot that begins there is not used again before event.query() is true, however "
+           "early its lease is dropped; False where none does")
       .def("trim", &PyRing::trim, "Gives the memory of free slots back")
       .def("stats", &PyRing::stats);
 }
