@@ -74,6 +74,7 @@ class Problem:
     parameters: list[Parameter]
     groups: list[Any] = field(default_factory=lambda: [lamb_reference.Options()])
     max_grad_norm: float | None = 0.05
+    clip_eps: float = 0.0  # LARS has none
     grad_scale: float = 1.0
     # Step counts, learning rates and the loss scale on the device: the host does not know them.
     on_device: bool = False
@@ -217,7 +218,7 @@ class Placed:
         )
         tensors, steps, *of_groups = (array.ctypes.data for array in self.kept)
         clip = problem.max_grad_norm or 0.0
-        fields = (len(rows), tensors, steps, len(groups), *of_groups, clip, 0.0)
+        fields = (len(rows), tensors, steps, len(groups), *of_groups, clip, problem.clip_eps)
         self.scale = scalar(problem.grad_scale, "scale") if away else None
         self.found = None if problem.found_inf is None else scalar(problem.found_inf, "found")
         device = (None if memory is None else memory.pointer for memory in (self.scale, self.found))
