@@ -50,6 +50,7 @@ class Parameter:
     group: int = 0
     step: int = 7
     offset: int = 0  # elements past 64-byte alignment
+    apart: str = ""  # an array that lies one element further
     master: bool = False
     excluded: bool = False
     start: State = field(init=False)
@@ -190,7 +191,8 @@ class Placed:
             for name in problem.arrays(x):
                 start = x.start[name]
                 size = start.element_size()
-                memory = emulator.Memory(x.numel * size, x.offset * size, f"{name}{len(rows)}")
+                offset = (x.offset + (name == x.apart)) * size
+                memory = emulator.Memory(x.numel * size, offset, f"{name}{len(rows)}")
                 memory.bytes[:] = start.view(torch.uint8).numpy()
                 mine[name] = memory
             pointers = [mine[n].pointer if n in mine else 0 for n in ("p", "g", "m", "v", "master")]
