@@ -56,7 +56,7 @@ def check(problem: Problem, results: list[State], divisor: float) -> None:
 
 def divisor_of(problem: Problem) -> float:
     grads = [to_float64(x.start["g"]) / problem.grad_scale for x in problem.parameters]
-    return reference.clip_divisor(grads, problem.max_grad_norm)
+    return reference.clip_divisor(grads, problem.max_grad_norm, problem.clip_eps)
 
 
 def same_bits(one: list[State], other: list[State]) -> bool:
@@ -140,11 +140,22 @@ TENSORS = (3 * CHUNK, 7, 20 * CHUNK + 3, CHUNK + 1, 300, 9 * CHUNK, 40)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
-@pytest.mark.parametrize("options", [Options(), Options(caution=True)], ids=["plain", "cautious"])
+@pytest.mark.parametrize(
+    "options", [Options(), Options(caution=True, maximize=True)], ids=["plain", "cautious uphill"]
+)
 def test_tensors_larger_than_what_all_blocks_hold(library, options, clip):
     """Among others that are not; the last chunks of the large ones stay on the chip."""
     problem = Problem([Parameter(n) for n in TENSORS], [options], clip)
     check_everywhere(library, problem)
+
+
+def test_more_chunks_than_a_block_has_threads(library):
+    """A lane adds up several chunks, and a thread several pieces of the clip's sum; it enters
+    several chunks of one tensor in the table."""
+    problem = Problem([Parameter(CHUNK), Parameter(300 * CHUNK + 3), Parameter(300)])
+    with optimizers.device(library, "Hopper", "random", 4):
+        results = run(library, problem)
+    check(problem, results, divisor_of(problem))
 
 
 @pytest.mark.parametrize("dtypes", [("bf16", "bf16", True), ("f16", "f32", False)])
@@ -173,6 +184,17 @@ def test_the_sum_is_that_of_the_clip_inside(library):
     assert sums[0] == pytest.approx(divisor_of(problem) ** 2 * problem.max_grad_norm**2, rel=1e-12)
     with optimizers.device(library, "Hopper"):
         assert same_bits(run(library, problem), run(library, problem, grad_sum_sq=sums[0]))
+
+
+def test_more_items_than_pieces_of_the_sum(library):
+    problem = Problem([Parameter(4100 * CHUNK + 3, g_dtype="bf16"), Parameter(70)])
+    want = sum(reference.norm(to_float64(x.start["g"])) ** 2 for x in problem.parameters)
+    assert optimizers.grad_sum_sq(library, problem) == pytest.approx(want, rel=1e-12)
+
+
+def test_eps_of_the_clip(library):
+    problem = Problem([Parameter(500), Parameter(CHUNK + 1)], max_grad_norm=0.5, clip_eps=0.25)
+    check_everywhere(library, problem)
 
 
 def test_sum_of_gradients_elsewhere(library):
@@ -219,6 +241,7 @@ def test_numbers_on_the_device(library):
 @pytest.mark.parametrize("place", DEVICES)
 def test_a_skipped_step_changes_nothing(library, place):
     parameters = [Parameter(5 * CHUNK + 3), Parameter(70, "bf16", master=True), Parameter(0)]
+    parameters += [Parameter(1) for _ in range(300)]  # more than a block has threads
     problem = Problem(parameters, on_device=True, found_inf=1.0)
     with optimizers.device(library, place, "random", 6):
         results = run(library, problem)
@@ -234,4 +257,4 @@ def test_sanitizers_find_nothing():
     path = build.build("optimizers", optimizers.KERNELS, optimizers.API, sanitize=True)
     result = build.run_sanitized("tests.emulator.sanitized_optimizers", str(path))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "ran 38 problems" in result.stdout
+    assert "ran 40 problems" in result.stdout

@@ -50,6 +50,7 @@ class Parameter:
     group: int = 0
     step: int = 7
     offset: int = 0  # elements past 64-byte alignment
+    apart: str = ""  # an array that lies one element further
     master: bool = False
     excluded: bool = False
     start: State = field(init=False)
@@ -74,6 +75,7 @@ class Problem:
     parameters: list[Parameter]
     groups: list[Any] = field(default_factory=lambda: [lamb_reference.Options()])
     max_grad_norm: float | None = 0.05
+    clip_eps: float = 0.0  # LARS has none
     grad_scale: float = 1.0
     # Step counts, learning rates and the loss scale on the device: the host does not know them.
     on_device: bool = False
@@ -189,7 +191,8 @@ class Placed:
             for name in problem.arrays(x):
                 start = x.start[name]
                 size = start.element_size()
-                memory = emulator.Memory(x.numel * size, x.offset * size, f"{name}{len(rows)}")
+                offset = (x.offset + (name == x.apart)) * size
+                memory = emulator.Memory(x.numel * size, offset, f"{name}{len(rows)}")
                 memory.bytes[:] = start.view(torch.uint8).numpy()
                 mine[name] = memory
             pointers = [mine[n].pointer if n in mine else 0 for n in ("p", "g", "m", "v", "master")]
@@ -217,7 +220,7 @@ class Placed:
         )
         tensors, steps, *of_groups = (array.ctypes.data for array in self.kept)
         clip = problem.max_grad_norm or 0.0
-        fields = (len(rows), tensors, steps, len(groups), *of_groups, clip, 0.0)
+        fields = (len(rows), tensors, steps, len(groups), *of_groups, clip, problem.clip_eps)
         self.scale = scalar(problem.grad_scale, "scale") if away else None
         self.found = None if problem.found_inf is None else scalar(problem.found_inf, "found")
         device = (None if memory is None else memory.pointer for memory in (self.scale, self.found))

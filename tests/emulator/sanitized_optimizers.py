@@ -24,6 +24,14 @@ def problems() -> Iterator[Problem]:
         parameters = [Parameter(n, p, g, offset=offset, master=master) for n in SIZES]
         yield Problem(parameters, [lamb_reference.Options(caution=offset == 1)])
         yield Lars(parameters, [lars_reference.Options(momentum=0.9, nesterov=offset == 1)])
+    # One array that no unit fits, among others that units would fit.
+    parameters = [
+        Parameter(n, "bf16" if apart == "master" else "f32", master=apart == "master", apart=apart)
+        for apart in ("p", "g", "m", "v", "master")
+        for n in (37, SMALL + 1)
+    ]
+    yield Problem(parameters)
+    yield Lars(parameters, [lars_reference.Options(momentum=0.9)])
     # More sets than a launch takes, and no momentum.
     parameters = [Parameter(40, step=t) for t in range(1, 70)]
     yield Problem(parameters, max_grad_norm=None)
