@@ -142,7 +142,7 @@ def update(p: np.ndarray, m: np.ndarray, v: np.ndarray, x: Tensor64) -> np.ndarr
     a = (m / bc1) / root
     if o.caution:
         mask = (np.sign(a) * np.sign(x.g) > 0).astype(np.float64)
-        a = a * mask / max(mask.mean(), 1e-3)
+        a = a * mask / max(mask.mean() if mask.size else 0.0, 1e-3)
     decayed = p
     u = a
     if o.decoupled_decay:

@@ -238,6 +238,12 @@ def test_numbers_on_the_device(library):
     assert [r["step"].item() for r in results] == [x.step for x in parameters]
 
 
+def test_statistics_of_no_elements(library):
+    problem = Problem([Parameter(0), Parameter(5)], [Options(caution=True)], None)
+    empty, _ = run(library, problem)
+    assert empty["stats"].tolist() == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("place", DEVICES)
 def test_a_skipped_step_changes_nothing(library, place):
     parameters = [Parameter(5 * CHUNK + 3), Parameter(70, "bf16", master=True), Parameter(0)]

@@ -117,7 +117,7 @@ struct LambOutcome {
     double boost = 1, u_sq = norms.u_sq;
     if (set.caution) {
       const double mean = norms.kept / static_cast<double>(numel);
-      boost = 1 / (mean < 1e-3 ? 1e-3 : mean);
+      boost = 1 / (mean >= 1e-3 ? mean : 1e-3);  // of no elements, the mean is NaN
       const double decay = set.weight_decay / set.scale;
       u_sq = boost * boost * u_sq + 2 * boost * decay * norms.cross + decay * decay * norms.p_sq;
       if (u_sq < 0) u_sq = 0;

@@ -248,6 +248,8 @@ def run(lib: ctypes.CDLL, problem: Problem, grad_sum_sq: float | None = None) ->
     """The tensors after one step, and their statistics."""
     placed = Placed(lib, problem)
     stats = emulator.Memory(16 * len(problem.parameters), name="stats")
+    if problem.found_inf:
+        stats.bytes[:] = 0  # NaN is what a skipped step has to write
     emulator.call(
         getattr(lib, f"emulated_{problem.kind}_step"),
         placed.call,
