@@ -56,8 +56,9 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
   using T = AccOf<S>;
   using Base = BackwardResults<T>;
   using Base::args, Base::geometry, Base::stats, Base::merge;
-  using V = Vec<T>;
-  static constexpr int L = V::kLanes;
+  using P = Pair<T>;
+  using Column = EachColumn<T, S>;
+  static constexpr int L = Vec<T>::kLanes;
   static constexpr bool kBits = kDerivative == Derivative::bits;
   static constexpr bool kRecomputed = kDerivative == Derivative::recomputed;
   static constexpr bool kMayAdd = std::is_same_v<Act, GenericActivation>;
@@ -68,16 +69,16 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
   const Act act = activation_of<Act>(args.shape);
 
   template <class Lanes, class Param>
-  BATCHOPS_INLINE V derivative(const S* from, int64_t j, Lanes lanes, int u, uint64_t bits, V value,
+  BATCHOPS_INLINE P derivative(const S* from, int64_t j, Lanes lanes, int u, uint64_t bits, P value,
                                Param mean, Param scale, Param shift) const {
-    const V gradient = load<T>(from + j, lanes);
-    if constexpr (kBits) return act.backward_bits(gradient, bits >> (u * L));
+    const P gradient = load<T>(from + j, lanes);
+    if constexpr (kBits) return derivative_of_bits<S>(act, gradient, bits, u);
     if constexpr (kRecomputed) {
-      V z = normalize(value, mean[j], scale[j], shift[j]);
+      P z = normalize(value, mean[j], scale[j], shift[j]);
       if constexpr (kMayAdd) {
         if (residual != nullptr) z = z + load<T>(residual + (from - dy) + j, lanes);
       }
-      return act.backward(gradient, z);
+      return derivative_of(act, gradient, z);
     }
     return gradient;
   }
@@ -102,8 +103,8 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
     affine(c, 1, &mean, &scale, &shift);
     const OneChannel<T> means(&mean), scales(&scale), shifts(&shift);
     const int64_t end = geometry.end_step(chunk);
-    const V zero(T(0));
-    V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+    const P zero(Vec<T>(T(0)));
+    P s[2] = {zero, zero}, q[2] = {zero, zero};
     int64_t pending = 0;
     dz = dz_x = 0;
     for (int64_t step = geometry.first_step(chunk); step < end; ++step) {
@@ -111,23 +112,23 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
       const S* p = x + piece.offset;
       const S* gradient = dy + piece.offset;
       uint64_t bits = 0;
-      for_blocks<T>(
+      for_pair_blocks<T>(
           0, piece.length,
           [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
             if constexpr (kBits) bits = read_bits(args.mask + piece.mask + j / 8, bytes);
           },
           [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-            const V value = load<T>(p + j, lanes);
-            const V d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
+            const P value = load<T>(p + j, lanes);
+            const P d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
             s[u] = s[u] + d;
             q[u] = fma(d, value - means[j], q[u]);
           },
           [](int64_t, auto) {});
       pending += piece.length;
       if (pending < kPieceElements && step + 1 < end) continue;
-      dz += sum((s[0] + s[1]) + (s[2] + s[3]));
-      dz_x += sum((q[0] + q[1]) + (q[2] + q[3]));
-      for (int u = 0; u < 4; ++u) s[u] = q[u] = zero;
+      dz += sum(s[0] + s[1]);
+      dz_x += sum(q[0] + q[1]);
+      for (int u = 0; u < 2; ++u) s[u] = q[u] = zero;
       pending = 0;
     }
   }
@@ -141,16 +142,16 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
     Columns<T> mean, scale, shift, s, q;
     Sums row_sums;
     columns_of(group, mean, scale, shift);
-    const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at);
+    const Column means(mean.at), scales(scale.at), shifts(shift.at);
     for (int64_t c = 0; c < group.channels; ++c) dz[c] = dz_x[c] = 0;
     for (int64_t step = begin; step < end;) {
       // The short last row is folded alone: its columns have fewer values.
       const int64_t stop = step >= full_end                  ? end
                            : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
                                                              : full_end;
-      for (int64_t j = 0; j < group.width; j += L) {
-        store(s.at + j, V(T(0)));
-        store(q.at + j, V(T(0)));
+      for (int64_t j = 0; j < group.width; j += 2 * L) {
+        store_pair(s.at + j, P(Vec<T>(T(0))));
+        store_pair(q.at + j, P(Vec<T>(T(0))));
       }
       int64_t width = group.width;
       for (; together && step + 2 <= stop; step += 2) {
@@ -159,6 +160,8 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
       for (; step < stop; ++step) {
         width = add_rows<1>(g, group, step, means, scales, shifts, s.at, q.at);
       }
+      in_pair_order<S>(s.at, width);
+      in_pair_order<S>(q.at, width);
       geometry.fold(group, s.at, width, row_sums.first);
       geometry.fold(group, q.at, width, row_sums.second);
       merge(0, group.channels, dz, dz_x, row_sums.first, row_sums.second);
@@ -166,8 +169,8 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
   }
 
   template <int R>
-  BATCHOPS_INLINE int64_t add_rows(int64_t g, const Group& group, int64_t step, EachColumn<T> mean,
-                                   EachColumn<T> scale, EachColumn<T> shift, T* s, T* q) const {
+  BATCHOPS_INLINE int64_t add_rows(int64_t g, const Group& group, int64_t step, Column mean,
+                                   Column scale, Column shift, T* s, T* q) const {
     const auto row = geometry.row(g, group, step);
     const int64_t stride = geometry.plan.row_stride;
     const bool far = geometry.plan.segment > 1;  // the hardware does not see the next rows coming
@@ -177,7 +180,7 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
     const S* const p = x + row.offset;
     const S* const gradient = dy + row.offset;
     uint64_t bits[R] = {};
-    for_blocks<T>(
+    for_pair_blocks<T>(
         0, row.width,
         [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
           if constexpr (kBits) {
@@ -185,23 +188,23 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
           }
         },
         [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-          V sum_j = load<T>(s + j), product_j = load<T>(q + j);
+          P sum_j = load_pair(s + j), product_j = load_pair(q + j);
           for (int k = 0; k < R; ++k) {
             if (far) {
-              prefetch(p, (k + R) * stride + j);
-              prefetch(gradient, (k + R) * stride + j);
+              prefetch_pair<T>(p, (k + R) * stride + j);
+              prefetch_pair<T>(gradient, (k + R) * stride + j);
             } else if (R > 1) {
-              prefetch(p, R * (stride + j) + k * L);
-              prefetch(gradient, R * (stride + j) + k * L);
+              prefetch_pair<T>(p, R * (stride + j) + k * 2 * L);
+              prefetch_pair<T>(gradient, R * (stride + j) + k * 2 * L);
             }
-            const V value = load<T>(p + k * stride + j, lanes);
-            const V d =
+            const P value = load<T>(p + k * stride + j, lanes);
+            const P d =
                 derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean, scale, shift);
             sum_j = sum_j + d;
             product_j = fma(d, value - mean[j], product_j);
           }
-          store(s + j, sum_j);
-          store(q + j, product_j);
+          store_pair(s + j, sum_j);
+          store_pair(q + j, product_j);
         },
         [](int64_t, auto) {});
     return row.width;
@@ -213,7 +216,11 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
     affine(group.first_channel, group.channels, channel[0], channel[1], channel[2]);
     geometry.spread(group, channel[0], mean.at);
     geometry.spread(group, channel[1], scale.at);
-    if (kRecomputed) geometry.spread(group, channel[2], shift.at);
+    in_pair_order<S>(mean.at, group.width);
+    in_pair_order<S>(scale.at, group.width);
+    if (!kRecomputed) return;
+    geometry.spread(group, channel[2], shift.at);
+    in_pair_order<S>(shift.at, group.width);
   }
 
   template <int R>
@@ -238,7 +245,8 @@ template <class S, class Act, Derivative kDerivative, Mode kMode>
 struct BackwardPass : BackwardSums<S, Act, kDerivative> {
   using Base = BackwardSums<S, Act, kDerivative>;
   using T = typename Base::T;
-  using V = typename Base::V;
+  using P = typename Base::P;
+  using Column = typename Base::Column;
   using Base::args, Base::geometry, Base::coefficients, Base::x, Base::dy;
   using Base::kBits, Base::kRecomputed, Base::L;
 
@@ -263,33 +271,33 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     uint64_t bits[R] = {};
     const bool centred = kMode == Mode::either ? training : kMode == Mode::training;
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-      const V scale_j = scale[j];
+      const P scale_j = scale[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
-        V value(T(0));
+        P value(Vec<T>(T(0)));
         if (kRecomputed || centred) value = load<T>(p + at, lanes);
-        const V dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,
+        const P dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,
                                       scale, shift);
         if (to_residual != nullptr) put(to_residual + at, dz, lanes, past_residual);
         if (to != nullptr) {
-          V d = scale_j * dz;
+          P d = scale_j * dz;
           if (centred) d = fma(scale_j, dz, fma(slope[j], value - mean[j], extra[j]));
           put(to + at, d, lanes, past);
         }
       }
     };
     if (past && !can_stream<T>(aligned)) {
-      if (kBits || R > 1) {
-        past = past_residual = false;  // mask bytes begin at the run's first element
+      if (kBits || R > 1 || !Param::kAnywhere) {
+        past = past_residual = false;  // mask bytes, and pairs of columns, begin at the first
       } else {
         start = std::min(to_boundary<T>(aligned), n);
-        vector(0, First{start}, 0);
+        vector(0, Rest{start}, 0);
       }
     }
     if (to != nullptr && to_residual != nullptr && !can_stream<T>(to_residual + start)) {
       past_residual = false;
     }
-    for_blocks<T>(
+    for_pair_blocks<T>(
         start, n,
         [&](int64_t j, auto bytes) BATCHOPS_INLINE_LAMBDA {
           if constexpr (kBits) {
@@ -328,8 +336,10 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     if (training) {
       geometry.spread(group, coefficients + group.first_channel, slope.at);
       geometry.spread(group, coefficients + args.shape.C + group.first_channel, extra.at);
+      in_pair_order<S>(slope.at, group.width);
+      in_pair_order<S>(extra.at, group.width);
     }
-    const EachColumn<T> means(mean.at), scales(scale.at), shifts(shift.at), slopes(slope.at),
+    const Column means(mean.at), scales(scale.at), shifts(shift.at), slopes(slope.at),
         extras(extra.at);
     const bool pairs = writes_rows_together(args.shape);
     const auto rows = [&](auto count, int64_t step) BATCHOPS_INLINE_LAMBDA {

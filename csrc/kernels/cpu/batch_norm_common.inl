@@ -40,25 +40,22 @@ BATCHOPS_NOINLINE void affine_of(const ChannelStats<Stat>& stats, const void* we
 }
 
 // Where a kernel takes its channel values from: one channel for the whole run, or a value for each
-// column, 2 · kLanes of them in the order of a Pair where `in_pairs`.
+// column, in the order of pairs.
 template <class T>
 struct OneChannel {
   Vec<T> value;
-  static constexpr bool in_pairs = true;
+  static constexpr bool kAnywhere = true;  // a pair may begin at any column
   OneChannel() = default;
   BATCHOPS_INLINE explicit OneChannel(const T* p) : value(*p) {}
-  BATCHOPS_INLINE Vec<T> operator[](int64_t) const { return value; }
-  BATCHOPS_INLINE Pair<T> pair(int64_t) const { return value; }
+  BATCHOPS_INLINE Pair<T> operator[](int64_t) const { return value; }
 };
-template <class T>
+template <class T, class S>
 struct EachColumn {
   const T* p = nullptr;
-  bool in_pairs = false;
+  static constexpr bool kAnywhere = !kSwapped<S>;
   EachColumn() = default;
-  BATCHOPS_INLINE explicit EachColumn(const T* values, bool paired = false)
-      : p(values), in_pairs(paired) {}
-  BATCHOPS_INLINE Vec<T> operator[](int64_t j) const { return load<T>(p + j); }
-  BATCHOPS_INLINE Pair<T> pair(int64_t j) const { return load_pair(p + j); }
+  BATCHOPS_INLINE explicit EachColumn(const T* values) : p(values) {}
+  BATCHOPS_INLINE Pair<T> operator[](int64_t j) const { return load_pair(p + j); }
 };
 
 struct FlatBits {

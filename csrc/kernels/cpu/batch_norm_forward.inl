@@ -5,6 +5,8 @@ struct ForwardPass : Statistics<S> {
   using Base = Statistics<S>;
   using T = typename Base::T;
   using V = typename Base::V;
+  using P = typename Base::P;
+  using Column = EachColumn<T, S>;
   using Base::args, Base::geometry, Base::stats, Base::x, Base::L;
 
   const S* const residual = static_cast<const S*>(args.residual);
@@ -12,9 +14,8 @@ struct ForwardPass : Statistics<S> {
   const Act act = activation_of<Act>(args.shape);
   const bool past_cache = streams(args.shape);
 
-  BATCHOPS_INLINE void write_pair(int64_t at, Pair<T> mean, Pair<T> scale, Pair<T> shift,
-                                  bool past) const {
-    Pair<T> z = normalize(load<T>(x + at, Two{}), mean, scale, shift);
+  BATCHOPS_INLINE void write_pair(int64_t at, P mean, P scale, P shift, bool past) const {
+    P z = normalize(load<T>(x + at, Two{}), mean, scale, shift);
     if constexpr (kResidual) z = z + load<T>(residual + at, Two{});
     put(y + at, activation(act, z), Two{}, past);
   }
@@ -30,32 +31,24 @@ struct ForwardPass : Statistics<S> {
     bool past = past_cache;
     uint64_t bits[R] = {};
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-      const V mean_j = mean[j], scale_j = scale[j], shift_j = shift[j];
+      const P mean_j = mean[j], scale_j = scale[j], shift_j = shift[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
-        V z = normalize(load<T>(from + at, lanes), mean_j, scale_j, shift_j);
+        P z = normalize(load<T>(from + at, lanes), mean_j, scale_j, shift_j);
         if constexpr (kResidual) z = z + load<T>(added + at, lanes);
-        if constexpr (kMask) bits[k] |= positive_bits(act.mask_source(z)) << (u * L);
-        put(to + at, act.forward(z), lanes, past);
+        if constexpr (kMask) bits[k] |= positive_bits_of<S>(mask_source(act, z)) << (u * 2 * L);
+        put(to + at, activation(act, z), lanes, past);
       }
     };
     if (past && !can_stream<T>(to)) {
-      if (kMask || R > 1) {
-        past = false;  // mask bytes begin at the run's first element
+      if (kMask || R > 1 || !Param::kAnywhere) {
+        past = false;  // mask bytes, and pairs of columns, begin at the first element
       } else {
         start = std::min(to_boundary<T>(to), n);
-        vector(0, First{start}, 0);
+        vector(0, Rest{start}, 0);
       }
     }
-    if constexpr (kSwapped<S> && !kMask) {
-      for (; mean.in_pairs && start + 2 * L <= n; start += 2 * L) {
-        for (int k = 0; k < R; ++k) {
-          write_pair(offset + k * stride + start, mean.pair(start), scale.pair(start),
-                     shift.pair(start), past);
-        }
-      }
-    }
-    for_blocks<T>(
+    for_pair_blocks<T>(
         start, n,
         [&](int64_t, auto) BATCHOPS_INLINE_LAMBDA {
           for (int k = 0; k < R; ++k) bits[k] = 0;
@@ -177,14 +170,9 @@ struct ForwardPass : Statistics<S> {
       geometry.spread(group, channel[1], scale.at);
       geometry.spread(group, channel[2], shift.at);
     }
+    for (T* at : {mean.at, scale.at, shift.at}) in_pair_order<S>(at, group.width);
+    const Column means(mean.at), scales(scale.at), shifts(shift.at);
     const BatchNormPlan& plan = geometry.plan;
-    const bool whole_pairs = (plan.row_stride | plan.width | plan.tail) % (2 * L) == 0;
-    const bool in_pairs = kSwapped<S> && !kMask && whole_pairs && can_stream<T>(y);
-    if (in_pairs) {
-      for (T* at : {mean.at, scale.at, shift.at}) in_pair_order<S>(at, group.width);
-    }
-    const EachColumn<T> means(mean.at, in_pairs), scales(scale.at, in_pairs),
-        shifts(shift.at, in_pairs);
     // In eval mode x comes from memory, where strictly ascending reads are worth more.
     const bool together = writes_rows_together(args.shape) && args.training;
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
@@ -201,8 +189,8 @@ struct ForwardPass : Statistics<S> {
   }
 
   template <int R>
-  BATCHOPS_INLINE void apply_row(int64_t g, const Group& group, int64_t step, EachColumn<T> mean,
-                                 EachColumn<T> scale, EachColumn<T> shift) const {
+  BATCHOPS_INLINE void apply_row(int64_t g, const Group& group, int64_t step, Column mean,
+                                 Column scale, Column shift) const {
     const auto row = geometry.row(g, group, step);
     const bool padded = kMask && row.runs > 1 && row.run % 8 != 0;
     FlatBits flat[kMask ? R : 1];

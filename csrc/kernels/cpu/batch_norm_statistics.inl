@@ -25,6 +25,7 @@ template <class S>
 struct Statistics {
   using T = AccOf<S>;
   using V = Vec<T>;
+  using P = Pair<T>;
   static constexpr int L = V::kLanes;
 
   const BatchNormForward& args;
@@ -64,33 +65,32 @@ struct Statistics {
       }
       shift = static_cast<T>(sum(total) / static_cast<double>(n));
     }
-    V s[4] = {zero, zero, zero, zero}, q[4] = {zero, zero, zero, zero};
+    P s[2] = {zero, zero}, q[2] = {zero, zero};
     int64_t done = 0, pending = 0;
     for (int64_t step = begin; step < end; ++step) {
       const auto piece = geometry.piece(c, step);
       const S* p = x + piece.offset;
-      const V about(shift);
-      for_blocks<T>(
-          0, piece.length, [](int64_t, auto) {},
-          [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-            V d = load<T>(p + j, lanes) - about;
-            if constexpr (std::is_same_v<decltype(lanes), First>) d = first_lanes(d, lanes.n);
-            s[u] = s[u] + d;
-            q[u] = fma(d, d, q[u]);
-          },
-          [](int64_t, auto) {});
+      const P about{V(shift)};
+      for_pair_blocks<T>(0, piece.length, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        P d = load<T>(p + j, lanes) - about;
+        if constexpr (std::is_same_v<decltype(lanes), Rest>) {
+          d = keep_first<S>(lanes.n, d);
+        }
+        s[u] = s[u] + d;
+        q[u] = fma(d, d, q[u]);
+      });
       pending += piece.length;
       if (pending < kPieceElements && step + 1 < end) continue;
       const double m = static_cast<double>(pending);
-      const double d = sum((s[0] + s[1]) + (s[2] + s[3])) / m;
-      const double square = sum((q[0] + q[1]) + (q[2] + q[3])) - d * d * m;
+      const double d = sum(s[0] + s[1]) / m;
+      const double square = sum(q[0] + q[1]) - d * d * m;
       if (done == 0) {
         mean = shift + d;
         m2 = square;
       } else {
         merge_moments(static_cast<double>(done), m, mean, m2, shift + d, square);
       }
-      for (int u = 0; u < 4; ++u) s[u] = q[u] = zero;
+      for (int u = 0; u < 2; ++u) s[u] = q[u] = zero;
       done += pending;
       pending = 0;
       shift = static_cast<T>(mean);
@@ -109,7 +109,7 @@ struct Statistics {
       return geometry.values_before(to) - geometry.values_before(from);
     };
     const auto clear = [&](T* p) {
-      for (int64_t j = 0; j < group.width; j += L) store(p + j, V(T(0)));
+      for (int64_t j = 0; j < group.width; j += 2 * L) store_pair(p + j, P(V(T(0))));
     };
 
     // The first shift: the mean of at least eight values where there are as many. A last chunk may
@@ -135,6 +135,7 @@ struct Statistics {
                            : full_end - step > kRowsPerFlush ? step + kRowsPerFlush
                                                              : full_end;
       geometry.spread(group, channel, shift.at);
+      in_pair_order<S>(shift.at, group.width);
       clear(s.at);
       clear(q.at);
       int64_t width = group.width;
@@ -147,6 +148,8 @@ struct Statistics {
         width = row.width;
         add_rows<1>(x + row.offset, width, shift.at, s.at, q.at);
       }
+      in_pair_order<S>(s.at, width);
+      in_pair_order<S>(q.at, width);
       geometry.fold(group, s.at, width, sums.first);
       geometry.fold(group, q.at, width, sums.second);
       const double n = values(begin, step), m = values(step, stop), inverse = 1.0 / m;
@@ -171,37 +174,30 @@ struct Statistics {
   BATCHOPS_INLINE void add_rows(const S* p, int64_t width, const T* shift, T* s, T* q) const {
     const int64_t stride = geometry.plan.row_stride;
     const bool far = geometry.plan.segment > 1;  // the hardware does not see the next rows coming
-    for_blocks<T>(
-        0, width, [](int64_t, auto) {},
-        [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
-          const V about = load<T>(shift + j);
-          V sum_j = load<T>(s + j), square_j = load<T>(q + j);
-          for (int k = 0; k < R; ++k) {
-            // The next R rows: where they lie together, in the order of memory.
-            if (far) {
-              prefetch(p, (k + R) * stride + j);
-            } else if (R > 1) {
-              prefetch(p, R * (stride + j) + k * L);
-            }
-            const V d = load<T>(p + k * stride + j, lanes) - about;
-            sum_j = sum_j + d;
-            square_j = fma(d, d, square_j);
-          }
-          store(s + j, sum_j);
-          store(q + j, square_j);
-        },
-        [](int64_t, auto) {});
+    for_pair_blocks<T>(0, width, [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
+      const P about = load_pair(shift + j);
+      P sum_j = load_pair(s + j), square_j = load_pair(q + j);
+      for (int k = 0; k < R; ++k) {
+        // The next R rows: where they lie together, in the order of memory.
+        if (far) {
+          prefetch_pair<T>(p, (k + R) * stride + j);
+        } else if (R > 1) {
+          prefetch_pair<T>(p, R * (stride + j) + k * 2 * L);
+        }
+        const P d = load<T>(p + k * stride + j, lanes) - about;
+        sum_j = sum_j + d;
+        square_j = fma(d, d, square_j);
+      }
+      store_pair(s + j, sum_j);
+      store_pair(q + j, square_j);
+    });
   }
 
-  static BATCHOPS_INLINE V first_lanes(V a, int64_t n) { return keep((uint64_t{1} << n) - 1, a); }
-
-  static BATCHOPS_INLINE void add_columns(const S* p, T* total, int64_t width) {
-    for_blocks<T>(
-        0, width, [](int64_t, auto) {},
-        [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
-          store(total + j, load<T>(total + j) + load<T>(p + j, lanes));
-        },
-        [](int64_t, auto) {});
+  static void add_columns(const S* p, T* total, int64_t width) {
+    for (int64_t j = 0; j < width; j += L) {
+      const V row = width - j >= L ? load<T>(p + j) : load<T>(p + j, width - j);
+      store(total + j, load<T>(total + j) + row);
+    }
   }
 
   // Squares may overflow float where the values do not, and an infinity makes every shift NaN. So a

@@ -202,6 +202,55 @@ BATCHOPS_INLINE double sum(Pair<T> a) {
   return sum(a.a + a.b);
 }
 
+// --------------------------------------------------------------------------------- mask bits
+
+// Bit i is set where element i is not <= 0.
+template <class S, class T>
+BATCHOPS_INLINE uint64_t positive_bits_of(Pair<T> a) {
+#if defined(BATCHOPS_ISA_AVX2)
+  if constexpr (kSwapped<S>) {
+    const __m256 zero = _mm256_setzero_ps();
+    const __m256i words =
+        _mm256_packs_epi32(_mm256_castps_si256(_mm256_cmp_ps(a.a.v, zero, _CMP_NLE_UQ)),
+                           _mm256_castps_si256(_mm256_cmp_ps(a.b.v, zero, _CMP_NLE_UQ)));
+    return static_cast<uint32_t>(_mm_movemask_epi8(
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1))));
+  }
+#endif
+  return positive_bits(a.a) | positive_bits(a.b) << Vec<T>::kLanes;
+}
+
+#if defined(BATCHOPS_ISA_AVX2)
+// The bits of a pair in memory's order, and which of them are a vector's.
+struct SwappedBits {
+  uint64_t bits;
+  Native<float>::U lanes;
+};
+BATCHOPS_INLINE Vec<float> select_bits(SwappedBits from, Vec<float> yes, Vec<float> no) {
+  const Native<float>::U all = Native<float>::U{} + static_cast<uint32_t>(from.bits);
+  return ((all & from.lanes) == from.lanes) ? yes.v : no.v;
+}
+#endif
+// dy · activation'(z) of the pair that is number u of those whose bits these are.
+template <class S, class Act, class T>
+BATCHOPS_INLINE Pair<T> derivative_of_bits(const Act& act, Pair<T> dy, uint64_t bits, int u) {
+  constexpr int L = Vec<T>::kLanes;
+#if defined(BATCHOPS_ISA_AVX2)
+  if constexpr (kSwapped<S>) {
+    using U = Native<float>::U;
+    const U first = U{1, 2, 4, 8, 1 << 8, 1 << 9, 1 << 10, 1 << 11} << (2 * L * u);
+    return {act.backward_bits(dy.a, SwappedBits{bits, first}),
+            act.backward_bits(dy.b, SwappedBits{bits, first << 4})};
+  }
+#endif
+  bits >>= 2 * L * u;
+  return {act.backward_bits(dy.a, bits), act.backward_bits(dy.b, bits >> L)};
+}
+template <class Act, class T>
+BATCHOPS_INLINE Pair<T> mask_source(const Act& act, Pair<T> z) {
+  return {act.mask_source(z.a), act.mask_source(z.b)};
+}
+
 // Calls vector(j, lanes, u) over [from, n), u counting 0…kUnroll - 1.
 template <class T, int kUnroll = 1, class Vector>
 BATCHOPS_INLINE void for_pairs(int64_t from, int64_t n, Vector&& vector) {
@@ -215,4 +264,36 @@ BATCHOPS_INLINE void for_pairs(int64_t from, int64_t n, Vector&& vector) {
   }
   for (; j + kWidth <= n; j += kWidth) vector(j, Two{}, 0);
   if (j < n) vector(j, Rest{n - j}, 0);
+}
+
+// Calls pair(j, lanes, u) over [from, n), u being 0 or 1 within a block of two, and
+// begin(j, bytes) / end(j, bytes) around each block with the number of mask bytes it covers.
+template <class T, class Begin, class Body, class End>
+BATCHOPS_INLINE void for_pair_blocks(int64_t from, int64_t n, Begin&& begin, Body&& pair,
+                                     End&& end) {
+  constexpr int64_t kWidth = 2 * Vec<T>::kLanes;
+  constexpr std::integral_constant<int, 2 * kWidth / 8> kBytes;
+  int64_t j = from;
+  for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+    begin(j, kBytes);
+    pair(j, Two{}, 0);
+    pair(j + kWidth, Two{}, 1);
+    end(j, kBytes);
+  }
+  if (j == n) return;
+  const int64_t start = j;
+  const int bytes = static_cast<int>((n - j + 7) / 8);
+  begin(start, bytes);
+  int u = 0;
+  if (j + kWidth <= n) {
+    pair(j, Two{}, u++);
+    j += kWidth;
+  }
+  if (j < n) pair(j, Rest{n - j}, u);
+  end(start, bytes);
+}
+// The same without a mask.
+template <class T, class Body>
+BATCHOPS_INLINE void for_pair_blocks(int64_t from, int64_t n, Body&& pair) {
+  for_pair_blocks<T>(from, n, [](int64_t, auto) {}, pair, [](int64_t, auto) {});
 }
