@@ -152,7 +152,8 @@ class FusedOptimizer(Optimizer):
                 group["fused"], group["capturable"] = own["fused"], own["capturable"]
                 # A checkpoint of another optimizer says nothing of ours.
                 for name in (*self.defaults, "exclude"):
-                    group.setdefault(name, own[name])
+                    if name not in _FOREIGN:  # torch puts `differentiable` there
+                        group.setdefault(name, own[name])
             return {**loaded, "state": state, "param_groups": groups}
 
         # Registered last, so that it sees what the user's own hooks have made of the dict.
@@ -170,7 +171,8 @@ class FusedOptimizer(Optimizer):
         capturable = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name not in _FOREIGN:
+                    group.setdefault(name, value)
             if group["exclude"] is None:
                 group["exclude"] = []
             capturable.update(dict.fromkeys(group["params"], group["capturable"]))
