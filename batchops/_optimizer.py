@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _binding as _binding  # loads the operators
+from . import _binding  # loads the operators
 from . import _optimizer_plain as plain
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -154,7 +152,8 @@ class FusedOptimizer(Optimizer):
                 group["fused"], group["capturable"] = own["fused"], own["capturable"]
                 # A checkpoint of another optimizer says nothing of ours.
                 for name in (*self.defaults, "exclude"):
-                    group.setdefault(name, own[name])
+                    if name not in _FOREIGN:  # torch puts `differentiable` there
+                        group.setdefault(name, own[name])
             return {**loaded, "state": state, "param_groups": groups}
 
         # Registered last, so that it sees what the user's own hooks have made of the dict.
@@ -172,7 +171,8 @@ class FusedOptimizer(Optimizer):
         capturable = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name not in _FOREIGN:
+                    group.setdefault(name, value)
             if group["exclude"] is None:
                 group["exclude"] = []
             capturable.update(dict.fromkeys(group["params"], group["capturable"]))
@@ -253,9 +253,7 @@ class FusedOptimizer(Optimizer):
                 f"{kind}: expected lr to be a number or a tensor, got {type(lr).__name__}"
             )
         if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(
-                f"{kind}: lr must be a float or a one-element tensor, got {lr.numel()} elements"
-            )
+            raise ValueError(f"{kind}: Tensor lr must be 1-element, got {lr.numel()} elements")
         # The value of a tensor elsewhere is not worth a synchronisation.
         if (not isinstance(lr, Tensor) or lr.is_cpu) and not lr >= 0.0:
             raise ValueError(f"{kind}: invalid learning rate: expected lr >= 0, got {lr}")
@@ -289,7 +287,6 @@ class _Plan:
     def __init__(self, optimizer: FusedOptimizer) -> None:
         groups, state, kind = optimizer.param_groups, optimizer.state, optimizer._kind
         self.key = self._key(optimizer)
-        self.params = [p for group in groups for p in group["params"]]
         self.stateless: list[Tensor] = []
         chosen: list[tuple[Tensor, int, int, str, bool]] = []
 
@@ -347,8 +344,8 @@ class _Plan:
             )
             for (device, counted_there), members in tables.items()
         ]
-        self.entries = [entry for p, entry in state.items() if entry and isinstance(p, Tensor)]
-        self.tensors = list(chain.from_iterable(entry.values() for entry in self.entries))
+        lists = [group["params"] for group in groups]
+        self.handles = _binding.core.handles_of(lists, state)
 
     @staticmethod
     def _key(optimizer: FusedOptimizer) -> list[Any]:
@@ -368,16 +365,8 @@ class _Plan:
         """Whether the optimizer still has the very objects that this plan was made of."""
         if self.key != self._key(optimizer):
             return False
-        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        entries = [e for p, e in optimizer.state.items() if e and isinstance(p, Tensor)]
-        if (
-            len(entries) != len(self.entries)
-            or not all(map(is_, params, self.params))
-            or not all(map(is_, entries, self.entries))
-        ):
-            return False
-        tensors = list(chain.from_iterable(entry.values() for entry in entries))
-        if len(tensors) != len(self.tensors) or not all(map(is_, tensors, self.tensors)):
+        lists = [group["params"] for group in optimizer.param_groups]
+        if not _binding.core.same_handles(self.handles, lists, optimizer.state):
             return False
         return all(p.grad is None for p in self.stateless)
 

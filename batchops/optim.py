@@ -176,8 +176,9 @@ class LAMB(FusedOptimizer):
         """The combination of keywords that a published implementation stands for.
 
         ``paper``, ``apex`` (FusedLAMB), ``nvlamb`` (FusedLAMB with use_nvlamb), ``timm``, ``lambc``
-        (timm with trust_clip) and ``deepspeed`` (FusedLamb); ``overrides`` are LAMB's keywords.
-        ValueError for another name.
+        (timm with trust_clip) and ``deepspeed`` (FusedLamb; its newest source corrects the moments
+        instead of the step size, as ``step_size_correction=False`` does); ``overrides`` are LAMB's
+        keywords. ValueError for another name.
         """
         return cls(params, **{**_preset(cls, name), **overrides})
 
@@ -290,7 +291,7 @@ class LARS(FusedOptimizer):
         "mlperf": {
             "momentum": 0.9,
             "weight_decay": 1e-4,
-            "eps": 1e-7,
+            "eps": 1e-7,  # Keras' epsilon, which the reference takes where it is given 0
             "always_adapt": True,
             "exclude": _vectors,
             "exclude_decay": True,

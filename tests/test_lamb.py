@@ -17,7 +17,9 @@ from . import lamb_reference as reference
 from . import native
 from .capturable import check_nothing_is_read_back
 from .lamb_reference import Options, Tensor64
+from .memory import bytes_at_its_height
 from .reference import to_float64
+from .trajectories import check_drift
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
@@ -376,6 +378,22 @@ def test_200_steps_no_further_than_timm(fused, clip):
     assert error(ours) <= 1.5 * error(theirs)
 
 
+LONG = {**VARIANTS, **{f"preset {name}": options for name, options in LAMB.PRESETS.items()}}
+del LONG["lr 0"]  # goes nowhere
+
+
+@pytest.mark.parametrize("variant", LONG.values(), ids=LONG.keys())
+def test_200_steps_of_every_variant(variant):
+    variant = {"lr": 2e-3, "max_grad_norm": 1.0, **variant}
+    check_drift(
+        lambda params, fused: LAMB(params, **variant, fused=fused),
+        oracle_of,
+        lambda tensors, grads: reference.step(
+            tensors, grads, variant["max_grad_norm"], variant.get("clip_eps", 0.0)
+        ),
+    )
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_same_bits_for_any_number_of_threads(threads, count):
     shapes = [(64, 3, 7, 7), (64,), (300_000,), (1_200_000,), (70_000,), *[(256,)] * 300]
@@ -432,6 +450,14 @@ def test_layouts_meet_element_by_element(device, fused):
     for p, state in zip(params, states, strict=True):
         optimizer.state[p] = state
     assert_one_step(optimizer)
+
+
+def test_no_buffer_of_the_parameters_size():
+    p = parameter((4 << 20,))
+    optimizer = LAMB([p], fused=True)
+    optimizer.step()
+    assert bytes_at_its_height(lambda: p.detach().clone()) > 0.9 * p.nbytes, "measures nothing"
+    assert bytes_at_its_height(optimizer.step) < 0.1 * p.nbytes
 
 
 def test_new_state_has_the_parameters_format(device):

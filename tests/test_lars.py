@@ -15,7 +15,9 @@ from . import lars_reference as reference
 from .capturable import check_nothing_is_read_back
 from .lamb_reference import timm_optimizer
 from .lars_reference import Options, Tensor64
+from .memory import bytes_at_its_height
 from .reference import to_float64
+from .trajectories import check_drift
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
@@ -248,6 +250,23 @@ def test_200_steps_no_further_than_timm(fused, options):
     assert error(ours) <= 1.5 * error(theirs)
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_200_steps_of_every_variant(variant):
+    check_drift(
+        lambda params, fused: LARS(params, **variant, fused=fused),
+        oracle_of,
+        lambda tensors, grads: reference.step(tensors, grads, variant.get("max_grad_norm")),
+    )
+
+
+def test_no_buffer_of_the_parameters_size():
+    p = parameter((4 << 20,))
+    optimizer = LARS([p], weight_decay=0.01, momentum=0.9, fused=True)
+    optimizer.step()
+    assert bytes_at_its_height(lambda: p.detach().clone()) > 0.9 * p.nbytes, "measures nothing"
+    assert bytes_at_its_height(optimizer.step) < 0.1 * p.nbytes
+
+
 def test_same_bits_for_any_number_of_threads(threads):
     shapes = [(64, 3, 7, 7), (64,), (300_000,), (1_200_000,), *[(256,)] * 100]
 
@@ -360,6 +379,63 @@ def test_momentum_that_comes_and_goes():
     for momentum in (0.9, 0.0, 0.5):
         optimizer.param_groups[0]["momentum"] = momentum
         assert_one_step(optimizer)
+
+
+def test_replaced_gradients_storages_and_states_are_seen():
+    params = [parameter((70000,)), parameter((50,)), parameter((5, 4, 3, 3))]
+    optimizer = LARS(params, weight_decay=0.01, momentum=0.9, fused=True)
+    assert_one_step(optimizer)
+    renew(optimizer, 0.02)  # new gradient tensors
+    assert_one_step(optimizer)
+    for p in params:  # a backward makes its own
+        p.grad = None
+    sum((p.sin() * 0.01).sum() for p in params).backward()
+    assert_one_step(optimizer)
+    for p in params:  # new storages under the same Parameter objects
+        p.data = p.detach() * 1.5
+    assert_one_step(optimizer)
+    for p in params:  # new storages under the same gradient objects
+        p.grad.data = torch.randn_like(p) * 0.01
+    assert_one_step(optimizer)
+    for p in params:  # new storages under the same state tensors
+        optimizer.state[p]["momentum_buffer"].data = torch.randn_like(p) * 1e-3
+    assert_one_step(optimizer)
+    for p in params:  # new state tensors in the same dicts
+        optimizer.state[p]["momentum_buffer"] = torch.randn_like(p) * 1e-3
+        optimizer.state[p]["step"] = torch.tensor(100.0)
+    assert_one_step(optimizer)
+    for p in params:  # new dicts
+        optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
+    assert_one_step(optimizer)
+    with torch.no_grad():  # values changed in place
+        optimizer.state[params[0]]["momentum_buffer"].mul_(2)
+        params[1].fill_(0.5)
+    assert_one_step(optimizer)
+    for p in params:  # states that are gone: the first step again
+        del optimizer.state[p]
+    assert_one_step(optimizer)
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1, 1, 1]
+
+
+def test_replaced_and_moved_parameters_are_seen():
+    a, b, c = parameter((50,)), parameter((50,)), parameter((6, 5, 3, 3))
+    optimizer = LARS([a, c], weight_decay=0.01, momentum=0.9)
+    assert_one_step(optimizer)
+    optimizer.param_groups[0]["params"] = [b, c]
+    before = a.detach().clone()
+    assert_one_step(optimizer)
+    optimizer.param_groups[0]["params"][0] = a  # in the same list
+    assert_one_step(optimizer)
+    assert not torch.equal(a, before)
+    assert [int(optimizer.state[p]["step"]) for p in (a, b, c)] == [2, 1, 3]
+    c.data = c.data.to(memory_format=torch.channels_last)
+    c.grad = torch.randn_like(c) * 0.01
+    assert_one_step(optimizer)
+    for p in (a, c):  # module.bfloat16() does this
+        p.data = p.data.bfloat16()
+        p.grad = None
+        p.grad = torch.randn_like(p) * 0.01
+    assert_one_step(optimizer)
 
 
 @pytest.mark.cuda

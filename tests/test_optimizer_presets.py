@@ -61,6 +61,14 @@ def lamb_deepspeed(p, g, m, v, t, _):
     return p - step_size * coefficient * update, m, v
 
 
+def lamb_deepspeed_corrected(p, g, m, v, t, _):
+    """FusedLamb's newest source: the moments themselves are corrected."""
+    m, v, c1, c2 = adam(m, v, g, t)
+    update = (m / c1) / ((v / c2).sqrt() + 1e-8)
+    coefficient = min(max(float(p.norm() / update.norm()), 0.01), 10.0)
+    return p - LR * coefficient * update, m, v
+
+
 LAMBS = {
     "paper": lamb_paper,
     "apex": lamb_apex,
@@ -137,6 +145,14 @@ def test_lamb_presets(fused, name):
     params, grads = start()
     optimizer = LAMB.preset(name, params, lr=LR, fused=fused)
     f = LAMBS[name]
+    assert_follows(optimizer, params, grads, lambda p, g, s, t, n: f(p, g, *s, t, n))
+
+
+@FUSED
+def test_deepspeed_with_corrected_moments(fused):
+    params, grads = start()
+    optimizer = LAMB.preset("deepspeed", params, lr=LR, step_size_correction=False, fused=fused)
+    f = lamb_deepspeed_corrected
     assert_follows(optimizer, params, grads, lambda p, g, s, t, n: f(p, g, *s, t, n))
 
 
@@ -225,6 +241,20 @@ BOTH = pytest.mark.parametrize(
     ],
     ids=["LAMB", "LARS"],
 )
+
+
+@BOTH
+def test_a_loaded_state_dict_comes_out_again(make):
+    """torch adds `differentiable` to the defaults of an optimizer that loads."""
+    params, grads = start()
+    optimizer = make(params)
+    for p, g in zip(params, grads[0], strict=True):
+        p.grad = g
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for twin in (make(params), copy.deepcopy(optimizer)):
+        twin.load_state_dict(copy.deepcopy(saved))
+        assert twin.state_dict()["param_groups"] == saved["param_groups"]
 
 
 @FUSED

@@ -5,6 +5,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -131,7 +132,9 @@ class OptimizerTable : public torch::CustomClassHolder {
     tensors_.clear();
     active_.clear();
     kept_.clear();
+    counts_.clear();
     for (size_t i = 0; i < params_.size(); ++i) {
+      ask_ahead(i);
       const Tensor& p = params_[i];
       const Tensor& grad = p.grad();
       if (!grad.defined()) continue;
@@ -195,19 +198,18 @@ class OptimizerTable : public torch::CustomClassHolder {
     } else {
       step_on_device(grad_sum_sq, stats);
     }
-    for (size_t k = 0; k < active_.size(); ++k) {
-      const size_t i = active_[k];
-      if (counts_home_.is_cpu()) {
-        *steps_[i].mutable_data_ptr<float>() = static_cast<float>(tensors_[k].step);
-      } else {
-        changed(steps_[i]);
-      }
-      // Autograd must notice that what it may have saved has changed.
-      changed(params_[i]);
+    for (size_t k = 0; k < counts_.size(); ++k) *counts_[k] = static_cast<float>(tensors_[k].step);
+    // Autograd must notice that what it may have saved has changed.
+    std::vector<c10::TensorImpl*> written;
+    written.reserve(4 * active_.size());
+    for (size_t i : active_) {
+      written.push_back(params_[i].unsafeGetTensorImpl());
       for (const State* state : {&firsts_[i], &seconds_[i], &masters_[i]}) {
-        if (*state) changed(**state);
+        if (*state) written.push_back((*state)->unsafeGetTensorImpl());
       }
+      if (!counts_home_.is_cpu()) written.push_back(steps_[i].unsafeGetTensorImpl());
     }
+    raise_versions(written);
     kept_.clear();
     return -1;
   }
@@ -223,8 +225,60 @@ class OptimizerTable : public torch::CustomClassHolder {
   void raise_on(const char* message) const {
     TORCH_CHECK(message == nullptr, kind_.op, ": ", message);
   }
-  static void changed(const Tensor& t) {
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  // An increment is atomic, and nothing overlaps with its wait for memory: so counters are read a
+  // batch ahead, which overlaps.
+  static void raise_versions(const std::vector<c10::TensorImpl*>& impls) {
+    constexpr size_t kBatch = 32;
+    for (size_t begin = 0; begin < impls.size(); begin += kBatch) {
+      const size_t end = std::min(begin + kBatch, impls.size());
+      for (size_t k = end; k < std::min(end + kBatch, impls.size()); ++k) ask_for(impls[k]);
+      std::array<bool, kBatch> counted;
+      for (size_t k = begin; k < end; ++k) {
+        counted[k - begin] = !impls[k]->is_inference();
+        if (counted[k - begin]) {
+          [[maybe_unused]] volatile uint32_t seen = impls[k]->version_counter().current_version();
+        }
+      }
+      for (size_t k = begin; k < end; ++k) {
+        if (counted[k - begin]) impls[k]->bump_version();
+      }
+    }
+  }
+
+  // Tensors lie all over memory, and from a handle to its numbers there are several steps from
+  // pointer to pointer: those of parameters further on are asked for ahead.
+  static void ask_for(const c10::TensorImpl* impl) {
+    const auto* bytes = reinterpret_cast<const char*>(impl);
+    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
+      __builtin_prefetch(bytes + line);
+    }
+  }
+  static void ask_for_storage(const c10::TensorImpl* impl) {
+    if (impl->has_storage()) {
+      __builtin_prefetch(impl->unsafe_storage().unsafeGetStorageImpl());
+      __builtin_prefetch(
+          reinterpret_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl()) + 64);
+    }
+  }
+  void ask_ahead(size_t i) const {
+    const auto each = [&](size_t k, auto&& f) {
+      if (k >= params_.size()) return;
+      f(params_[k].unsafeGetTensorImpl());
+      f(steps_[k].unsafeGetTensorImpl());
+      for (const State* state : {&firsts_[k], &seconds_[k], &masters_[k]}) {
+        if (*state) f((*state)->unsafeGetTensorImpl());
+      }
+    };
+    each(i + 12, [](const c10::TensorImpl* impl) { ask_for(impl); });
+    each(i + 9, [](const c10::TensorImpl* impl) { ask_for_storage(impl); });
+    if (i + 9 < params_.size()) {
+      const auto* meta =
+          reinterpret_cast<const char*>(params_[i + 9].unsafeGetTensorImpl()->autograd_meta());
+      __builtin_prefetch(meta);
+      __builtin_prefetch(meta + 64);
+    }
+    if (i + 6 < params_.size()) ask_for(params_[i + 6].grad().unsafeGetTensorImpl());
+    if (i + 3 < params_.size()) ask_for_storage(params_[i + 3].grad().unsafeGetTensorImpl());
   }
 
   void check_grad(const Tensor& p, const Tensor& grad, const std::string& name) const {
@@ -276,7 +330,8 @@ class OptimizerTable : public torch::CustomClassHolder {
     x.g_dtype = *dtype_of(g.scalar_type());
     x.group = static_cast<int32_t>(group_of_[i]);
     if (counts_home_.is_cpu()) {
-      x.step = static_cast<double>(*steps_[i].const_data_ptr<float>()) + 1;
+      counts_.push_back(steps_[i].mutable_data_ptr<float>());
+      x.step = static_cast<double>(*counts_.back()) + 1;
     } else {
       x.device_step = steps_[i].mutable_data_ptr<float>();
     }
@@ -418,6 +473,7 @@ class OptimizerTable : public torch::CustomClassHolder {
 
   std::vector<OptimizerTensor> tensors_;  // of parameters with a gradient
   std::vector<size_t> active_;            // their indices
+  std::vector<float*> counts_;            // their step counts, where those are on the CPU
   std::vector<Tensor> kept_;              // copies of gradients, for the duration of a step
   std::vector<LambGroup> lamb_groups_;
   std::vector<LarsGroup> lars_groups_;
