@@ -17,6 +17,7 @@ from .lamb_reference import timm_optimizer
 from .lars_reference import Options, Tensor64
 from .memory import bytes_at_its_height
 from .reference import to_float64
+from .replacements import replacements
 from .trajectories import check_drift
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -384,36 +385,8 @@ def test_momentum_that_comes_and_goes():
 def test_replaced_gradients_storages_and_states_are_seen():
     params = [parameter((70000,)), parameter((50,)), parameter((5, 4, 3, 3))]
     optimizer = LARS(params, weight_decay=0.01, momentum=0.9, fused=True)
-    assert_one_step(optimizer)
-    renew(optimizer, 0.02)  # new gradient tensors
-    assert_one_step(optimizer)
-    for p in params:  # a backward makes its own
-        p.grad = None
-    sum((p.sin() * 0.01).sum() for p in params).backward()
-    assert_one_step(optimizer)
-    for p in params:  # new storages under the same Parameter objects
-        p.data = p.detach() * 1.5
-    assert_one_step(optimizer)
-    for p in params:  # new storages under the same gradient objects
-        p.grad.data = torch.randn_like(p) * 0.01
-    assert_one_step(optimizer)
-    for p in params:  # new storages under the same state tensors
-        optimizer.state[p]["momentum_buffer"].data = torch.randn_like(p) * 1e-3
-    assert_one_step(optimizer)
-    for p in params:  # new state tensors in the same dicts
-        optimizer.state[p]["momentum_buffer"] = torch.randn_like(p) * 1e-3
-        optimizer.state[p]["step"] = torch.tensor(100.0)
-    assert_one_step(optimizer)
-    for p in params:  # new dicts
-        optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
-    assert_one_step(optimizer)
-    with torch.no_grad():  # values changed in place
-        optimizer.state[params[0]]["momentum_buffer"].mul_(2)
-        params[1].fill_(0.5)
-    assert_one_step(optimizer)
-    for p in params:  # states that are gone: the first step again
-        del optimizer.state[p]
-    assert_one_step(optimizer)
+    for _ in replacements(optimizer, "momentum_buffer"):
+        assert_one_step(optimizer)
     assert [int(optimizer.state[p]["step"]) for p in params] == [1, 1, 1]
 
 
