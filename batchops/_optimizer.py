@@ -152,8 +152,7 @@ class FusedOptimizer(Optimizer):
                 group["fused"], group["capturable"] = own["fused"], own["capturable"]
                 # A checkpoint of another optimizer says nothing of ours.
                 for name in (*self.defaults, "exclude"):
-                    if name not in _FOREIGN:  # torch puts `differentiable` there
-                        group.setdefault(name, own[name])
+                    group.setdefault(name, own[name])
             return {**loaded, "state": state, "param_groups": groups}
 
         # Registered last, so that it sees what the user's own hooks have made of the dict.
@@ -168,11 +167,12 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        for name in _FOREIGN:  # torch puts `differentiable` there
+            self.defaults.pop(name, None)
         capturable = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                if name not in _FOREIGN:
-                    group.setdefault(name, value)
+                group.setdefault(name, value)
             if group["exclude"] is None:
                 group["exclude"] = []
             capturable.update(dict.fromkeys(group["params"], group["capturable"]))

@@ -553,11 +553,12 @@ def test_moved_parameters_are_seen():
     assert all(p.isfinite().all() for p in params)
 
 
-def test_replaced_parameter_lists_are_seen():
+@pytest.mark.parametrize("container", [list, tuple])
+def test_replaced_parameter_lists_are_seen(container):
     a, b = parameter((50,)), parameter((50,))
     optimizer = LAMB([a], fused=True)
     assert_one_step(optimizer)
-    optimizer.param_groups[0]["params"] = [b]
+    optimizer.param_groups[0]["params"] = container([b])
     before = a.detach().clone()
     optimizer.step()
     assert torch.equal(a, before)

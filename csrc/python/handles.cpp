@@ -3,6 +3,8 @@
 // as long as the step of a small parameter.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 namespace py = pybind11;
 
 namespace batchops {
@@ -15,10 +17,13 @@ void prefetch(const void* p) { __builtin_prefetch(p); }
 template <class F>
 bool for_each_handle(const py::list& lists, const py::dict& state, F&& f) {
   for (const py::handle list : lists) {
-    if (!PyList_Check(list.ptr())) throw py::type_error("expected a list of lists");
-    const Py_ssize_t count = PyList_GET_SIZE(list.ptr());
+    if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr())) {
+      throw py::type_error("expected parameters to be a list or a tuple, got " +
+                           std::string(Py_TYPE(list.ptr())->tp_name));
+    }
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list.ptr());
     for (Py_ssize_t i = 0; i < count; ++i) {
-      if (!f(PyList_GET_ITEM(list.ptr(), i))) return false;
+      if (!f(PySequence_Fast_GET_ITEM(list.ptr(), i))) return false;
     }
   }
   // The dicts lie all over memory, each two steps away: some ahead are asked for.

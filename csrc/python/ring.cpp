@@ -92,7 +92,6 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
 
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(Ring::data(slot_)); }
-  size_t bytes() const { return bytes_; }
   void hold_until(py::object event) { event_ = std::move(event); }
 
   py::buffer_info buffer() const {
@@ -167,9 +166,7 @@ void bind_ring(py::module_& m) {
 
   py::class_<Lease>(m, "Lease", py::buffer_protocol(),
                     "A slot of a ring, for as long as this lives")
-      .def_buffer(&Lease::buffer)
-      .def_property_readonly("address", &Lease::address)
-      .def_property_readonly("nbytes", &Lease::bytes);
+      .def_buffer(&Lease::buffer);
 
   py::class_<PyRing>(m, "Ring", "Memory that batches are written to, used again and again")
       .def(py::init<size_t, bool, const py::object&, const py::object&>(), py::arg("capacity"),
