@@ -6,9 +6,12 @@
 #include "kernels/cpu/simd.h"
 
 #define BATCHOPS_ISA_BODY "kernels/cpu/batch_norm_backward_body.inl"
-#include "kernels/cpu/for_each_isa.inl"
+#include "kernels/cpu/wide_isa.inl"
 
 namespace batchops {
+namespace baseline {
+const char* batch_norm_backward(const BatchNormBackward& args, const Parallel& par);
+}
 
 const char* batch_norm_backward_cpu(const BatchNormBackward& args, const Parallel& par) {
   if (args.shape.numel() == 0) return nullptr;

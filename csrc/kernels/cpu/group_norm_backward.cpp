@@ -6,9 +6,12 @@
 #include "kernels/group_norm.h"
 
 #define BATCHOPS_ISA_BODY "kernels/cpu/group_norm_backward_body.inl"
-#include "kernels/cpu/for_each_isa.inl"
+#include "kernels/cpu/wide_isa.inl"
 
 namespace batchops {
+namespace baseline {
+const char* group_norm_backward(const GroupNormBackward& args, const Parallel& par);
+}
 
 const char* group_norm_backward_cpu(const GroupNormBackward& args, const Parallel& par) {
   if (args.shape.numel() == 0) return nullptr;

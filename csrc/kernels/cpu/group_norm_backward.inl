@@ -10,26 +10,25 @@
 // What dz = dy · activation'(z) is made from.
 enum class Derivative { one, recomputed, bits };
 
-template <class S, class Act, Derivative kDerivative>
-struct GroupBackward {
+// What is the same for all activations: sums of the derivatives, and dx from derivatives that were
+// kept, or from dy where there is no activation (`kOne`).
+template <class S, bool kOneDerivative>
+struct GroupBackwardOfKept {
   using Element = S;
   using T = AccOf<S>;
   using V = Vec<T>;
   static constexpr int L = V::kLanes;
-  static constexpr bool kOne = kDerivative == Derivative::one;
-  static constexpr bool kBits = kDerivative == Derivative::bits;
+  static constexpr bool kOne = kOneDerivative;
 
   const GroupNormBackward& args;
   const GroupNormPlan& plan;
   const AffineValues<T>& affine;
-  const Act act;
   double* const partial;  // [block][dweight, dbias][C]
   const GroupNormShape& shape = args.shape;
   const RowGeometry rows{shape, plan};
   const T* const stats = static_cast<const T*>(args.stats);
   const S* const x = static_cast<const S*>(args.x);
   const S* const dy = static_cast<const S*>(args.dy);
-  const S* const residual = residual_of<S>(args);
   S* const dx = static_cast<S*>(args.dx);
   S* const dresidual = static_cast<S*>(args.dresidual);
   S* const output = dx != nullptr ? dx : dresidual;
@@ -42,34 +41,15 @@ struct GroupBackward {
 
   GroupStats<T> stats_of(int64_t index) const { return {stats, shape.N * shape.G, index}; }
 
-  // What one access takes: a pair, or the vector that a stretch of mask bits stands for.
-  using X = std::conditional_t<kBits, V, Pair<T>>;
-
   // What a loop over elements needs, to be kept in registers: as far as the compiler knows, a store
   // to dx may alter any member of what lies in memory.
   struct Elements {
     const S* x;
     const S* dy;
-    const S* residual;
     S* dx;
     S* dresidual;
-    Act act;
     bool past_residual;
 
-    template <class Lanes, class Mean, class Scale>
-    BATCHOPS_INLINE X derivative(int64_t at, Lanes lanes, uint64_t bits, X value, Mean mean,
-                                 Scale scale, Scale shift) const {
-      const X gradient = load<T>(dy + at, lanes);
-      if constexpr (kOne) {
-        return gradient;
-      } else if constexpr (kBits) {
-        return act.backward_bits(gradient, bits);
-      } else {
-        X z = normalize(value, X(mean), X(scale), X(shift));
-        if (residual != nullptr) z = z + load<T>(residual + at, lanes);
-        return derivative_of(act, gradient, z);
-      }
-    }
     template <class Lanes, class Taken, class Value>
     BATCHOPS_INLINE void write(int64_t at, Lanes lanes, bool past, Taken dz, Taken centred,
                                Value scale, Value slope, Value offset) const {
@@ -77,32 +57,7 @@ struct GroupBackward {
       if (dresidual != nullptr) put(dresidual + at, dz, lanes, past && past_residual);
     }
   };
-  Elements elements() const { return {x, dy, residual, dx, dresidual, act, past_residual}; }
-
-  // Calls vector(j, lanes, u, bits) over [from, n); `mask` is where the bits of j = 0 lie.
-  static constexpr int kChains = kBits ? 4 : 2;
-  template <int kUnroll, class Vector>
-  static BATCHOPS_INLINE void for_run(int64_t from, int64_t n, const uint8_t* mask,
-                                      Vector&& vector) {
-    if constexpr (kBits) {
-      uint64_t bits = 0;
-      for_blocks<T>(
-          from, n,
-          [&](int64_t j, auto bytes)
-              BATCHOPS_INLINE_LAMBDA { bits = read_bits(mask + j / 8, bytes); },
-          [&](int64_t j, auto lanes, int u)
-              BATCHOPS_INLINE_LAMBDA { vector(j, lanes, u, bits >> (u * L)); },
-          [](int64_t, auto) {});
-    } else {
-      for_pairs<T, kUnroll>(from, n, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-        vector(j, lanes, u, uint64_t{0});
-      });
-    }
-  }
-  // In the order that for_run() takes values in, from the elements' order or back.
-  static void in_run_order(T* values, int64_t width) {
-    if constexpr (!kBits) in_pair_order<S>(values, width);
-  }
+  Elements elements() const { return {x, dy, dx, dresidual, past_residual}; }
 
   struct Coefficients {
     T slope, offset;
@@ -138,57 +93,21 @@ struct GroupBackward {
     return {static_cast<T>(slope), static_cast<T>(-rstd * a * inverse - slope * low)};
   }
 
+  // slope and offset of sample n's groups, to the columns.
+  void finish_pixels(int64_t n, const double* dz, const double* dz_x, T* of_groups) const {
+    const int64_t G = shape.G;
+    for (int64_t g = 0; g < G; ++g) {
+      const Coefficients with = finish(n * G + g, dz + g * plan.D, dz_x + g * plan.D);
+      of_groups[g] = with.slope;
+      of_groups[G + g] = with.offset;
+    }
+  }
+
   // ------------------------------------------------------------------- planes
 
   struct Values {
     V first, second;
   };
-
-  // Sums of chunk `chunk` of group `unit` for its D channels, added to dz and dz_x; the derivatives
-  // themselves go to `kept` (not where there is no activation), whole pairs at a time.
-  void sum_planes(int64_t unit, int64_t chunk, T* kept, double* dz, double* dz_x) const {
-    const int64_t HxW = shape.HxW, base = unit * plan.M;
-    const int64_t begin = begin_of_chunk(plan, HxW, chunk);
-    const int64_t end = begin_of_chunk(plan, HxW, chunk + 1);
-    const int64_t first_channel = unit % shape.G * plan.D;
-    const GroupStats<T> of = stats_of(unit);
-    const V mean(of.hi), zero(T(0));
-    const Elements elements = this->elements();
-    for (int64_t j0 = begin; j0 < end;) {
-      const int64_t d = j0 / HxW, i = j0 % HxW;
-      const int64_t n = end - j0 < HxW - i ? end - j0 : HxW - i;
-      const T scale_d = of.scale(affine.weight[first_channel + d]);
-      const V scale(scale_d), shift(of.shift(scale_d, affine.bias[first_channel + d]));
-      const uint8_t* mask =
-          kBits ? args.mask + (base + j0) / HxW * ((HxW + 7) / 8) + i / 8 : nullptr;
-      double total = 0, total_x = 0;
-      for (int64_t from = 0; from < n; from += kPieceElements) {
-        const int64_t count = n - from < kPieceElements ? n - from : kPieceElements;
-        const int64_t at = base + j0 + from;
-        T* const to = kOne ? nullptr : kept + (j0 - begin + from);
-        X s[kChains], q[kChains];
-        for (int u = 0; u < kChains; ++u) s[u] = q[u] = zero;
-        for_run<2>(0, count, kBits ? mask + from / 8 : nullptr,
-                   [&](int64_t j, auto lanes, int u, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
-                     const X value = load<T>(elements.x + at + j, lanes);
-                     const X g =
-                         elements.derivative(at + j, lanes, bits, value, mean, scale, shift);
-                     if constexpr (!kOne) store_whole(to + j, reorder<S>(g));
-                     s[u] = s[u] + g;
-                     q[u] = fma(g, value - mean, q[u]);
-                   });
-        for (int u = 1; u < kChains; ++u) {
-          s[0] = s[0] + s[u];
-          q[0] = q[0] + q[u];
-        }
-        total += sum(s[0]);
-        total_x += sum(q[0]);
-      }
-      dz[d] += total;
-      dz_x[d] += total_x;
-      j0 += n;
-    }
-  }
 
   void apply_planes(int64_t unit, int64_t chunk, const T* kept, Coefficients with) const {
     const int64_t HxW = shape.HxW, base = unit * plan.M;
@@ -225,29 +144,6 @@ struct GroupBackward {
   }
 
   // --------------------------------------------------------------------- rows
-
-  // dz of a whole row, into `to`.
-  template <class Affine>
-  void derive_row(int64_t n, const Affine of, T* to, uint8_t* flat) const {
-    const Elements elements = this->elements();
-    const int64_t at = rows.row_offset(n, 0);
-    for_run<1>(0, plan.width, mask_of(n, 0, flat),
-               [&](int64_t j, auto lanes, int, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
-                 const X value = load<T>(elements.x + at + j, lanes);
-                 const X g = elements.derivative(at + j, lanes, bits, value, of.mean(j, lanes),
-                                                 of.scale(j, lanes), of.shift(j, lanes));
-                 store_whole(to + j, reorder<S>(g));
-               });
-  }
-  // The bits of a row in one string.
-  const uint8_t* mask_of(int64_t n, int64_t step, uint8_t* flat) const {
-    if constexpr (!kBits) return nullptr;
-    const uint8_t* mask = args.mask + rows.mask_offset(n, step);
-    const int64_t width = rows.row_width(step);
-    if (!rows.joined(width)) return mask;
-    join_runs(flat, mask, rows.runs(width), rows.run());
-    return flat;
-  }
 
   // So many rows go through a group together that the columns' weights are loaded, and their sums
   // loaded and stored, less often. They must stay in the second-level cache until dx is written;
@@ -359,6 +255,139 @@ struct GroupBackward {
       in_pair_order<S>(columns + g * plan.M, plan.M - plan.M % (2 * L));
     }
   }
+};
+
+template <class S, class Act, Derivative kDerivative>
+struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
+  using Base = GroupBackwardOfKept<S, kDerivative == Derivative::one>;
+  using Base::args, Base::plan, Base::affine, Base::shape, Base::rows, Base::stats, Base::stats_of;
+  using Base::L, Base::kOne, Base::output, Base::past_cache;
+  using typename Base::T, typename Base::V;
+  static constexpr bool kBits = kDerivative == Derivative::bits;
+
+  const Act act;
+
+  // What one access takes: a pair, or the vector that a stretch of mask bits stands for.
+  using X = std::conditional_t<kBits, V, Pair<T>>;
+
+  struct Elements : Base::Elements {
+    const S* residual;
+    Act act;
+
+    template <class Lanes, class Mean, class Scale>
+    BATCHOPS_INLINE X derivative(int64_t at, Lanes lanes, uint64_t bits, X value, Mean mean,
+                                 Scale scale, Scale shift) const {
+      const X gradient = load<T>(this->dy + at, lanes);
+      if constexpr (kOne) {
+        return gradient;
+      } else if constexpr (kBits) {
+        return act.backward_bits(gradient, bits);
+      } else {
+        X z = normalize(value, X(mean), X(scale), X(shift));
+        if (residual != nullptr) z = z + load<T>(residual + at, lanes);
+        return derivative_of(act, gradient, z);
+      }
+    }
+  };
+  Elements elements() const { return {Base::elements(), residual_of<S>(args), act}; }
+
+  // Calls vector(j, lanes, u, bits) over [from, n); `mask` is where the bits of j = 0 lie.
+  static constexpr int kChains = kBits ? 4 : 2;
+  template <int kUnroll, class Vector>
+  static BATCHOPS_INLINE void for_run(int64_t from, int64_t n, const uint8_t* mask,
+                                      Vector&& vector) {
+    if constexpr (kBits) {
+      uint64_t bits = 0;
+      for_blocks<T>(
+          from, n,
+          [&](int64_t j, auto bytes)
+              BATCHOPS_INLINE_LAMBDA { bits = read_bits(mask + j / 8, bytes); },
+          [&](int64_t j, auto lanes, int u)
+              BATCHOPS_INLINE_LAMBDA { vector(j, lanes, u, bits >> (u * L)); },
+          [](int64_t, auto) {});
+    } else {
+      for_pairs<T, kUnroll>(from, n, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        vector(j, lanes, u, uint64_t{0});
+      });
+    }
+  }
+  // In the order that for_run() takes values in, from the elements' order or back.
+  static void in_run_order(T* values, int64_t width) {
+    if constexpr (!kBits) in_pair_order<S>(values, width);
+  }
+
+  // ------------------------------------------------------------------- planes
+
+  // Sums of chunk `chunk` of group `unit` for its D channels, added to dz and dz_x; the derivatives
+  // themselves go to `kept` (not where there is no activation), whole pairs at a time.
+  void sum_planes(int64_t unit, int64_t chunk, T* kept, double* dz, double* dz_x) const {
+    const int64_t HxW = shape.HxW, base = unit * plan.M;
+    const int64_t begin = begin_of_chunk(plan, HxW, chunk);
+    const int64_t end = begin_of_chunk(plan, HxW, chunk + 1);
+    const int64_t first_channel = unit % shape.G * plan.D;
+    const GroupStats<T> of = stats_of(unit);
+    const V mean(of.hi), zero(T(0));
+    const Elements elements = this->elements();
+    for (int64_t j0 = begin; j0 < end;) {
+      const int64_t d = j0 / HxW, i = j0 % HxW;
+      const int64_t n = end - j0 < HxW - i ? end - j0 : HxW - i;
+      const T scale_d = of.scale(affine.weight[first_channel + d]);
+      const V scale(scale_d), shift(of.shift(scale_d, affine.bias[first_channel + d]));
+      const uint8_t* mask =
+          kBits ? args.mask + (base + j0) / HxW * ((HxW + 7) / 8) + i / 8 : nullptr;
+      double total = 0, total_x = 0;
+      for (int64_t from = 0; from < n; from += kPieceElements) {
+        const int64_t count = n - from < kPieceElements ? n - from : kPieceElements;
+        const int64_t at = base + j0 + from;
+        T* const to = kOne ? nullptr : kept + (j0 - begin + from);
+        X s[kChains], q[kChains];
+        for (int u = 0; u < kChains; ++u) s[u] = q[u] = zero;
+        for_run<2>(0, count, kBits ? mask + from / 8 : nullptr,
+                   [&](int64_t j, auto lanes, int u, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+                     const X value = load<T>(elements.x + at + j, lanes);
+                     const X g =
+                         elements.derivative(at + j, lanes, bits, value, mean, scale, shift);
+                     if constexpr (!kOne) store_whole(to + j, reorder<S>(g));
+                     s[u] = s[u] + g;
+                     q[u] = fma(g, value - mean, q[u]);
+                   });
+        for (int u = 1; u < kChains; ++u) {
+          s[0] = s[0] + s[u];
+          q[0] = q[0] + q[u];
+        }
+        total += sum(s[0]);
+        total_x += sum(q[0]);
+      }
+      dz[d] += total;
+      dz_x[d] += total_x;
+      j0 += n;
+    }
+  }
+
+  // --------------------------------------------------------------------- rows
+
+  // dz of a whole row, into `to`.
+  template <class Affine>
+  void derive_row(int64_t n, const Affine of, T* to, uint8_t* flat) const {
+    const Elements elements = this->elements();
+    const int64_t at = rows.row_offset(n, 0);
+    for_run<1>(0, plan.width, mask_of(n, 0, flat),
+               [&](int64_t j, auto lanes, int, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+                 const X value = load<T>(elements.x + at + j, lanes);
+                 const X g = elements.derivative(at + j, lanes, bits, value, of.mean(j, lanes),
+                                                 of.scale(j, lanes), of.shift(j, lanes));
+                 store_whole(to + j, reorder<S>(g));
+               });
+  }
+  // The bits of a row in one string.
+  const uint8_t* mask_of(int64_t n, int64_t step, uint8_t* flat) const {
+    if constexpr (!kBits) return nullptr;
+    const uint8_t* mask = args.mask + rows.mask_offset(n, step);
+    const int64_t width = rows.row_width(step);
+    if (!rows.joined(width)) return mask;
+    join_runs(flat, mask, rows.runs(width), rows.run());
+    return flat;
+  }
 
   // ------------------------------------------------------------------- pixels
 
@@ -424,15 +453,6 @@ struct GroupBackward {
                });
   }
 
-  // slope and offset of sample n's groups, to the columns.
-  void finish_pixels(int64_t n, const double* dz, const double* dz_x, T* of_groups) const {
-    const int64_t G = shape.G;
-    for (int64_t g = 0; g < G; ++g) {
-      const Coefficients with = finish(n * G + g, dz + g * plan.D, dz_x + g * plan.D);
-      of_groups[g] = with.slope;
-      of_groups[G + g] = with.offset;
-    }
-  }
   void set_columns(int64_t n, const ScratchRows<T>& columns) const {
     column_affine(rows, stats, n, affine, columns[0], columns[1], columns[2]);
     for (int row = 0; row < 3; ++row) in_run_order(columns[row], plan.width);
@@ -777,14 +797,14 @@ const char* group_norm_backward(const GroupNormBackward& args, const Parallel& p
     };
     if (args.mask != nullptr) {
       using Act = GenericActivation;
-      error = run(GroupBackward<S, Act, Derivative::bits>{
-          args, plan, affine, activation_of<Act>(shape), partial.get()});
+      error = run(GroupBackward<S, Act, Derivative::bits>{{args, plan, affine, partial.get()},
+                                                          activation_of<Act>(shape)});
       return;
     }
     error = with_instance<S, Identity, FastSilu<sizeof(S) == 2>>(shape, [&](const auto& act) {
       using Act = std::remove_cvref_t<decltype(act)>;
       constexpr auto kDerivative = Act::kNeedsZ ? Derivative::recomputed : Derivative::one;
-      return run(GroupBackward<S, Act, kDerivative>{args, plan, affine, act, partial.get()});
+      return run(GroupBackward<S, Act, kDerivative>{{args, plan, affine, partial.get()}, act});
     });
   });
   if (error != nullptr) return error;

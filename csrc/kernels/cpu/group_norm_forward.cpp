@@ -6,9 +6,12 @@
 #include "kernels/group_norm.h"
 
 #define BATCHOPS_ISA_BODY "kernels/cpu/group_norm_forward_body.inl"
-#include "kernels/cpu/for_each_isa.inl"
+#include "kernels/cpu/wide_isa.inl"
 
 namespace batchops {
+namespace baseline {
+const char* group_norm_forward(const GroupNormForward& args, const Parallel& par);
+}
 
 const char* group_norm_forward_cpu(const GroupNormForward& args, const Parallel& par) {
   if (args.shape.numel() == 0) return nullptr;

@@ -7,6 +7,9 @@
 //     #include "kernels/cpu/for_each_isa.inl"
 //     void my_kernel(const Args& args) { BATCHOPS_ISA_CALL(my_kernel, args); }
 //
+// Large kernels include wide_isa.inl there, and baseline_isa.inl in a file of its own, which takes
+// less time to compile.
+//
 // The body lands in namespace batchops::avx512, ::avx2 and ::baseline in turn, each time with the
 // vectors of simd.inl in scope at that set's width:
 //
