@@ -57,7 +57,7 @@ SHAPES = {  # N, C, HxW: why, chunks a channel in each layout
     (2, 8, 64): ("rows of whole 16-byte units in both layouts", (1, 1)),
     (5, 6, 49): ("7 x 7: element accesses, rows that end inside sectors", (1, 2)),
     (2, 12, 196): ("14 x 14 and 12 channels: units of 4", (1, 4)),
-    (5, 3, 4096): ("several chunks a channel", (3, 20)),
+    (4, 2, 3072): ("several chunks a channel, cut within a plane; clusters", (2, 12)),
 }
 
 
