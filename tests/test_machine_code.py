@@ -15,6 +15,7 @@ from .emulator import toolkit
 from .machine_code_limits import Limits
 
 FAULTS = Path(__file__).with_name("machine_code_faults.cu")
+FEATURES = Path(__file__).parent / "emulator" / "features.cu"
 
 needs_nvcc = pytest.mark.skipif(toolkit.tool("nvcc") is None, reason="needs nvcc")
 NOTHING = "needs a build with CUDA, cuobjdump and nvdisasm"
@@ -221,3 +222,13 @@ def test_without_nvdisasm_accesses_are_counted_in_the_ptx(monkeypatch):
     assert found["split_store"].stores == {32: 4}
     assert found["array_in_local_memory"].local > 0
     assert "PTX" not in machine_code.table(found.values())
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_emulators_features_are_cuda(target, tmp_path):
+    command = [toolkit.tool("nvcc"), "-std=c++17", f"-arch={target}", "-cubin"]
+    command += [f"-I{FEATURES.parents[2] / 'csrc'}", "-Werror", "all-warnings"]
+    command += ["-o", str(tmp_path / "features.cubin"), str(FEATURES)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
