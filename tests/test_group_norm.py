@@ -396,13 +396,12 @@ def test_same_bits_in_every_run(name, device):
 
 @needs_memory(12)
 def test_more_than_two_billion_elements_are_addressed():
-    """Rows of -1 and 1 are their own norm; the last row differs from the others."""
+    """Rows of 0, and of -1 and 1, are their own norm; those at the end differ from the others."""
     D, rows = 2**13, 2**18 + 3
     x = huge_zeros((rows, D), torch.bfloat16)
-    x.copy_(torch.tensor([-1.0, 1.0]).repeat(D // 2))
+    x[-2:] = torch.tensor([-1.0, 1.0]).repeat(D // 2)
     x[-1] *= -1
-    y = BF.layer_norm(x, (D,), eps=0.0)
+    y = BF.layer_norm(x, (D,), eps=1e-6)
     assert y.numel() > 2**31
     assert torch.equal(y[-3:], x[-3:])
-    assert torch.equal(y[:2], x[:2])
-    assert y[:, 0].eq(x[:, 0]).all()
+    assert y[:-2, 0].eq(0).all()
