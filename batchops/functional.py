@@ -27,6 +27,7 @@ _activation = torch.ops.batchops.activation.default
 # None, a name, or a name and its parameter.
 Activation = str | tuple[str, float] | None
 _SLOPE = 0.01  # torch's default for leaky_relu
+_NONE = ("none", _SLOPE)
 _WHOLE = 2**62  # ghost batches larger than any batch
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -34,9 +35,9 @@ _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _CUDA = _binding.core.built_with_cuda()
 
 
-def _has_kernel(input: Tensor) -> bool:
-    """Whether there is a kernel of ours for the device and dtype; else the stock op serves."""
-    if input.layout is not torch.strided:
+def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether there is a kernel of ours for device and dtypes; else the stock op serves."""
+    if residual is not None and residual.dtype != input.dtype or input.layout is not torch.strided:
         return False
     if input.is_cpu:
         return input.dtype in _CPU_DTYPES
@@ -48,7 +49,7 @@ def _has_kernel(input: Tensor) -> bool:
 def _activation_of(activation: Activation) -> tuple[str, float]:
     """Name and slope, as the operators take them."""
     if activation is None:
-        return "none", _SLOPE
+        return _NONE
     if isinstance(activation, str):
         return activation, _SLOPE
     if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
@@ -68,10 +69,6 @@ def _call(op: Callable[..., Any], *args: Any) -> Tensor:
 def _finish(y: Tensor, residual: Tensor | None, name: str, slope: float) -> Tensor:
     """What a norm of torch's own lacks: the residual and the activation."""
     return _activation(y if residual is None else y + residual, name, slope)
-
-
-def _takes_kernel(input: Tensor, residual: Tensor | None) -> bool:
-    return _has_kernel(input) and (residual is None or residual.dtype == input.dtype)
 
 
 def _cast(
@@ -244,11 +241,11 @@ def batch_norm(
         return _of_arrays(batch_norm, locals())
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
-    name, slope = _activation_of(activation)
-    ghost = _ghost_size(ghost_batch_size)
+    name, slope = _NONE if activation is None else _activation_of(activation)
+    ghost = 0 if ghost_batch_size is None else _ghost_size(ghost_batch_size)
     if not training:
         ghost = 0
-    if not _takes_kernel(input, residual):
+    if not _has_kernel(input, residual):
         if input.dim() > 1 and 0 < ghost < input.size(0) and input.numel() != 0:
             stats = running_mean, running_var
             y = _stock_ghosts(input, *stats, weight, bias, momentum, eps, ghost)
@@ -344,9 +341,9 @@ def group_norm(
     size = input.size()
     # torch's own check, which counts the values of a group over the whole batch
     F._verify_batch_size([size[0] * size[1] // num_groups, num_groups, *size[2:]])
-    name, slope = _activation_of(activation)
+    name, slope = _NONE if activation is None else _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
-    if not _takes_kernel(input, residual):
+    if not _has_kernel(input, residual):
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), residual, name, slope)
     return _call(_group, input, num_groups, weight, bias, residual, eps, name, slope)
 
@@ -400,9 +397,9 @@ def layer_norm(
         )
     if not isinstance(input, Tensor):
         return _of_arrays(layer_norm, locals())
-    name, slope = _activation_of(activation)
+    name, slope = _NONE if activation is None else _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
-    if not _takes_kernel(input, residual):
+    if not _has_kernel(input, residual):
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
         return _finish(y, residual, name, slope)
     return _call(_layer, input, normalized_shape, weight, bias, residual, eps, name, slope)
@@ -473,9 +470,9 @@ def instance_norm(
         raise _one_running_statistic("instance_norm", running_mean, running_var, alternative)
     if use_input_stats:
         F._verify_spatial_size(input.size())
-    name, slope = _activation_of(activation)
+    name, slope = _NONE if activation is None else _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
-    if not _takes_kernel(input, residual):
+    if not _has_kernel(input, residual):
         y = F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )

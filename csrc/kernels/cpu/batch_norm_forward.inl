@@ -117,12 +117,15 @@ struct ForwardPass : Statistics<S> {
       if constexpr (kResidual) z = z + load<T>(residual + j, lanes);
       put(y + j, act.forward(z), lanes, past_cache);
     };
-    const auto write_border = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
-      const int64_t left = plane_end - j;
-      before = now;
+    const auto next_plane = [&]() BATCHOPS_INLINE_LAMBDA {
       if (++c == C) c = 0;
       plane_end += HxW;
       enter();
+    };
+    const auto write_border = [&](int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
+      const int64_t left = plane_end - j;
+      before = now;
+      next_plane();
       write(j, lanes, first_of(left, before.mean, now.mean),
             first_of(left, before.scale, now.scale), first_of(left, before.shift, now.shift));
     };
@@ -154,8 +157,12 @@ struct ForwardPass : Statistics<S> {
         write(j, All{}, now.mean, now.scale, now.shift);
       }
       if (j + L > end) break;
-      write_border(j, All{});
-      j += L;
+      if (j == plane_end) {
+        next_plane();
+      } else {
+        write_border(j, All{});
+        j += L;
+      }
     }
     if (j < end) write_part(j, end - j);
   }
