@@ -37,7 +37,9 @@ _CUDA = _binding.core.built_with_cuda()
 
 def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
     """Whether there is a kernel of ours for device and dtypes; else the stock op serves."""
-    if residual is not None and residual.dtype != input.dtype or input.layout is not torch.strided:
+    if residual is not None and residual.dtype != input.dtype:
+        return False
+    if input.layout is not torch.strided:
         return False
     if input.is_cpu:
         return input.dtype in _CPU_DTYPES
