@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from . import lamb_reference as reference
+from . import last_places
 from .emulator import build, optimizers
 from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Parameter, Problem, State, run
 from .lamb_reference import Options, Tensor64
@@ -115,6 +116,19 @@ def test_groups_of_every_variant(library, clip):
     """Mixed in one call, with step counts of their own."""
     parameters = [Parameter(900 + i, group=i, step=1 + 3 * i) for i in range(len(VARIANTS))]
     check_everywhere(library, Problem(parameters, [*VARIANTS.values()], clip))
+
+
+def test_decay_against_the_quotient(library):
+    states, options = last_places.decay_against_quotient((300, 3 * CHUNK + 5))
+    parameters = [optimizers.starting(s, group=group) for s in states for group in (0, 1)]
+    groups = [Options(**options), Options(**options, caution=True)]
+    check_everywhere(library, Problem(parameters, groups, None))
+
+
+def test_norms_of_few_elements_and_of_one_that_outweighs(library):
+    states, options = last_places.few_elements()
+    problem = Problem([optimizers.starting(s) for s in states], [Options(**options)], None)
+    check(problem, run(library, problem), 1.0)
 
 
 def test_masters_exclusion_and_loss_scale(library):

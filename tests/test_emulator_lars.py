@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from . import lars_reference as reference
+from . import last_places
 from .emulator import optimizers
 from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Lars, Parameter, State, run
 from .lars_reference import Options, Tensor64
@@ -95,6 +96,12 @@ def test_groups_of_every_variant(library, clip, step):
         ]
         parameters[-1].start["p"].zero_()
     check_everywhere(library, Lars(parameters, [*VARIANTS.values()], clip))
+
+
+def test_rates_between_two_floats(library):
+    (state,), options = last_places.rate_between_floats(2000)
+    problem = Lars([optimizers.starting(state)], [Options(**options)], None)
+    check(problem, run(library, problem), 1.0)
 
 
 @pytest.mark.parametrize("options", [MOMENTUM, Options(weight_decay=0.01)], ids=["m", "no m"])

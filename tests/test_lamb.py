@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from batchops.optim import LAMB
 
 from . import lamb_reference as reference
-from . import native
+from . import last_places, native
 from .capturable import check_nothing_is_read_back
 from .lamb_reference import Options, Tensor64
 from .memory import bytes_at_its_height
@@ -231,6 +231,29 @@ def test_update_larger_than_the_parameter(device, fused):
     optimizer = LAMB(params, lr=0.3, fused=fused)
     warm_state(optimizer)
     assert_one_step(optimizer)
+
+
+def stands_at(case: last_places.Case, device, **options) -> LAMB:
+    states, own = case
+    params = [torch.nn.Parameter(state["p"].to(device)) for state in states]
+    optimizer = LAMB(params, **own, **options)
+    for p, state in zip(params, states, strict=True):
+        p.grad = state["g"].to(device)
+        moments = {"exp_avg": state["m"].to(device), "exp_avg_sq": state["v"].to(device)}
+        optimizer.state[p] = {"step": torch.tensor(1.0), **moments}
+    return optimizer
+
+
+@FUSED
+@pytest.mark.parametrize("caution", [False, True])
+def test_decay_against_the_quotient(device, fused, caution):
+    case = last_places.decay_against_quotient((300, 70001))
+    assert_one_step(stands_at(case, device, caution=caution, fused=fused))
+
+
+@FUSED
+def test_norms_of_few_elements_and_of_one_that_outweighs(device, fused):
+    assert_one_step(stands_at(last_places.few_elements(), device, fused=fused))
 
 
 @FUSED

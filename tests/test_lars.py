@@ -12,6 +12,7 @@ import torch
 from batchops.optim import LARS
 
 from . import lars_reference as reference
+from . import last_places
 from .capturable import check_nothing_is_read_back
 from .lamb_reference import timm_optimizer
 from .lars_reference import Options, Tensor64
@@ -148,6 +149,16 @@ def test_momentum_correction(device, fused):
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@FUSED
+def test_rates_between_two_floats(device, fused):
+    (state,), options = last_places.rate_between_floats(20000)
+    p = torch.nn.Parameter(state["p"].to(device))
+    p.grad = state["g"].to(device)
+    optimizer = LARS([p], **options, fused=fused)
+    optimizer.state[p] = {"step": torch.tensor(1.0), "momentum_buffer": state["m"].to(device)}
+    assert_one_step(optimizer)
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "plain"])

@@ -68,6 +68,12 @@ class Parameter:
             self.start["p"] = self.start["master"].to(TORCH[self.p_dtype])
 
 
+def starting(start: State, **options: Any) -> Parameter:
+    x = Parameter(len(start["p"]), **options)
+    x.start |= start
+    return x
+
+
 @dataclass
 class Problem:
     """Of LAMB; Lars is the other."""

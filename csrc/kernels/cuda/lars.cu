@@ -146,9 +146,7 @@ struct Lars {
             const F p_j(p_i[j]), g_j(g_i[j]);
             const F m_j = momentum ? buffer(F(m_i[j]), g_j, p_j, c) : F(0.0f);
             m_i[j] = m_j.v;
-            p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c)
-                                          : fused(c.p_m.high, m_j, fused(c.p_m.low, m_j, p_j)))
-                         .v;
+            p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c) : moved(p_j, m_j, c)).v;
           }
           if (momentum) m.store<W>(i, m_i);
           p.template store<W>(i, p_i);
