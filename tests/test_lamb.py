@@ -21,6 +21,7 @@ from .memory import bytes_at_its_height
 from .reference import to_float64
 from .replacements import replacements
 from .trajectories import check_drift
+from .twins import LARGE, check_twins
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
@@ -134,24 +135,13 @@ def test_first_steps_from_nothing(device, fused):
             p.grad = torch.randn_like(p) * 0.01
 
 
-LARGE = [(3000, 3001), (1000, 1000), *[(256,)] * 2000, (17, 4099)]
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("caution", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_that_a_gpu_holds_and_others(dtype, caution):
-    """Resident, read again, and small; the same bits every time."""
     params = [parameter(shape, dtype, "cuda") for shape in LARGE]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    for p, twin in zip(params, twins, strict=True):
-        twin.grad = p.grad
     options = {"lr": 0.01, "caution": caution, "master_weights": True, "fused": True}
-    optimizer, other = LAMB(params, **options), LAMB(twins, **options)
-    for _ in range(3):
-        assert_one_step(optimizer)
-        other.step()
-    assert all(torch.equal(p, twin) for p, twin in zip(params, twins, strict=True))
+    check_twins(params, lambda params: LAMB(params, **options), assert_one_step)
 
 
 @pytest.mark.cuda
