@@ -12,6 +12,7 @@ namespace {
 
 struct Lamb {
   static constexpr int kSums = 5;  // of LambNorms, in its order
+  static constexpr bool kGradAgain = false;
   using Group = LambGroup;
   using Set = LambSet;
   struct Factors : LambFactors {
@@ -48,36 +49,6 @@ struct Lamb {
   }
 
   // Keeps p and u, rounded once; or, apart, the quotient's two parts.
-  static BATCHOPS_DEVICE void first(const Part& part, const Factors& factors, const Slot& slot,
-                                    double (&sums)[kSums]) {
-    with_units<true>(part, [&](auto p, auto g, auto width, const Units& units) {
-      constexpr int W = decltype(width)::value;
-      first<typename decltype(p)::type, typename decltype(g)::type, W>(part.x, units, factors, slot,
-                                                                       sums);
-    });
-  }
-
-  template <bool kKept>
-  static BATCHOPS_DEVICE void second(const Part& part, const Factors& factors,
-                                     const Outcome& outcome, const Slot& slot) {
-    with_units<false>(part, [&](auto p, auto, auto width, const Units& units) {
-      constexpr int W = decltype(width)::value;
-      second<kKept, typename decltype(p)::type, W>(part.x, units, factors, outcome, slot);
-    });
-  }
-
- private:
-  // u / scale or, apart, the quotient that is yet to become it.
-  static BATCHOPS_DEVICE Quotient direction(F m, F v, F g, F p, const Factors& factors,
-                                            const Constants& c) {
-    Quotient q = quotient(m, v, c);
-    if (factors.caution) {
-      const F agree = agreement(m, g);
-      q = {where_positive(agree, q.high), where_positive(agree, q.low)};
-    }
-    return factors.apart ? q : with_decay(q, p, c);
-  }
-
   template <class P, class G, int W>
   static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
                                     const Slot& slot, double (&sums)[kSums]) {
@@ -126,7 +97,7 @@ struct Lamb {
         });
   }
 
-  template <bool kKept, class P, int W>
+  template <bool kKept, class P, class G, int W>
   static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors& factors,
                                      const Outcome& outcome, const Slot& slot) {
     const StepConstants step(outcome);
@@ -168,6 +139,18 @@ struct Lamb {
           p.template store<W>(i, p_i);
           if (x.master != nullptr) publish<P, W>(x, units.begin, i, p_i);
         });
+  }
+
+ private:
+  // u / scale or, apart, the quotient that is yet to become it.
+  static BATCHOPS_DEVICE Quotient direction(F m, F v, F g, F p, const Factors& factors,
+                                            const Constants& c) {
+    Quotient q = quotient(m, v, c);
+    if (factors.caution) {
+      const F agree = agreement(m, g);
+      q = {where_positive(agree, q.high), where_positive(agree, q.low)};
+    }
+    return factors.apart ? q : with_decay(q, p, c);
   }
 
   // What a slot would have kept, from what the first sweep has stored.
