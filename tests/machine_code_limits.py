@@ -127,12 +127,13 @@ LIMITS = {
     # One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3
     # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
     # 16-bit p and g, which narrows those accesses but keeps all tensors in step. LAMB's first sweep
-    # is over four of them and its second, where nothing was kept, over p, m and v; LARS' first over
-    # p and g, its second over m and, where nothing was kept, all three. Elements that no unit fits
-    # go one by one. Dynamic shared memory: the one slot that sm_75 has room for.
+    # is over four of them and its second, where nothing was kept, over p, m and v, and where p gave
+    # its place to caution, over p; LARS' first over p and g, its second over m and, where nothing
+    # was kept, all three. Elements that no unit fits go one by one. Dynamic shared memory: the one
+    # slot that sm_75 has room for.
     "lamb_step": Limits(
         2,
-        reads=2 * (9 * 2 + 3 + 3 + 3 * 2 + 1 + 1),
+        reads=2 * (9 * 2 + 3 + 3 + 3 * 2 + 1 + 1 + 1),
         writes=2 * (9 * 2 + 1 + 1),
         dynamic_shared=SLOT,
     ),

@@ -5,80 +5,30 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from . import lamb_reference as reference
+from . import last_places
 from .emulator import build, optimizers
-from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Parameter, Problem, State, run
-from .lamb_reference import Options, Tensor64
-from .reference import to_float64
-
-SIZES = {
-    0: "nothing at all",
-    1: "one element",
-    37: "units of four and a tail",
-    SMALL: "the most that a warp takes",
-    SMALL + 1: "the least that a block takes",
-    CHUNK: "one full chunk",
-    2 * CHUNK + 5: "three chunks, the last with one unit and a tail",
-}
-# A device and an order of blocks and threads: all of it kept on the chip, and most of it not.
-PLACES = (
-    ("Hopper", "forward", 0),
-    ("Hopper", "reverse", 0),
-    ("Hopper", "random", 1),
-    ("small", "random", 2),
-    ("alone", "forward", 0),
+from .emulator.optimizer_checks import (
+    LARGE,
+    PLACES,
+    SIZES,
+    check,
+    check_everywhere,
+    divisor_of,
+    same_bits,
 )
+from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Parameter, Problem, run
+from .lamb_reference import Options
+from .reference import to_float64
 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     return optimizers.library()
-
-
-def check(problem: Problem, results: list[State], divisor: float) -> None:
-    for i, (x, after) in enumerate(zip(problem.parameters, results, strict=True)):
-        start = {**x.start, "p": x.start.get("master", x.start["p"])}
-        p0, m, v, g = (to_float64(start[name]) for name in "pmvg")
-        options = replace(problem.groups[x.group], excluded=x.excluded)
-        exact = Tensor64(p0, m, v, x.step - 1, options)
-        reference.step([exact], [g / divisor / problem.grad_scale], None)
-        if x.master:
-            assert torch.equal(after["p"], after["master"].to(after["p"].dtype))
-        stepped = (after.get("master", after["p"]), after["m"], after["v"])
-        reference.assert_stepped(exact, p0, *stepped, f"parameter {i}")
-        p_norm, _, u_norm, ratio = exact.stats
-        want = (p_norm, reference.norm(g) / problem.grad_scale, u_norm, ratio)
-        assert after["stats"].tolist() == pytest.approx(want, rel=1e-5)
-
-
-def divisor_of(problem: Problem) -> float:
-    grads = [to_float64(x.start["g"]) / problem.grad_scale for x in problem.parameters]
-    return reference.clip_divisor(grads, problem.max_grad_norm, problem.clip_eps)
-
-
-def same_bits(one: list[State], other: list[State]) -> bool:
-    return all(
-        torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
-        for a, b in zip(one, other, strict=True)
-        for name in a
-    )
-
-
-def check_everywhere(lib: ctypes.CDLL, problem: Problem) -> None:
-    """Correct, and the same bits whatever the order of threads and blocks, how many there are and
-    what they keep on the chip."""
-    divisor = divisor_of(problem)
-    first = None
-    for place in PLACES:
-        with optimizers.device(lib, *place):
-            results = run(lib, problem)
-        if first is None:
-            check(problem, results, divisor)
-            first = results
-        assert same_bits(first, results), place
 
 
 @pytest.mark.parametrize("g_dtype", DTYPES)
@@ -117,6 +67,19 @@ def test_groups_of_every_variant(library, clip):
     check_everywhere(library, Problem(parameters, [*VARIANTS.values()], clip))
 
 
+def test_decay_against_the_quotient(library):
+    states, options = last_places.decay_against_quotient((300, 3 * CHUNK + 5))
+    parameters = [optimizers.starting(s, group=group) for s in states for group in (0, 1)]
+    groups = [Options(**options), Options(**options, caution=True)]
+    check_everywhere(library, Problem(parameters, groups, None))
+
+
+def test_norms_of_few_elements_and_of_one_that_outweighs(library):
+    states, options = last_places.few_elements()
+    problem = Problem([optimizers.starting(s) for s in states], [Options(**options)], None)
+    check(problem, run(library, problem), 1.0)
+
+
 def test_masters_exclusion_and_loss_scale(library):
     """Of each low precision, with units and without; g leaves the kernel's scale by a factor."""
     parameters = [
@@ -129,14 +92,12 @@ def test_masters_exclusion_and_loss_scale(library):
     check_everywhere(library, problem)
 
 
-def test_more_step_counts_than_a_launch_takes(library):
-    problem = Problem([Parameter(40, step=t) for t in range(1, 72)])
+@pytest.mark.parametrize("count", [32, 33, 71], ids=["all", "one more", "two launches more"])
+def test_step_counts_that_a_launch_takes_and_more(library, count):
+    problem = Problem([Parameter(40, step=1 + t) for t in range(count)])
     with optimizers.device(library, "Hopper", "random", 5):
         results = run(library, problem)
     check(problem, results, divisor_of(problem))
-
-
-TENSORS = (3 * CHUNK, 7, 20 * CHUNK + 3, CHUNK + 1, 300, 9 * CHUNK, 40)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
@@ -145,7 +106,7 @@ TENSORS = (3 * CHUNK, 7, 20 * CHUNK + 3, CHUNK + 1, 300, 9 * CHUNK, 40)
 )
 def test_tensors_larger_than_what_all_blocks_hold(library, options, clip):
     """Among others that are not; the last chunks of the large ones stay on the chip."""
-    problem = Problem([Parameter(n) for n in TENSORS], [options], clip)
+    problem = Problem([Parameter(n) for n in LARGE], [options], clip)
     check_everywhere(library, problem)
 
 
@@ -175,7 +136,7 @@ def test_many_small_tensors(library, place):
 
 def test_the_sum_is_that_of_the_clip_inside(library):
     """To the last bit: no order of blocks or launches is in it."""
-    problem = Problem([Parameter(n, g_dtype=g) for n in TENSORS for g in DTYPES])
+    problem = Problem([Parameter(n, g_dtype=g) for n in LARGE for g in DTYPES])
     sums = []
     for place in PLACES:
         with optimizers.device(library, *place):
@@ -236,6 +197,21 @@ def test_numbers_on_the_device(library):
     check_everywhere(library, problem)
     results = run(library, problem)
     assert [r["step"].item() for r in results] == [x.step for x in parameters]
+
+
+@pytest.mark.parametrize(("place", "blocks"), [("Hopper", 4), ("small", 2), ("alone", 1)])
+def test_blocks_that_a_device_has_room_for(library, place, blocks):
+    """Two a multiprocessor. For the clip each adds 1 to the workspace's first counter."""
+    placed = optimizers.Placed(library, Problem([Parameter(8 * CHUNK)]))
+    with optimizers.device(library, place):
+        optimizers.step(library, placed)
+    assert placed.workspace.bytes[:4].view(np.uint32) == blocks
+
+
+def test_no_tensors(library):
+    problem = Problem([])
+    assert run(library, problem) == []
+    assert optimizers.grad_sum_sq(library, problem) == 0
 
 
 def test_statistics_of_no_elements(library):

@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from . import lars_reference as reference
+from . import last_places
 from .emulator import optimizers
-from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Lars, Parameter, State, run
-from .lars_reference import Options, Tensor64
-from .reference import to_float64
-from .test_emulator_lamb import PLACES, SIZES, TENSORS, divisor_of, same_bits
+from .emulator.optimizer_checks import LARGE, SIZES, check, check_everywhere
+from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Lars, Parameter, run
+from .lars_reference import Options
 
 MOMENTUM = Options(lr=0.5, momentum=0.9, weight_decay=0.01)
 VARIANTS = {
@@ -35,37 +34,6 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     return optimizers.library()
-
-
-def check(problem: Lars, results: list[State], divisor: float) -> None:
-    for i, (x, after) in enumerate(zip(problem.parameters, results, strict=True)):
-        p0, m, g = (
-            to_float64(start)
-            for start in (x.start.get("master", x.start["p"]), x.start["m"], x.start["g"])
-        )
-        options = replace(problem.groups[x.group], excluded=x.excluded)
-        exact = Tensor64(p0, m, x.step - 1, options)
-        reference.step([exact], [g / divisor / problem.grad_scale], None)
-        if x.master:
-            assert torch.equal(after["p"], after["master"].to(after["p"].dtype))
-        stepped = after.get("master", after["p"])
-        reference.assert_stepped(exact, p0, stepped, after.get("m"), f"parameter {i}")
-        p_norm, _, u_norm, ratio = exact.stats
-        want = (p_norm, reference.norm(g) / problem.grad_scale, u_norm, ratio)
-        assert after["stats"].tolist() == pytest.approx(want, rel=1e-5)
-
-
-def check_everywhere(lib: ctypes.CDLL, problem: Lars) -> None:
-    """Correct, and the same bits on all of PLACES."""
-    divisor = divisor_of(problem)
-    first = None
-    for place in PLACES:
-        with optimizers.device(lib, *place):
-            results = run(lib, problem)
-        if first is None:
-            check(problem, results, divisor)
-            first = results
-        assert same_bits(first, results), place
 
 
 @pytest.mark.parametrize("g_dtype", DTYPES)
@@ -97,9 +65,15 @@ def test_groups_of_every_variant(library, clip, step):
     check_everywhere(library, Lars(parameters, [*VARIANTS.values()], clip))
 
 
+def test_rates_between_two_floats(library):
+    (state,), options = last_places.rate_between_floats(2000)
+    problem = Lars([optimizers.starting(state)], [Options(**options)], None)
+    check(problem, run(library, problem), 1.0)
+
+
 @pytest.mark.parametrize("options", [MOMENTUM, Options(weight_decay=0.01)], ids=["m", "no m"])
 def test_tensors_larger_than_what_all_blocks_hold(library, options):
-    problem = Lars([Parameter(n) for n in TENSORS], [options])
+    problem = Lars([Parameter(n) for n in LARGE], [options])
     check_everywhere(library, problem)
 
 
@@ -112,6 +86,11 @@ def test_masters_and_loss_scale(library):
     ]
     problem = Lars(parameters, [MOMENTUM], max_grad_norm=1e-3, grad_scale=384.0)
     check_everywhere(library, problem)
+
+
+def test_sum_of_gradients_elsewhere(library):
+    problem = Lars([Parameter(500), Parameter(CHUNK + 1)], [MOMENTUM], max_grad_norm=1.0)
+    check(problem, run(library, problem, grad_sum_sq=81.0), 9.0)
 
 
 @pytest.mark.parametrize("place", DEVICES)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import lars_reference
+from . import lamb_reference, lars_reference
 from .emulator import build, emulator, optimizers, traffic_cases
 from .emulator.planted import line_of
 from .emulator.recording import Recording, record
@@ -72,6 +72,7 @@ KEPT, NOT_KEPT = ("Hopper", 24), ("alone", 22)  # chunks; the one block of the s
         ("lamb", ("f32", "f32", False), 0.05, NOT_KEPT, 44),
         ("lamb", ("bf16", "bf16", True), None, KEPT, 28),
         ("lamb", ("bf16", "bf16", True), 0.05, KEPT, 30),
+        ("cautious lamb", ("f32", "f32", False), None, KEPT, 32),
         ("lars", ("f32", "f32", False), None, KEPT, 20),
         ("lars", ("f32", "f32", False), 0.05, KEPT, 24),
         ("lars", ("f32", "f32", False), None, NOT_KEPT, 28),
@@ -79,7 +80,8 @@ KEPT, NOT_KEPT = ("Hopper", 24), ("alone", 22)  # chunks; the one block of the s
 )
 def test_bytes_a_parameter_of_the_optimizers(kind, dtypes, clip, place, bar):
     """Tensors that all slots hold together cost what Adam and SGD do; of larger ones the chunks
-    that find no room are read once more (12 bytes a parameter, LARS 8)."""
+    that find no room are read once more (12 bytes a parameter, LARS 8). With caution and decay
+    both, LAMB's slots have no room for p."""
     device, chunks = place
     p, g, master = dtypes
     parameters = [optimizers.Parameter(chunks * optimizers.CHUNK, p, g, master=master)]
@@ -87,7 +89,8 @@ def test_bytes_a_parameter_of_the_optimizers(kind, dtypes, clip, place, bar):
         problem = optimizers.Lars(parameters, [lars_reference.Options(momentum=0.9)], clip)
         again = 8
     else:
-        problem, again = optimizers.Problem(parameters, max_grad_norm=clip), 12
+        options = lamb_reference.Options(caution=kind == "cautious lamb")
+        problem, again = optimizers.Problem(parameters, [options], clip), 12
     room = 2 if place is NOT_KEPT else chunks
     assert optimizer_bytes(problem, device) == bar - (again * room / chunks if room < chunks else 0)
 

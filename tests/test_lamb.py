@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from batchops.optim import LAMB
 
 from . import lamb_reference as reference
-from . import native
+from . import last_places, native
 from .capturable import check_nothing_is_read_back
 from .lamb_reference import Options, Tensor64
 from .memory import bytes_at_its_height
 from .reference import to_float64
 from .replacements import replacements
 from .trajectories import check_drift
+from .twins import LARGE, check_twins
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
@@ -134,24 +135,13 @@ def test_first_steps_from_nothing(device, fused):
             p.grad = torch.randn_like(p) * 0.01
 
 
-LARGE = [(3000, 3001), (1000, 1000), *[(256,)] * 2000, (17, 4099)]
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("caution", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_that_a_gpu_holds_and_others(dtype, caution):
-    """Resident, read again, and small; the same bits every time."""
     params = [parameter(shape, dtype, "cuda") for shape in LARGE]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    for p, twin in zip(params, twins, strict=True):
-        twin.grad = p.grad
     options = {"lr": 0.01, "caution": caution, "master_weights": True, "fused": True}
-    optimizer, other = LAMB(params, **options), LAMB(twins, **options)
-    for _ in range(3):
-        assert_one_step(optimizer)
-        other.step()
-    assert all(torch.equal(p, twin) for p, twin in zip(params, twins, strict=True))
+    check_twins(params, lambda params: LAMB(params, **options), assert_one_step)
 
 
 @pytest.mark.cuda
@@ -231,6 +221,29 @@ def test_update_larger_than_the_parameter(device, fused):
     optimizer = LAMB(params, lr=0.3, fused=fused)
     warm_state(optimizer)
     assert_one_step(optimizer)
+
+
+def stands_at(case: last_places.Case, device, **options) -> LAMB:
+    states, own = case
+    params = [torch.nn.Parameter(state["p"].to(device)) for state in states]
+    optimizer = LAMB(params, **own, **options)
+    for p, state in zip(params, states, strict=True):
+        p.grad = state["g"].to(device)
+        moments = {"exp_avg": state["m"].to(device), "exp_avg_sq": state["v"].to(device)}
+        optimizer.state[p] = {"step": torch.tensor(1.0), **moments}
+    return optimizer
+
+
+@FUSED
+@pytest.mark.parametrize("caution", [False, True])
+def test_decay_against_the_quotient(device, fused, caution):
+    case = last_places.decay_against_quotient((300, 70001))
+    assert_one_step(stands_at(case, device, caution=caution, fused=fused))
+
+
+@FUSED
+def test_norms_of_few_elements_and_of_one_that_outweighs(device, fused):
+    assert_one_step(stands_at(last_places.few_elements(), device, fused=fused))
 
 
 @FUSED

@@ -12,6 +12,7 @@ import torch
 from batchops.optim import LARS
 
 from . import lars_reference as reference
+from . import last_places
 from .capturable import check_nothing_is_read_back
 from .lamb_reference import timm_optimizer
 from .lars_reference import Options, Tensor64
@@ -19,6 +20,7 @@ from .memory import bytes_at_its_height
 from .reference import to_float64
 from .replacements import replacements
 from .trajectories import check_drift
+from .twins import LARGE, check_twins
 
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 
@@ -150,6 +152,16 @@ def test_momentum_correction(device, fused):
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+@FUSED
+def test_rates_between_two_floats(device, fused):
+    (state,), options = last_places.rate_between_floats(20000)
+    p = torch.nn.Parameter(state["p"].to(device))
+    p.grad = state["g"].to(device)
+    optimizer = LARS([p], **options, fused=fused)
+    optimizer.state[p] = {"step": torch.tensor(1.0), "momentum_buffer": state["m"].to(device)}
+    assert_one_step(optimizer)
+
+
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("master", [False, True])
 def test_dtypes_mixed_in_one_group(device, fused, master):
@@ -169,18 +181,9 @@ def test_dtypes_mixed_in_one_group(device, fused, master):
 @pytest.mark.cuda
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_tensors_that_a_gpu_holds_and_others(momentum):
-    """Resident, read again, and small; the same bits every time."""
-    shapes = [(3000, 3001), (1000, 1000), *[(256,)] * 2000, (17, 4099)]
-    params = [parameter(shape, device="cuda") for shape in shapes]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    for p, twin in zip(params, twins, strict=True):
-        twin.grad = p.grad
+    params = [parameter(shape, device="cuda") for shape in LARGE]
     options = {"weight_decay": 1e-3, "momentum": momentum, "max_grad_norm": 0.5, "fused": True}
-    optimizer, other = LARS(params, **options), LARS(twins, **options)
-    for _ in range(3):
-        assert_one_step(optimizer)
-        other.step()
-    assert all(torch.equal(p, twin) for p, twin in zip(params, twins, strict=True))
+    check_twins(params, lambda params: LARS(params, **options), assert_one_step)
 
 
 @FUSED

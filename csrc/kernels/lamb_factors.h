@@ -60,7 +60,7 @@ struct LambFactors {
   float beta2[2], k2[2];  // k2 = (1 - β2) / c²
   float eps[2];           // eps·b
   float eps_inside[2];
-  float weight_decay;  // λ / scale: the norms are taken of u / scale
+  float weight_decay[2];  // λ / scale: the norms are taken of u / scale
 
   LambFactors() = default;
   BATCHOPS_HOST_DEVICE LambFactors(const LambSet& set, double C) {
@@ -72,19 +72,19 @@ struct LambFactors {
     split_factor(k2, (1 - set.beta2) / (divisor.c * divisor.c));
     split_factor(eps, set.eps_root);
     split_factor(eps_inside, set.eps_inside);
-    weight_decay = static_cast<float>(set.weight_decay / set.scale);
+    split_factor(weight_decay, set.weight_decay / set.scale);
   }
 };
 
-// The factors of the update, once the ratio is known: p -= step·(m / (sqrt(v) + eps·b)) + decay·p.
+// The factors of the update, once the ratio is known: p = keep·p - step·(m / (sqrt(v) + eps·b)).
 struct LambStepFactors {
   float step[2];  // lr·r·scale, and what caution makes of it
-  float decay;    // lr·r·λ, or the decoupled decay
+  float keep[2];  // 1 - lr·r·λ, or less the decoupled decay
 
   LambStepFactors() = default;
   BATCHOPS_HOST_DEVICE LambStepFactors(const LambSet& set, double ratio, double boost) {
     split_factor(step, set.lr * ratio * set.scale * boost);
-    decay = static_cast<float>(set.lr * ratio * set.weight_decay + set.decay);
+    split_factor(keep, 1 - (set.lr * ratio * set.weight_decay + set.decay));
   }
 };
 

@@ -12,18 +12,18 @@
 // only if the compiler leaves the operations as they stand: no contraction, no fast-math.
 
 struct Constants {
-  F g_scale, weight_decay;
-  Factor beta1, k1, beta2, k2, eps, eps_inside;
+  F g_scale;
+  Factor beta1, k1, beta2, k2, eps, eps_inside, weight_decay;
   bool inside;
   BATCHOPS_OPTIMIZER_INLINE explicit Constants(const LambFactors& f)
       : g_scale(f.g_scale),
-        weight_decay(f.weight_decay),
         beta1(f.beta1),
         k1(f.k1),
         beta2(f.beta2),
         k2(f.k2),
         eps(f.eps),
         eps_inside(f.eps_inside),
+        weight_decay(f.weight_decay),
         inside(f.eps_inside[0] != 0) {}
 };
 
@@ -43,10 +43,11 @@ BATCHOPS_OPTIMIZER_INLINE F second_moment(F v, F g, const Constants& c) {
   return fused(c.beta2.high, v, fused(t, g, fused(t_error, g, c.beta2.low * v)));
 }
 
-// m / (sqrt(v + inside) + eps·b) as high - low, good to about 2^-44.
+// A value as high - low, good to about 2^-44.
 struct Quotient {
   F high, low;
 };
+// m / (sqrt(v + inside) + eps·b)
 BATCHOPS_OPTIMIZER_INLINE Quotient quotient(F m, F v, const Constants& c) {
   F under = v, under_low(0.0f);
   if (c.inside) {
@@ -64,7 +65,15 @@ BATCHOPS_OPTIMIZER_INLINE Quotient quotient(F m, F v, const Constants& c) {
   return {q, fused(q, d_low, fused(q, d, -m)) * inverse};
 }
 
-// The same in plain float: rounding errors of single elements average out in a norm.
+// u / scale: q + λ·p / scale
+BATCHOPS_OPTIMIZER_INLINE Quotient with_decay(const Quotient& q, F p, const Constants& c) {
+  F error;
+  const F t = product(c.weight_decay, p, error);
+  const F s = q.high + t;
+  return {s, q.low - (sum_error(q.high, t, s) + error)};
+}
+
+// The quotient in plain float: rounding errors of single elements average out in a norm.
 BATCHOPS_OPTIMIZER_INLINE F rough_quotient(F m, F v, const Constants& c) {
   return m / (sqrt(c.inside ? v + c.eps_inside.high : v) + c.eps.high);
 }
@@ -79,17 +88,18 @@ BATCHOPS_OPTIMIZER_INLINE F where_positive(F agreement, F x) {
 }
 
 struct StepConstants {
-  Factor step;
-  F decay;
+  Factor step, keep;
   BATCHOPS_OPTIMIZER_INLINE explicit StepConstants(const LambStepFactors& f)
-      : step(f.step), decay(f.decay) {}
+      : step(f.step), keep(f.keep) {}
 };
 
-// p - (step·(q.high - q.low) + decay·p), of whose roundings only the last counts.
+// keep·p - step·(q.high - q.low), of whose roundings only the last counts.
 BATCHOPS_OPTIMIZER_INLINE F updated(F p, const Quotient& q, const StepConstants& c) {
+  F p_error;
+  const F kept = product(c.keep, p, p_error);
   const F t = c.step.high * q.high;
   const F t_error =
       fused(-c.step.high, q.low, fused(c.step.low, q.high, fused(c.step.high, q.high, -t)));
-  const F s = p - t;
-  return s + (sum_error(p, -t, s) - fused(c.decay, p, t_error));
+  const F s = kept - t;
+  return s + (sum_error(kept, -t, s) + (p_error - t_error));
 }

@@ -33,6 +33,13 @@ BATCHOPS_OPTIMIZER_INLINE F sum_of_products(F w, const Factor& a, F x, const Fac
 BATCHOPS_OPTIMIZER_INLINE F buffer(F m, F g, F p, const Constants& c) {
   return sum_of_products(F(0.0f), c.momentum, m, c.k_g, g, c.k_p, p);
 }
+// p - p_m·m, the factor with its minus
+BATCHOPS_OPTIMIZER_INLINE F moved(F p, F m, const Constants& c) {
+  F error;
+  const F t = product(c.p_m, m, error);
+  const F s = p + t;
+  return s + (sum_error(p, t, s) + error);
+}
 // p - (p_g·g + p_p·p + p_m·m), the factors with their minus
 BATCHOPS_OPTIMIZER_INLINE F updated(F p, F g, F m, const Constants& c) {
   return sum_of_products(p, c.p_g, g, c.p_p, p, c.p_m, m);

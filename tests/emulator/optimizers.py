@@ -68,6 +68,12 @@ class Parameter:
             self.start["p"] = self.start["master"].to(TORCH[self.p_dtype])
 
 
+def starting(start: State, **options: Any) -> Parameter:
+    x = Parameter(len(start["p"]), **options)
+    x.start |= start
+    return x
+
+
 @dataclass
 class Problem:
     """Of LAMB; Lars is the other."""
@@ -244,20 +250,29 @@ class Placed:
         return results
 
 
+def step(
+    lib: ctypes.CDLL,
+    placed: Placed,
+    stats: emulator.Memory | None = None,
+    grad_sum_sq: float | None = None,
+) -> None:
+    emulator.call(
+        getattr(lib, f"emulated_{placed.problem.kind}_step"),
+        placed.call,
+        ctypes.c_void_p(placed.table.pointer),
+        ctypes.c_void_p(placed.workspace.pointer),
+        None if grad_sum_sq is None else ctypes.byref(ctypes.c_double(grad_sum_sq)),
+        None if stats is None else ctypes.c_void_p(stats.pointer),
+    )
+
+
 def run(lib: ctypes.CDLL, problem: Problem, grad_sum_sq: float | None = None) -> list[State]:
     """The tensors after one step, and their statistics."""
     placed = Placed(lib, problem)
     stats = emulator.Memory(16 * len(problem.parameters), name="stats")
     if problem.found_inf:
         stats.bytes[:] = 0  # NaN is what a skipped step has to write
-    emulator.call(
-        getattr(lib, f"emulated_{problem.kind}_step"),
-        placed.call,
-        ctypes.c_void_p(placed.table.pointer),
-        ctypes.c_void_p(placed.workspace.pointer),
-        None if grad_sum_sq is None else ctypes.byref(ctypes.c_double(grad_sum_sq)),
-        ctypes.c_void_p(stats.pointer),
-    )
+    step(lib, placed, stats, grad_sum_sq)
     for memory in (placed.table, placed.workspace, stats):
         assert memory.guards_intact(), f"{memory.name}: written outside its bounds"
     results = placed.results()

@@ -53,6 +53,12 @@ struct Squares {
     flush();
     return sum(low + high);
   }
+  // Whether one lane, and so perhaps one element, has most of the total.
+  BATCHOPS_INLINE bool uneven(double total) const {
+    double lanes[D::kLanes];
+    store(lanes, max(low, high));
+    return *std::max_element(lanes, lanes + D::kLanes) > total / 2;
+  }
 };
 // Squares below the smallest normal float lose places, those above the largest overflow. A chunk's
 // sum inside these bounds has lost less than 1e-7 of itself; outside (or NaN) it is formed anew.
@@ -150,7 +156,10 @@ BATCHOPS_INLINE bool small_beside(F change, F p) {
 
 // ---------------------------------------------------------------------------------------- LAMB
 
-// The sums once more from what is stored, where float's range did not do, and always with caution.
+// Of fewer elements, or where one has most of the norm, the errors do not average out.
+constexpr int64_t kFew = 64;
+
+// The sums once more from what is stored, where float did not do, and always with caution.
 template <class P, class G>
 void norms_in_double(const P* p, const G* g, const float* m, const float* v, int64_t count,
                      const lamb::Constants& c, bool caution, LambNorms& norms) {
@@ -160,22 +169,22 @@ void norms_in_double(const P* p, const G* g, const float* m, const float* v, int
     const int64_t n = std::min(kLanes, count - i);
     const F p_i = load_part(p + i, n), m_i = load_part(m + i, n);
     const F g_i = load_part(g + i, n) * c.g_scale;
-    F q = only_part(lamb::quotient(m_i, load_part(v + i, n), c).high, n);
+    lamb::Quotient q = lamb::quotient(m_i, load_part(v + i, n), c);
     p_sq.add_wide(p_i);
     g_sq.add_wide(g_i);
+    if (!caution) q = lamb::with_decay(q, p_i, c);
+    F u = only_part(q.high - q.low, n);
     if (caution) {
       const F agreement = lamb::agreement(m_i, g_i);
-      q = lamb::where_positive(agreement, q);
-      D a, b, q_low, q_high;
+      u = lamb::where_positive(agreement, u);
+      D a, b, u_low, u_high;
       widen(p_i, a, b);
-      widen(q, q_low, q_high);
-      cross = fma(a, q_low, fma(b, q_high, cross));
+      widen(u, u_low, u_high);
+      cross = fma(a, u_low, fma(b, u_high, cross));
       widen(only_part(lamb::where_positive(agreement, F(1.0f)), n), a, b);
       kept = kept + (a + b);
-      u_sq.add_wide(q);
-    } else {
-      u_sq.add_wide(fused(c.weight_decay, p_i, q));
     }
+    u_sq.add_wide(u);
   }
   norms.p_sq += p_sq.total();
   norms.g_sq += g_sq.total();
@@ -198,7 +207,7 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
         store_part(m + i, m_i, n);
         store_part(v + i, v_i, n);
         const F p_i = load_part(p + i, n);
-        const F u = fused(c.weight_decay, p_i, lamb::rough_quotient(m_i, v_i, c));
+        const F u = fused(c.weight_decay.high, p_i, lamb::rough_quotient(m_i, v_i, c));
         p_sq.add(p_i);
         g_sq.add(g_i);
         u_sq.add(only_part(u, n));
@@ -209,7 +218,9 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
         u_sq.flush();
       });
   const double p_total = p_sq.total(), g_total = g_sq.total(), u_total = u_sq.total();
-  if (caution || !in_float_range(p_total) || !in_float_range(g_total) || !in_float_range(u_total)) {
+  const bool in_range =
+      in_float_range(p_total) && in_float_range(g_total) && in_float_range(u_total);
+  if (caution || count < kFew || !in_range || u_sq.uneven(u_total)) {
     return norms_in_double(p, g, m, v, count, c, caution, norms);
   }
   norms.p_sq += p_total;
@@ -222,6 +233,9 @@ BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int
                            const LambFactors& factors, const LambStepFactors& step_factors) {
   const lamb::Constants c(factors);
   const lamb::StepConstants step(step_factors);
+  const F decay = (F(1.0f) - step.keep.high) - step.keep.low;
+  // Else what makes a small change may be large.
+  const bool little_decay = std::abs(1 - step_factors.keep[0]) < 1.0f / 32;
   for_each_vector(
       count,
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
@@ -230,8 +244,8 @@ BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int
         if constexpr (kCaution) agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
         F rough = lamb::rough_quotient(m_i, v_i, c);
         if constexpr (kCaution) rough = lamb::where_positive(agreement, rough);
-        const F change = fused(step.decay, p_i, step.step.high * rough);
-        if (small_beside(change, p_i)) {
+        const F change = fused(decay, p_i, step.step.high * rough);
+        if (little_decay && small_beside(change, p_i)) {
           store_part(p + i, p_i - change, n);
           return;
         }
@@ -325,16 +339,20 @@ BATCHOPS_INLINE void lars_update(P* p, const G* g, float* m, int64_t count,
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
         const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
         F m_i(0.0f);
+        bool small = false;
         if constexpr (kMomentum) {
           const F before = load_part(m + i, n);
           m_i = rough_buffer(before, g_i, p_i, c);
-          if (!small_beside(c.p_m.high * m_i, p_i)) m_i = lars::buffer(before, g_i, p_i, c);
+          small = small_beside(c.p_m.high * m_i, p_i);
+          if (!small) m_i = lars::buffer(before, g_i, p_i, c);
           store_part(m + i, m_i, n);
         }
         if constexpr (kDirect) {
           store_part(p + i, lars::updated(p_i, g_i, m_i, c), n);
+        } else if (small) {
+          store_part(p + i, fused(c.p_m.high, m_i, p_i), n);
         } else {
-          store_part(p + i, fused(c.p_m.high, m_i, fused(c.p_m.low, m_i, p_i)), n);
+          store_part(p + i, lars::moved(p_i, m_i, c), n);
         }
       },
       []() {});

@@ -10,24 +10,25 @@ namespace {
 #include "kernels/lamb_math.inl"
 #undef BATCHOPS_OPTIMIZER_INLINE
 
-// m / (sqrt(v) + eps·b), rounded once: what is kept on the chip must not differ from what is formed
-// again from m and v, and half a unit in the last place of it is as good as none in p.
-BATCHOPS_DEVICE F rounded_quotient(F m, F v, const Constants& c) {
-  const Quotient q = quotient(m, v, c);
-  return q.high - q.low;
-}
-
 struct Lamb {
   static constexpr int kSums = 5;  // of LambNorms, in its order
+  static constexpr bool kGradAgain = false;
   using Group = LambGroup;
   using Set = LambSet;
-  using Outcome = LambStepFactors;
   struct Factors : LambFactors {
-    int32_t caution;
+    int32_t caution, apart;
     Factors() = default;
     BATCHOPS_DEVICE Factors(const LambSet& set, double C)
-        : LambFactors(set, C), caution(set.caution) {}
+        : LambFactors(set, C), caution(set.caution), apart(is_apart(set)) {}
   };
+  struct Outcome : LambStepFactors {
+    int32_t apart;
+  };
+
+  // λ·p joins the quotient in the update only: what caution multiplies that with, the norms tell.
+  static BATCHOPS_DEVICE bool is_apart(const LambSet& set) {
+    return set.caution != 0 && set.weight_decay != 0;
+  }
 
   static BATCHOPS_DEVICE LambGroup with_rates(LambGroup group, const double* rates) {
     group.lr = rates[0];
@@ -39,39 +40,22 @@ struct Lamb {
                                          int64_t numel, double C, double grad_scale,
                                          TensorStats& stats) {
     const LambNorms norms{sums[0], sums[1], sums[2], sums[3], sums[4]};
-    const LambOutcome outcome(set, norms, numel, C, grad_scale);
+    const bool apart = is_apart(set);
+    LambSet rest = set;
+    if (!apart) rest.weight_decay = 0;  // it is in u
+    const LambOutcome outcome(rest, norms, numel, C, grad_scale);
     stats = outcome.stats;
-    return outcome.step;
+    return {outcome.step, apart};
   }
 
-  // Keeps p and the quotient.
-  static BATCHOPS_DEVICE void first(const Part& part, const Factors& factors, const Slot& slot,
-                                    double (&sums)[kSums]) {
-    with_units<true>(part, [&](auto p, auto g, auto width, const Units& units) {
-      constexpr int W = decltype(width)::value;
-      first<typename decltype(p)::type, typename decltype(g)::type, W>(part.x, units, factors, slot,
-                                                                       sums);
-    });
-  }
-
-  template <bool kKept>
-  static BATCHOPS_DEVICE void second(const Part& part, const Factors& factors,
-                                     const Outcome& outcome, const Slot& slot) {
-    const StepConstants step(outcome);
-    with_units<false>(part, [&](auto p, auto, auto width, const Units& units) {
-      constexpr int W = decltype(width)::value;
-      second<kKept, typename decltype(p)::type, W>(part.x, units, factors, step, slot);
-    });
-  }
-
- private:
+  // Keeps p and u, rounded once; or, apart, the quotient's two parts.
   template <class P, class G, int W>
   static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
                                     const Slot& slot, double (&sums)[kSums]) {
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
     const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
-    const bool caution = factors.caution != 0;
+    const bool caution = factors.caution != 0, apart = factors.apart != 0;
     const Constants c(factors);
     struct Loaded {
       Unit<Held<P>, W> p;
@@ -84,7 +68,7 @@ struct Lamb {
           return Loaded{p.template load<W>(i), g.template load<W>(i), m.load<W>(i), v.load<W>(i)};
         },
         [&](const Loaded& raw, int32_t i, int32_t n) {
-          float p_i[W], g_i[W], m_i[W], v_i[W], q_i[W];
+          float p_i[W], g_i[W], m_i[W], v_i[W], u_i[W];
           to_float<Held<P>, W>(raw.p, p_i);
           to_float<Held<G>, W>(raw.g, g_i);
           to_float<float, W>(raw.m, m_i);
@@ -94,33 +78,30 @@ struct Lamb {
             const F g_j = F(g_i[j]) * c.g_scale;
             const F m_j = first_moment(F(m_i[j]), g_j, c);
             const F v_j = second_moment(F(v_i[j]), g_j, c);
-            F q_j = rounded_quotient(m_j, v_j, c), u_j = q_j;
+            const Quotient u_j = direction(m_j, v_j, g_j, F(p_i[j]), factors, c);
             const double p_wide = p_i[j], g_wide = g_j.v;
-            if (caution) {
-              const F agree = agreement(m_j, g_j);
-              u_j = q_j = where_positive(agree, q_j);
-              sums[3] = fma(static_cast<double>(q_j.v), p_wide, sums[3]);
-              sums[4] += where_positive(agree, F(1.0f)).v;
-            } else {
-              u_j = fused(c.weight_decay, F(p_i[j]), q_j);
-            }
-            const double u_wide = u_j.v;
+            const double u_wide = static_cast<double>(u_j.high.v) - static_cast<double>(u_j.low.v);
             sums[0] = fma(p_wide, p_wide, sums[0]);
             sums[1] = fma(g_wide, g_wide, sums[1]);
             sums[2] = fma(u_wide, u_wide, sums[2]);
+            if (apart) sums[3] = fma(u_wide, p_wide, sums[3]);
+            if (caution) sums[4] += where_positive(agreement(m_j, g_j), F(1.0f)).v;
             m_i[j] = m_j.v;
             v_i[j] = v_j.v;
-            q_i[j] = q_j.v;
+            p_i[j] = apart ? u_j.high.v : p_i[j];
+            u_i[j] = (apart ? u_j.low : u_j.high - u_j.low).v;
           }
           m.store<W>(i, m_i);
           v.store<W>(i, v_i);
-          slot.keep<W>(units.kept + n * W, p_i, q_i);
+          slot.keep<W>(units.kept + n * W, p_i, u_i);
         });
   }
 
-  template <bool kKept, class P, int W>
+  template <bool kKept, class P, class G, int W>
   static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors& factors,
-                                     const StepConstants& step, const Slot& slot) {
+                                     const Outcome& outcome, const Slot& slot) {
+    const StepConstants step(outcome);
+    const bool apart = outcome.apart != 0;
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
     struct Loaded {
@@ -130,44 +111,67 @@ struct Lamb {
     for_each_unit(
         units,
         [&](int32_t i) {
-          if constexpr (kKept) return Loaded{};
-          return Loaded{p.template load<W>(i), m.load<W>(i), v.load<W>(i)};
+          Loaded raw{};
+          if (!kKept || apart) raw.p = p.template load<W>(i);
+          if constexpr (!kKept) {
+            raw.m = m.load<W>(i);
+            raw.v = v.load<W>(i);
+          }
+          return raw;
         },
         [&](const Loaded& raw, int32_t i, int32_t n) {
-          float p_i[W], q_i[W];
+          float p_i[W], high[W], low[W] = {};
           if constexpr (kKept) {
-            slot.fetch<W>(units.kept + n * W, p_i, q_i);
+            if (apart) {
+              to_float<Held<P>, W>(raw.p, p_i);
+              slot.fetch<W>(units.kept + n * W, high, low);
+            } else {
+              slot.fetch<W>(units.kept + n * W, p_i, high);
+            }
           } else {
             to_float<Held<P>, W>(raw.p, p_i);
-            again<W>(x, units.begin + i * W, raw.m, raw.v, factors, q_i);
+            again<W>(x, units.begin + i * W, raw.m, raw.v, p_i, factors, high, low);
           }
 #pragma unroll
           for (int j = 0; j < W; ++j) {
-            p_i[j] = updated(F(p_i[j]), {F(q_i[j]), F(0.0f)}, step).v;
+            p_i[j] = updated(F(p_i[j]), {F(high[j]), F(low[j])}, step).v;
           }
           p.template store<W>(i, p_i);
           if (x.master != nullptr) publish<P, W>(x, units.begin, i, p_i);
         });
   }
 
-  // The quotients once more, from what the first sweep has stored.
+ private:
+  // u / scale or, apart, the quotient that is yet to become it.
+  static BATCHOPS_DEVICE Quotient direction(F m, F v, F g, F p, const Factors& factors,
+                                            const Constants& c) {
+    Quotient q = quotient(m, v, c);
+    if (factors.caution) {
+      const F agree = agreement(m, g);
+      q = {where_positive(agree, q.high), where_positive(agree, q.low)};
+    }
+    return factors.apart ? q : with_decay(q, p, c);
+  }
+
+  // What a slot would have kept, from what the first sweep has stored.
   template <int W>
   static BATCHOPS_DEVICE void again(const Entry& x, int64_t at, const Unit<float, W>& m,
-                                    const Unit<float, W>& v, const Factors& factors,
-                                    float (&q)[W]) {
+                                    const Unit<float, W>& v, const float (&p)[W],
+                                    const Factors& factors, float (&high)[W], float (&low)[W]) {
     const Constants c(factors);
     float m_i[W], v_i[W];
     to_float<float, W>(m, m_i);
     to_float<float, W>(v, v_i);
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      F q_j = rounded_quotient(F(m_i[j]), F(v_i[j]), c);
+      F g_j(0.0f);
       if (factors.caution) {
         // Rare enough for loads of single elements.
-        const F g_j(load_as_float(x.g, static_cast<DType>(x.g_dtype), at + j));
-        q_j = where_positive(agreement(F(m_i[j]), g_j * c.g_scale), q_j);
+        g_j = F(load_as_float(x.g, static_cast<DType>(x.g_dtype), at + j)) * c.g_scale;
       }
-      q[j] = q_j.v;
+      const Quotient u_j = direction(F(m_i[j]), F(v_i[j]), g_j, F(p[j]), factors, c);
+      high[j] = (factors.apart ? u_j.high : u_j.high - u_j.low).v;
+      if (factors.apart) low[j] = u_j.low.v;
     }
   }
 };

@@ -23,6 +23,7 @@ struct LarsSet {
 
 struct Lars {
   static constexpr int kSums = 3;  // of LarsNorms, in its order
+  static constexpr bool kGradAgain = true;
   using Group = LarsGroup;
   using Set = LarsSet;
   using Outcome = LarsFactors;
@@ -55,26 +56,6 @@ struct Lars {
   }
 
   // Keeps p and the scaled g.
-  static BATCHOPS_DEVICE void first(const Part& part, const Factors& factors, const Slot& slot,
-                                    double (&sums)[kSums]) {
-    with_units<true>(part, [&](auto p, auto g, auto width, const Units& units) {
-      constexpr int W = decltype(width)::value;
-      first<typename decltype(p)::type, typename decltype(g)::type, W>(part.x, units, factors, slot,
-                                                                       sums);
-    });
-  }
-
-  template <bool kKept>
-  static BATCHOPS_DEVICE void second(const Part& part, const Factors&, const Outcome& outcome,
-                                     const Slot& slot) {
-    with_units<!kKept>(part, [&](auto p, auto g, auto width, const Units& units) {
-      constexpr int W = decltype(width)::value;
-      second<kKept, typename decltype(p)::type, typename decltype(g)::type, W>(part.x, units,
-                                                                               outcome, slot);
-    });
-  }
-
- private:
   template <class P, class G, int W>
   static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
                                     const Slot& slot, double (&sums)[kSums]) {
@@ -105,15 +86,15 @@ struct Lars {
   }
 
   template <bool kKept, class P, class G, int W>
-  static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Outcome& factors,
-                                     const Slot& slot) {
+  static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors&,
+                                     const Outcome& outcome, const Slot& slot) {
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
     const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin);
-    const Constants c(factors);
+    const Constants c(outcome);
     const bool momentum = x.m != nullptr;
     // Without nesterov the gradient does not go to p itself.
-    const bool direct = factors.p_g[0] != 0 || factors.p_p[0] != 0;
+    const bool direct = outcome.p_g[0] != 0 || outcome.p_p[0] != 0;
     struct Loaded {
       Unit<Held<P>, W> p;
       Unit<Held<G>, W> g;
@@ -146,9 +127,7 @@ struct Lars {
             const F p_j(p_i[j]), g_j(g_i[j]);
             const F m_j = momentum ? buffer(F(m_i[j]), g_j, p_j, c) : F(0.0f);
             m_i[j] = m_j.v;
-            p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c)
-                                          : fused(c.p_m.high, m_j, fused(c.p_m.low, m_j, p_j)))
-                         .v;
+            p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c) : moved(p_j, m_j, c)).v;
           }
           if (momentum) m.store<W>(i, m_i);
           p.template store<W>(i, p_i);

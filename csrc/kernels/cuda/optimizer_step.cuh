@@ -121,8 +121,9 @@ BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
 //   Factors(Set, C)                  what sweeps make of them; C is what gradients are divided by
 //   Outcome                          what the second sweep needs of a tensor
 //   outcome(Set, sums, numel, C, grad_scale, stats)
-//   first(part, factors, slot, sums)        adds to sums
-//   second<kKept>(part, factors, outcome, slot)
+//   kGradAgain                       whether the second sweep reads g where nothing was kept
+//   first<P, G, W>(entry, units, factors, slot, sums)        adds to sums; see with_units
+//   second<kKept, P, G, W>(entry, units, factors, outcome, slot)
 template <class Algorithm>
 struct StepArguments {
   using Set = typename Algorithm::Set;
@@ -161,6 +162,7 @@ template <class Algorithm>
 class Step {
   static constexpr int kSums = Algorithm::kSums;
   using Factors = typename Algorithm::Factors;
+  using Outcome = typename Algorithm::Outcome;
 
  public:
   // `slots`: the dynamic shared memory.
@@ -273,7 +275,11 @@ class Step {
     if (tensor >= 0) {
       const Entry& x = entry(tensor);
       use_set_of(tensor);
-      Algorithm::first(part_of(item, x), factors(), kept ? slot(0) : Slot{}, sums);
+      const Slot free = kept ? slot(0) : Slot{};
+      with_units<true>(part_of(item, x), [&](auto p, auto g, auto width, const Units& units) {
+        Algorithm::template first<typename decltype(p)::type, typename decltype(g)::type,
+                                  decltype(width)::value>(x, units, factors(), free, sums);
+      });
     }
     if (kept) {
       ++kept_;
@@ -304,9 +310,18 @@ class Step {
         }
         __syncthreads();
       }
-      Algorithm::template second<true>(part_of(oldest, entry(tensor)), factors(),
-                                       args_.outcomes[tensor], slot(kept_));
+      second<true>(part_of(oldest, entry(tensor)), args_.outcomes[tensor], slot(kept_));
     }
+  }
+
+  // Where the part was kept, the factors may be those of a later tensor.
+  template <bool kKept>
+  BATCHOPS_DEVICE void second(const Part& part, const Outcome& outcome, const Slot& slot) const {
+    constexpr bool kGrad = Algorithm::kGradAgain && !kKept;
+    with_units<kGrad>(part, [&](auto p, auto g, auto width, const Units& units) {
+      Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
+                                 decltype(width)::value>(part.x, units, factors(), outcome, slot);
+    });
   }
 
   // The second sweep over this block's chunks that were not kept, of the tensor settled last; back
@@ -314,7 +329,7 @@ class Step {
   BATCHOPS_DEVICE void sweep_again(int32_t last) const {
     const Entry& x = entry(settled_);
     for (int32_t item = last; item >= x.first_chunk; item -= blocks()) {
-      Algorithm::template second<false>(Part(x, item), factors(), args_.outcomes[settled_], Slot{});
+      second<false>(Part(x, item), args_.outcomes[settled_], Slot{});
     }
   }
 
