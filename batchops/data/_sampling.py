@@ -224,8 +224,9 @@ class IndexStream:
                 return
 
     def untake(self, batch: Any) -> None:
-        """Give back the batch that was taken last."""
+        """Give back the batch that was taken last; an end that was met after it is yet to come."""
         self._pending.appendleft(batch)
+        self._ended = False
 
     def take(self, size: Any) -> Any:
         """The next batch: a range, a list or an int64 vector. StopIteration after the last."""
