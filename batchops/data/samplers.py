@@ -169,6 +169,9 @@ class TokenBudgetBatchSampler(_Planned):
             self._refuse_oversized()
 
     def _refuse_oversized(self) -> None:
+        longest = int(self.lengths.max(initial=0))
+        if -(-longest // self.multiple) * self.multiple <= self.max_tokens:
+            return
         rounded = -(-self.lengths // self.multiple) * self.multiple
         over = np.flatnonzero(rounded > self.max_tokens)
         if len(over):
