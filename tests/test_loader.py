@@ -324,29 +324,100 @@ def test_threads_out_of_order_timeout_and_arguments() -> None:
 # --- worker processes and errors -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"threads": 2}, {"num_workers": 2}], ids=["local", "threads", "processes"]
-)
-def test_errors_name_the_dataset_index(arguments: dict[str, Any]) -> None:
-    class Ragged(Dataset):
-        def __len__(self) -> int:
-            return 12
+WAYS = {
+    "local": {},
+    "threads": {"threads": 2},
+    "processes": {"num_workers": 2},
+    "threads, any order": {"threads": 2, "in_order": False},
+    "processes, any order": {"num_workers": 2, "in_order": False},
+}
 
-        def __getitem__(self, i: int) -> Any:
-            return {"x": torch.ones(3 if i != 9 else 4)}
 
-    loader = DataLoader(Ragged(), batch_sampler=[[0, 1, 2], [3, 9, 4]], **arguments)
+class Odd(Dataset):
+    """One sample is unlike the others: longer, without a key, or not to be had."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> Any:
+        if i != 9:
+            return {"x": torch.ones(3)}
+        if self.kind == "fails":
+            raise ValueError("no such file")
+        if self.kind == "KeyError":
+            raise KeyError("file")
+        return {"x": torch.ones(4)} if self.kind == "shape" else {"y": torch.ones(3)}
+
+
+def _error(loader: Any) -> Exception:
+    """The first that comes: in which place is left open by in_order=False."""
     iterator = iter(loader)
-    next(iterator)
-    with pytest.raises(RuntimeError) as caught:
-        next(iterator)
-    text = str(caught.value)
+    try:
+        for _ in range(3):
+            next(iterator)
+    except Exception as error:
+        return error
+    raise AssertionError("nothing raised")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_errors_name_the_dataset_index(way: str) -> None:
+    batches = [[0, 1, 2], [3, 9, 4], [5, 6]]
+    error = _error(DataLoader(Odd("shape"), batch_sampler=batches, **WAYS[way]))
+    text = str(error)
+    assert type(error) is RuntimeError
     assert (
         "stack expects each tensor to be equal size, but got [3] at entry 0 and [4] at entry 1"
         in (text)
     )
     assert "position 1, sample['x']: Tensor of shape (4,)" in text
     assert "(dataset index 9)" in text
+    error = _error(DataLoader(Odd("key"), batch_sampler=batches, **WAYS[way]))
+    text = str(error)
+    assert isinstance(error, KeyError)
+    assert "\\n" not in text, "lines, not their repr"
+    assert "'x'\n  in the batch: position 1, sample: dict with keys ['y']" in text
+    assert text.endswith("(dataset index 9)")
+    if way == "local":
+        assert error.args == ("x",)
+    else:
+        assert text.startswith("Caught KeyError in DataLoader ")
+
+
+@pytest.mark.parametrize("kind", ["fails", "KeyError"])
+@pytest.mark.parametrize("way", WAYS)
+def test_errors_of_samples_name_their_batch(way: str, kind: str) -> None:
+    """Which sample it was is known to nobody but the dataset; in this process its error is its
+    own, untouched."""
+    error = _error(DataLoader(Odd(kind), batch_sampler=[[3, 9, 4]] * 2, **WAYS[way]))
+    stock = _error(TorchLoader(Odd(kind), batch_sampler=[[3, 9, 4]]))
+    assert type(error) is type(stock)
+    if way == "local":
+        assert error.args == stock.args
+    else:
+        assert str(stock) in str(error)
+        assert str(error).endswith("\n  in the batch: dataset indices 3, 9, 4")
+    many = DataLoader(Odd(kind), batch_sampler=[[9] * 40], **WAYS[way])
+    alone = DataLoader(Odd(kind), batch_size=None, sampler=[9], **WAYS[way])
+    if way != "local":
+        assert str(_error(many)).endswith(", 9, 9, and 24 more")
+        assert str(_error(alone)).endswith("in the batch: dataset index 9")
+
+
+@pytest.mark.parametrize("arguments", [{"threads": 2}, {"num_workers": 1}], ids=str)
+def test_errors_of_streams_name_no_index(arguments: dict[str, Any]) -> None:
+    text = str(_error(DataLoader(Failing(), 2, **arguments)))
+    assert "lost the line" in text
+    assert "dataset ind" not in text
+
+
+class Failing(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        yield 1
+        raise OSError("lost the line")
 
 
 @pytest.mark.parametrize("arguments", [{"threads": 2}, {"num_workers": 2}], ids=str)
