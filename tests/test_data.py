@@ -62,7 +62,7 @@ def _two_threads(threads: Any) -> None:
 
 
 def fix_depth(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
-    """How many batches are gathered ahead follows from the time that is waited: here it is given."""
+    """How many batches are gathered ahead follows from waiting: here it is given."""
     monkeypatch.setattr(_iterators, "Depth", lambda start, most: Depth(batches, batches))
 
 
@@ -867,9 +867,7 @@ def test_changes_between_batches(
 
 
 @pytest.mark.parametrize("form", [list, np.array, torch.tensor])
-def test_indices_of_a_subset_change_between_batches(
-    form: Callable[[Any], Any], depth: int
-) -> None:
+def test_indices_of_a_subset_change_between_batches(form: Callable[[Any], Any], depth: int) -> None:
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
         dataset = TensorDataset(torch.arange(400.0 * 1024).view(400, 1024))
         subset = Subset(Subset(dataset, form(list(range(400)))), form(list(range(200))))

@@ -163,12 +163,18 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
 
     def _next_index(self) -> Any:
         index = super()._next_index()
-        self._sent[self._send_idx] = index
+        if self._dataset_kind == torch_dataloader._DatasetKind.Map:
+            self._sent[self._send_idx] = index
         return index
 
+    def _get_data(self) -> Any:
+        got = super()._get_data()
+        self._received = got[0]
+        return got
+
     def _process_data(self, data: Any, *worker: Any) -> Any:
-        number = self._rcvd_idx - 1
-        index = self._sent.pop(number, None) if self._in_order else None
+        number = self._rcvd_idx - 1 if self._in_order else self._received
+        index = self._sent.pop(number, None)
         try:
             return self._counted(super()._process_data(data, *worker))
         except Exception as error:
@@ -202,7 +208,7 @@ class _Ahead(NamedTuple):
     taken: Any
     size: int
     source: GatherSource
-    versions: list[int]
+    writes: list[int]
     inference: bool
     rows: _C.Rows
     batch: Batch
@@ -312,16 +318,16 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         rows = source.resolve(taken, self._lookups())
         if rows is None:
             return None
-        versions = source.versions()
+        writes = source.writes()
         batch = source.start(rows, threads, self._memory)
         inference = torch.is_inference_mode_enabled()
-        return _Ahead(taken, size, source, versions, inference, rows, batch)
+        return _Ahead(taken, size, source, writes, inference, rows, batch)
 
     def _is_valid(self, ahead: _Ahead) -> bool:
         """Whether gathering now would give the same batch."""
         if not self._gathers() or self._source is not ahead.source:
             return False
-        if ahead.versions != ahead.source.versions():
+        if ahead.writes != ahead.source.writes():
             return False
         if ahead.inference != torch.is_inference_mode_enabled():
             return False
@@ -426,7 +432,7 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
         self._attach(loader)
         super().__init__(loader)
         count = loader.threads
-        is_map = self._dataset_kind == torch_dataloader._DatasetKind.Map
+        is_map = self._is_map = self._dataset_kind == torch_dataloader._DatasetKind.Map
         infos = []
         for k in range(count):
             generator = torch.Generator()
@@ -453,7 +459,7 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
             except StopIteration:
                 self._exhausted = True
                 return
-            self._indices[self._sent] = index
+            self._indices[self._sent] = index if self._is_map else None
             self._crew.put(self._sent, index)
             self._sent += 1
 

@@ -38,8 +38,10 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     Where the data lie in memory and ``collate_fn`` is the default, batches are gathered by native
     threads without Python for each sample (and without the GIL from 4 MiB on): ``TensorDataset``,
     tensors, ``numpy.ndarray`` and ``numpy.memmap`` as datasets, :class:`batchops.data.Columns`,
-    ``StackDataset`` and ``ConcatDataset`` of these, and ``Subset`` of any, nested or not. Samples
-    of every other dataset are collated natively (:func:`batchops.data.collate`).
+    ``StackDataset`` and ``ConcatDataset`` of these, Hugging Face's ``datasets.Dataset`` (in torch
+    or NumPy format, of numbers and arrays of one size, without nulls; without a format, of numbers
+    alone), and ``Subset`` of any, nested or not. Samples of every other dataset are collated
+    natively (:func:`batchops.data.collate`).
 
     Keyword arguments beyond torch's:
 
