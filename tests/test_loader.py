@@ -5,11 +5,16 @@ The oracle is torch's DataLoader over the same dataset, seed for seed.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import inspect
+import multiprocessing
+import os
 import pickle
 import random
+import signal
+import sys
 import threading
 import time
 import warnings
@@ -287,8 +292,13 @@ def test_threads_fetch_at_once_and_stop() -> None:
     assert gone(lambda: not named_threads())
 
 
+def started_threads() -> list[threading.Thread]:
+    """Of those that Ctrl-C kept from starting, Python keeps a record for ever."""
+    return [t for t in threading.enumerate() if t.ident is not None]
+
+
 def named_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("batchops-data")]
+    return [t.name for t in started_threads() if t.name.startswith("batchops-data")]
 
 
 def gone(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
@@ -1004,51 +1014,107 @@ class Moody(Dataset):
         return torch.full((10,), i), i
 
 
-def _trial(seed: int) -> None:
+EXPECTED = (ValueError, KeyError, RuntimeError, KeyboardInterrupt, ZeroDivisionError)
+# A killed worker's tensors cannot be received any more, in torch either.
+EXPECTED += (OSError, EOFError)
+
+
+def _forked(loader: Any) -> None:
+    """A child that iterates anew, whatever its parent is in the middle of, and is gone."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with contextlib.suppress(*EXPECTED):
+                for _ in loader:
+                    pass
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _trial(seed: int) -> str:
     rng = random.Random(seed)
     n = rng.choice([1, 8, 40])
     batch = rng.choice([1, 4, 16])
-    way = rng.choice(["threads", "threads", "threads", "local", "gather", "ahead"])
+    ways = ["threads", "threads", "local", "gather", "ahead"]
+    way = "processes" if rng.random() < 0.03 else rng.choice(ways)
     arguments: dict[str, Any] = {"shuffle": rng.random() < 0.5, "drop_last": rng.random() < 0.3}
     if way == "threads":
         dataset: Any = Moody(rng, n)
         arguments["threads"] = rng.choice([1, 2, 4])
         arguments["in_order"] = rng.random() < 0.8
+    elif way == "processes":
+        dataset = Moody(rng, n)
+        arguments["num_workers"] = rng.choice([1, 2])
+        arguments["in_order"] = rng.random() < 0.8
+        arguments["persistent_workers"] = rng.random() < 0.3
     elif way == "local":
         dataset = Moody(rng, n)
     else:
         dataset = TensorDataset(rows(n, rng.choice([3, 9000])))
         arguments["num_workers"] = 2 if way == "ahead" else 0
     loader = DataLoader(dataset, batch, **arguments)
+    fates = ["end", "break", "drop", "raise", "error in loop", "resume", "Ctrl-C"]
+    fates += ["killed"] if way == "processes" else ["interrupted"]
+    if way != "processes" and rng.random() < 0.1:
+        fates = ["fork"]
     for _ in range(rng.choice([1, 2])):
-        fate = rng.choice(["end", "break", "drop", "raise", "error in loop", "resume"])
+        fate = rng.choice(fates)
         stop = rng.randrange(6)
-        with contextlib.suppress(
-            ValueError, KeyError, RuntimeError, KeyboardInterrupt, ZeroDivisionError
-        ):
-            iterator = iter(loader)
-            for k, _ in enumerate(iterator):
-                if k == stop:
-                    if fate == "break":
-                        break
-                    if fate == "drop":
-                        del iterator
-                        break
-                    if fate == "error in loop":
-                        raise ZeroDivisionError
-                    if fate == "resume":
-                        loader.load_state_dict(loader.state_dict())
-                        break
+        with contextlib.suppress(*EXPECTED):
+            try:
+                if fate == "interrupted":  # wherever it is by then
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+                iterator = iter(loader)
+                for k, _ in enumerate(iterator):
+                    if k == stop:
+                        if fate == "break":
+                            break
+                        if fate == "drop":
+                            del iterator
+                            break
+                        if fate == "error in loop":
+                            raise ZeroDivisionError
+                        if fate == "Ctrl-C":
+                            signal.raise_signal(signal.SIGINT)
+                        if fate == "killed":
+                            os.kill(rng.choice(iterator._workers).pid, signal.SIGKILL)
+                        if fate == "fork":
+                            _forked(loader)
+                        if fate == "resume":
+                            loader.load_state_dict(loader.state_dict())
+                            break
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         iterator = None
+    return way
 
 
-def test_a_thousand_random_failures_leave_nothing_behind() -> None:
-    before = threading.active_count()
-    for seed in range(1000):
-        _trial(seed)
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_thousand_random_failures_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How long torch waits before it looks whether a worker is alive.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(ProcessIter._try_get_data, "__defaults__", (0.1,))
+    # An interrupt that comes in a destructor is dropped; kept, its frames would keep the iterator.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    before = len(started_threads())
+    handlers = {signal.SIGALRM: _raise_interrupt, signal.SIGINT: signal.default_int_handler}
+    handlers = {number: signal.signal(number, to) for number, to in handlers.items()}
+    try:
+        ways = collections.Counter(_trial(seed) for seed in range(1000))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert min(ways.values()) >= 20, ways
     gc.collect()
     assert gone(lambda: not named_threads()), named_threads()
-    assert threading.active_count() == before
+    assert gone(lambda: not multiprocessing.active_children()), multiprocessing.active_children()
+    assert gone(lambda: len(started_threads()) == before), started_threads()
 
 
 def test_shutdown_follows_the_users_code_at_once() -> None:

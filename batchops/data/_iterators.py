@@ -180,6 +180,16 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
         except Exception as error:
             raise_alone(error, index)
 
+    def _shutdown_workers(self) -> None:
+        try:
+            super()._shutdown_workers()
+        except RuntimeError:
+            # That a worker was killed is told by a signal, which may come in the middle of this.
+            if hasattr(self, "_pin_memory_thread"):
+                raise
+            self._shutdown = False
+            super()._shutdown_workers()
+
     def _counted(self, data: Any) -> Any:
         """Written once to shared memory, and once more where it is page-locked then."""
         nbytes = tensor_bytes(data)
@@ -446,9 +456,10 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
         self._indices: dict[int, Any] = {}
         self._last_request = time.perf_counter()
         fetch = _MapFetch(self) if is_map else _IterableFetch(self)
-        self._crew = Crew(infos, fetch, loader.worker_init_fn, loader.timeout)
+        self._crew = Crew(self, infos, fetch, loader.worker_init_fn, loader.timeout)
         if not is_map:
             fetch.crew = self._crew
+        self._crew.start()
         self._begin_epoch()
         self._fill()
 
