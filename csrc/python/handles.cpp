@@ -5,12 +5,12 @@
 
 #include <string>
 
+#include "python/prefetch.h"
+
 namespace py = pybind11;
 
 namespace batchops {
 namespace {
-
-void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // Walks a dict so many steps ahead of who reads it.
 template <class Ask>
@@ -44,17 +44,8 @@ bool for_each_handle(const py::list& lists, const py::dict& state, F&& f) {
       if (!f(PySequence_Fast_GET_ITEM(list.ptr(), i))) return false;
     }
   }
-  // The dicts lie all over memory, each two steps away.
-  Ahead dicts(state.ptr(), 8, [](PyObject* dict) {
-    prefetch(dict);
-    prefetch(reinterpret_cast<const char*>(dict) + 32);
-  });
-  Ahead keys(state.ptr(), 4, [](PyObject* dict) {
-    if (!PyDict_Check(dict)) return;
-    const auto* const table =
-        reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
-    for (int line = 0; line < 4; ++line) prefetch(table + 64 * line);
-  });
+  Ahead dicts(state.ptr(), 8, prefetch_dict);
+  Ahead keys(state.ptr(), 4, prefetch_keys);
   Py_ssize_t at = 0;
   PyObject *key, *value;
   while (PyDict_Next(state.ptr(), &at, &key, &value)) {

@@ -12,6 +12,7 @@
 #include "collate/normalize_task.h"
 #include "collate/pad_task.h"
 #include "collate/stack_task.h"
+#include "python/prefetch.h"
 #include "python/reader.h"
 #include "python/run.h"
 
@@ -326,14 +327,19 @@ py::object column(const py::object& batch, const py::object& key) {
   const Items items(batch);
   if (!items.readable() || !PyUnicode_CheckExact(key.ptr())) return py::none();
   auto out = py::reinterpret_steal<py::tuple>(PyTuple_New(items.size()));
-  for (Py_ssize_t i = 0; i < items.size(); ++i) {
-    if (i + 8 < items.size()) __builtin_prefetch(items[i + 8]);
+  const auto find = [&](Py_ssize_t i) {
     PyObject* const value =
         PyDict_CheckExact(items[i]) ? PyDict_GetItemWithError(items[i], key.ptr()) : nullptr;
-    if (value == nullptr) {
-      PyErr_Clear();
-      return py::none();
-    }
+    if (value == nullptr) PyErr_Clear();
+    return value;
+  };
+  constexpr Py_ssize_t kStep = 4;
+  for (Py_ssize_t i = 0; i < items.size(); ++i) {
+    if (i + 3 * kStep < items.size()) prefetch_dict(items[i + 3 * kStep]);
+    if (i + 2 * kStep < items.size()) prefetch_keys(items[i + 2 * kStep]);
+    if (i + kStep < items.size()) prefetch(find(i + kStep));  // a reference is counted in there
+    PyObject* const value = find(i);
+    if (value == nullptr) return py::none();
     PyTuple_SET_ITEM(out.ptr(), i, Py_NewRef(value));
   }
   return out;
