@@ -713,6 +713,21 @@ def test_default_device_mode() -> None:
         same(lambda cls: (cls(images(), 10, shuffle=True), {}))
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["tensors", "arrays"])
+def test_default_device_of_the_moment_of_delivery(native: bool) -> None:
+    """Rows of arrays become tensors where torch makes tensors; those of tensors stay."""
+    devices = []
+    for cls in (TorchLoader, DataLoader):
+        data = torch.arange(4096.0).view(64, 64)
+        iterator = iter(cls(data if native else data.numpy(), 8))
+        found = [next(iterator).device.type]
+        with torch.device("meta"):
+            found += [next(iterator).device.type for _ in range(2)]
+        devices.append([*found, next(iterator).device.type])
+    assert devices[0] == devices[1]
+    assert ("meta" in devices[1]) is not native
+
+
 # --- indices that only torch can judge ----------------------------------------------------------
 
 N_ROWS = 103

@@ -19,7 +19,7 @@ from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
 from batchops.data._resume import EpochStart
 from batchops.data._sampling import IndexStream, RecordedSampler
-from batchops.data._source import Batch, GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._source import Batch, GatherSource, collate_only_stacks
 from batchops.data._threads import Crew, End, WorkerInfo
 from batchops.data._tree import tensor_bytes
 
@@ -283,7 +283,7 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         """Whether the dataset can be gathered from right now; self._source is its source."""
         if self._source is not None:
             self._source = self._source.refreshed()
-        return self._source is not None and collate_only_stacks() and nobody_watches()
+        return self._source is not None and collate_only_stacks() and self._source.may_gather()
 
     def _lookups(self) -> tuple[Any, ...]:
         return () if self._stream is None else self._stream.lookups
@@ -399,7 +399,7 @@ class WorkerGatherIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
             self._source = self._source.refreshed()
         lookups = () if stream is None else stream.lookups
         rows = None
-        if self._source is not None and nobody_watches():
+        if self._source is not None and self._source.may_gather():
             rows = self._source.resolve(taken, lookups)
         # The sampler's own errors are raised now, as in torch.
         index = taken if rows is not None or stream is None else stream.as_list(taken)

@@ -94,6 +94,15 @@ def nobody_watches() -> bool:
     )
 
 
+def makes_tensors_on_cpu() -> bool:
+    """Whether torch would make a tensor of numbers or of an array in host memory."""
+    return not torch._C._len_torch_function_stack() or all(
+        torch.device(mode.device).type == "cpu"
+        for mode in _get_current_function_mode_stack()
+        if isinstance(mode, DeviceContext)
+    )
+
+
 def _is_gatherable(tensor: torch.Tensor) -> bool:
     """Whether ``torch.stack([tensor[i], ...])`` is a copy of rows and nothing else."""
     return (
@@ -368,6 +377,7 @@ class GatherSource:
         tensors = [c for c in self._columns if isinstance(c, torch.Tensor)]
         arrays = [c for c in self._columns if isinstance(c, np.ndarray)]
         self._mapped = [a for a in arrays if mapped_file(a) is not None]
+        self._has_arrays = bool(arrays)
         # Nobody counts what is written to an array.
         self.counts_writes = view.immutable or not any(a.flags.writeable for a in arrays)
         for array in arrays:
@@ -404,6 +414,10 @@ class GatherSource:
     def writes(self) -> list[int]:
         """Counters that torch moves with every write to a tensor."""
         return self._watch.writes()
+
+    def may_gather(self) -> bool:
+        """Whether nobody would see the difference to samples that are made one by one."""
+        return nobody_watches() and (not self._has_arrays or makes_tensors_on_cpu())
 
     @property
     def has_lookups(self) -> bool:

@@ -19,7 +19,7 @@ from batchops.data._iterators import (
 from batchops.data._memory import CudaPages, Memory
 from batchops.data._metrics import Metrics
 from batchops.data._resume import EpochStart, checked, restore
-from batchops.data._source import GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._source import GatherSource, collate_only_stacks
 from batchops.data._transfer import Transfer
 from batchops.data._tree import map_tensors
 
@@ -218,10 +218,10 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             or not is_default(self.collate_fn)
             or (self.num_workers > 0 and self.worker_init_fn is not None)
             or not collate_only_stacks()
-            or not nobody_watches()
         ):
             return None
-        return GatherSource.of(self.dataset)
+        source = GatherSource.of(self.dataset)
+        return source if source is not None and source.may_gather() else None
 
     # --- memory -------------------------------------------------------------------------------
 
