@@ -104,8 +104,10 @@ def _random(sampler: RandomSampler, draws: Draws) -> Iterator[Any]:
     else:
         for _ in range(sampler.num_samples // n):
             yield torch.randperm(n, generator=generator)
-        # Drawn even where nothing of it is used.
-        yield torch.randperm(n, generator=generator)[: sampler.num_samples % n]
+        # Drawn even where nothing of it is used, if somebody sees the generator.
+        rest = sampler.num_samples % n
+        if rest or sampler.generator is not None:
+            yield torch.randperm(n, generator=generator)[:rest]
 
 
 def _subset_random(sampler: SubsetRandomSampler, draws: Draws) -> Iterator[Any]:
