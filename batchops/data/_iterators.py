@@ -303,10 +303,11 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         if threads < 1 or type(size) is not int:
             return
         while len(self._ahead) < self._depth.value and self._stream.may_take_early(size):
+            source = self._source
+            if source is None or size * source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
+                return  # a small batch is gathered when it is asked for, by its thread
             if not self._gathers() or not self._source.counts_writes:
                 return
-            if size * self._source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
-                return  # a small batch is gathered when it is asked for, by its thread
             try:
                 taken = self._stream.take(size)
             except StopIteration:

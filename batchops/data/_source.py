@@ -400,7 +400,8 @@ class GatherSource:
         view = _view(dataset)
         if view is None:
             return None
-        watch = _C.Watch.of([column for part in view.parts for column in part.columns])
+        columns = [column for part in view.parts for column in part.columns]
+        watch = _C.Watch.of([] if view.immutable else columns)
         return None if watch is None else cls(dataset, view, watch)
 
     def is_current(self) -> bool:
