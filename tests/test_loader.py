@@ -369,7 +369,10 @@ def _error(loader: Any) -> Exception:
         for _ in range(3):
             next(iterator)
     except Exception as error:
-        return error
+        # Without the frames, which would keep the iterator and its workers.
+        return error.with_traceback(None)
+    finally:
+        del iterator
     raise AssertionError("nothing raised")
 
 
@@ -1102,7 +1105,7 @@ def test_a_thousand_random_failures_leave_nothing_behind(monkeypatch: pytest.Mon
     monkeypatch.setattr(ProcessIter._try_get_data, "__defaults__", (0.1,))
     # An interrupt that comes in a destructor is dropped; kept, its frames would keep the iterator.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    before = len(started_threads())
+    before = started_threads()
     handlers = {signal.SIGALRM: _raise_interrupt, signal.SIGINT: signal.default_int_handler}
     handlers = {number: signal.signal(number, to) for number, to in handlers.items()}
     try:
@@ -1114,7 +1117,7 @@ def test_a_thousand_random_failures_leave_nothing_behind(monkeypatch: pytest.Mon
     gc.collect()
     assert gone(lambda: not named_threads()), named_threads()
     assert gone(lambda: not multiprocessing.active_children()), multiprocessing.active_children()
-    assert gone(lambda: len(started_threads()) == before), started_threads()
+    assert gone(lambda: set(started_threads()) <= set(before)), started_threads()
 
 
 def test_shutdown_follows_the_users_code_at_once() -> None:
