@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import optional
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import Subset, TensorDataset
 
@@ -169,3 +170,38 @@ def test_beside_a_spinning_thread(pair: Any, threads: int) -> None:
     finally:
         spinning = False
         thread.join()
+
+
+def test_hugging_face(pair: Any, threads: int) -> None:
+    """Embeddings and labels in torch format, shuffled by the dataset itself and by the loader."""
+    datasets = optional("datasets")
+    if isinstance(datasets, str):
+        pytest.skip(datasets)
+    pa = optional("pyarrow")
+    rows = torch.randn(20_000, 768, generator=torch.Generator().manual_seed(4)).numpy()
+    columns = {
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 768),
+        "label": pa.array(range(20_000), pa.int32()),
+    }
+    dataset = datasets.Dataset(pa.table(columns)).with_format("torch").shuffle(seed=0)
+    arguments = {"batch_size": 256, "shuffle": True}
+    torch.manual_seed(0)
+    ours = next(iter(DataLoader(dataset, **arguments)))
+    torch.manual_seed(0)
+    theirs = next(iter(TorchLoader(dataset, **arguments)))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    def check(output: int, index: int) -> None:
+        assert output == 79, f"{output} batches, expected 79"
+
+    pair(
+        _epoch(DataLoader(dataset, **arguments)),
+        {"torch": _epoch(TorchLoader(dataset, **arguments))},
+        check=check,
+        bytes_moved=(2 * 768 * 4 + 4 + 8) * len(dataset),
+        items=len(dataset),
+        calls=1,
+        clock="host",
+        op="data loader",
+        case={"dataset": "Hugging Face, float32 768 + int32", "order": "shuffled", "batch": 256},
+    )

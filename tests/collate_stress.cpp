@@ -234,23 +234,28 @@ void share_slots() {
   REQUIRE(stats.leased == 0 && stats.in_flight == 0 && stats.leased_bytes == 0);
 }
 
-void plan() {
-  Large<int32_t> lengths(150000);
+// One, two and three digits to sort by, one length for all; sorted whole and in pools.
+void plan(int32_t longest_length, int64_t pool) {
+  std::vector<int64_t> lengths(150000);
   std::mt19937 random(3);
-  for (int32_t& length : lengths) length = static_cast<int32_t>(random() % 5000);
+  for (int64_t& length : lengths) length = static_cast<int64_t>(random()) % longest_length;
   PlanOptions options;
-  options.max_tokens = 8192;
+  options.max_tokens = 2 * int64_t{longest_length};
+  options.pool = pool;
   const Plan made = plan_batches(lengths, options);
   std::vector<bool> seen(lengths.size());
   for (size_t b = 0; b + 1 < made.starts.size(); ++b) {
     int64_t longest = 0;
+    int64_t before = longest_length;
     for (int64_t i = made.starts[b]; i < made.starts[b + 1]; ++i) {
       const auto sample = static_cast<size_t>(made.samples[static_cast<size_t>(i)]);
       REQUIRE(!seen[sample]);
       seen[sample] = true;
-      longest = std::max<int64_t>(longest, lengths[sample]);
+      longest = std::max(longest, lengths[sample]);
+      REQUIRE(pool > 0 || lengths[sample] <= before);
+      before = lengths[sample];
     }
-    REQUIRE(longest * (made.starts[b + 1] - made.starts[b]) <= 8192);
+    REQUIRE(longest * (made.starts[b + 1] - made.starts[b]) <= options.max_tokens);
   }
   REQUIRE(made.samples.size() == lengths.size());
 }
@@ -266,7 +271,9 @@ int main() {
     normalize(seed);
   }
   share_slots();
-  plan();
+  for (const int32_t longest : {1, 2000, 5000, 1 << 30}) {
+    for (const int64_t pool : {0, 7, 4096}) plan(longest, pool);
+  }
 #if !defined(__SANITIZE_THREAD__)  // which does not follow threads into a forked child
   const pid_t child = fork();
   if (child == 0) {

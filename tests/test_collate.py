@@ -407,6 +407,22 @@ def test_errors_of_others_stay_theirs(fn_map: dict[Any, Any]) -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 
+def test_the_default_device_is_that_of_tensors_that_are_made() -> None:
+    """Stacks stay where the samples are; numbers and arrays become tensors there."""
+    samples = [1, 1.5, True, np.float32(2), np.ones(3), torch.ones(3), {"a": 3, "b": torch.ones(2)}]
+    with torch.device("meta"):
+        for sample in samples:
+            batch = [sample] * 20
+            for got, want in zip(
+                _leaves(collate(batch)), _leaves(default_collate(batch)), strict=True
+            ):
+                assert (got.device, got.dtype, got.shape) == (want.device, want.dtype, want.shape)
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
 def test_memory_is_used_again_only_when_nobody_sees_it() -> None:
     samples = [torch.full((RING_BYTES,), i, dtype=torch.uint8) for i in range(4)]
     first = collate(samples)

@@ -46,8 +46,9 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from torch.utils.data.distributed import DistributedSampler
 
 from batchops import _C
-from batchops.data import DataLoader
+from batchops.data import DataLoader, _iterators
 from batchops.data._iterators import GatherIter, WorkerGatherIter
+from batchops.data._metrics import Depth
 
 from .threads import run_in_threads
 
@@ -58,6 +59,17 @@ NATIVE = (GatherIter, WorkerGatherIter)
 def _two_threads(threads: Any) -> None:
     """Two threads, so that batches are gathered ahead; with one they are not."""
     threads(2)
+
+
+def fix_depth(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """How many batches are gathered ahead follows from waiting: here it is given."""
+    monkeypatch.setattr(_iterators, "Depth", lambda start, most: Depth(batches, batches))
+
+
+@pytest.fixture(params=[1, GatherIter.MOST_AHEAD], ids=lambda k: f"{k} ahead")
+def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    fix_depth(monkeypatch, request.param)
+    return request.param
 
 
 def digest(generator: torch.Generator | None) -> bytes:
@@ -300,7 +312,8 @@ def random_case(rng: random.Random, workers: int) -> Callable[[Any], tuple[Any, 
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_random_configurations(seed: int) -> None:
+def test_random_configurations(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_depth(monkeypatch, 1 + seed % GatherIter.MOST_AHEAD)
     same(random_case(random.Random(seed), workers=0))
 
 
@@ -363,7 +376,7 @@ def test_sampler_that_fails_midway() -> None:
 
 @pytest.mark.parametrize("sizes", [[3, 10, 1, 20, 7], [5, None], [5, 0], [5, -1]], ids=str)
 @pytest.mark.parametrize("wide", [False, True])
-def test_batch_size_may_change_midway(wide: bool, sizes: list[Any]) -> None:
+def test_batch_size_may_change_midway(wide: bool, sizes: list[Any], depth: int) -> None:
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
         loader = cls(images(200, wide), 8, shuffle=True)
 
@@ -553,20 +566,18 @@ def test_kept_views_outlive_the_loader() -> None:
         assert torch.equal(got, want)
 
 
-def test_inference_mode() -> None:
-    def make(cls: Any) -> tuple[Any, dict[str, Any]]:
-        pixels = torch.arange(400 * 512).view(400, 512)
-        stack = contextlib.ExitStack()
+def test_inference_mode(depth: int) -> None:
+    pixels = torch.arange(400 * 512).view(400, 512)
+    stack = contextlib.ExitStack()
 
-        def between(k: int) -> None:
-            if k == 11:
-                stack.close()
-            elif k in (0, 3, 6, 9):
-                stack.enter_context(torch.inference_mode(k % 2 == 0))
+    def between(k: int) -> None:
+        if k == 11:
+            stack.close()
+        elif k in (0, 3, 6, 9):
+            stack.enter_context(torch.inference_mode(k % 2 == 0))
 
-        return cls(TensorDataset(pixels), 32), {"between": between}
-
-    same(make)
+    with stack:  # a mode left on would fail every test after this one
+        same(lambda cls: (cls(TensorDataset(pixels), 32), {"between": between}))
 
 
 # --- what takes torch's path --------------------------------------------------------------------
@@ -700,6 +711,21 @@ def test_collate_fn_map_is_read_live(key: type, when: str) -> None:
 def test_default_device_mode() -> None:
     with torch.device("cpu"):
         same(lambda cls: (cls(images(), 10, shuffle=True), {}))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["tensors", "arrays"])
+def test_default_device_of_the_moment_of_delivery(native: bool) -> None:
+    """Rows of arrays become tensors where torch makes tensors; those of tensors stay."""
+    devices = []
+    for cls in (TorchLoader, DataLoader):
+        data = torch.arange(4096.0).view(64, 64)
+        iterator = iter(cls(data if native else data.numpy(), 8))
+        found = [next(iterator).device.type]
+        with torch.device("meta"):
+            found += [next(iterator).device.type for _ in range(2)]
+        devices.append([*found, next(iterator).device.type])
+    assert devices[0] == devices[1]
+    assert ("meta" in devices[1]) is not native
 
 
 # --- indices that only torch can judge ----------------------------------------------------------
@@ -841,7 +867,9 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
 @pytest.mark.parametrize("nested", [False, True], ids=["dataset", "subset"])
-def test_changes_between_batches(change: Callable[[Any, int], None], nested: bool) -> None:
+def test_changes_between_batches(
+    change: Callable[[Any, int], None], nested: bool, depth: int
+) -> None:
     """Batches of 128 KB: the next one is under way in the pool while the change happens."""
 
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
@@ -854,7 +882,7 @@ def test_changes_between_batches(change: Callable[[Any, int], None], nested: boo
 
 
 @pytest.mark.parametrize("form", [list, np.array, torch.tensor])
-def test_indices_of_a_subset_change_between_batches(form: Callable[[Any], Any]) -> None:
+def test_indices_of_a_subset_change_between_batches(form: Callable[[Any], Any], depth: int) -> None:
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
         dataset = TensorDataset(torch.arange(400.0 * 1024).view(400, 1024))
         subset = Subset(Subset(dataset, form(list(range(400)))), form(list(range(200))))
@@ -870,7 +898,7 @@ def test_indices_of_a_subset_change_between_batches(form: Callable[[Any], Any]) 
     same(make)
 
 
-def test_indices_of_a_sampler_change_between_batches() -> None:
+def test_indices_of_a_sampler_change_between_batches(depth: int) -> None:
     def make(cls: Any) -> tuple[Any, dict[str, Any]]:
         dataset = TensorDataset(torch.arange(400.0 * 1024).view(400, 1024))
         sampler = SubsetRandomSampler(list(range(300)))
@@ -1358,7 +1386,7 @@ def test_inference_mode_is_that_of_the_moment_of_delivery(workers):
     assert seen == [True, False] * 3
 
 
-def test_no_memory_for_the_batch_ahead_loses_nothing(monkeypatch):
+def test_no_memory_for_the_batch_ahead_loses_nothing(monkeypatch, depth):
     dataset = TensorDataset(torch.arange(1000 * 128.0).view(1000, 128))
     real, calls = torch.empty, []
 

@@ -5,11 +5,16 @@ The oracle is torch's DataLoader over the same dataset, seed for seed.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import inspect
+import multiprocessing
+import os
 import pickle
 import random
+import signal
+import sys
 import threading
 import time
 import warnings
@@ -287,8 +292,13 @@ def test_threads_fetch_at_once_and_stop() -> None:
     assert gone(lambda: not named_threads())
 
 
+def started_threads() -> list[threading.Thread]:
+    """Of those that Ctrl-C kept from starting, Python keeps a record for ever."""
+    return [t for t in threading.enumerate() if t.ident is not None]
+
+
 def named_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("batchops-data")]
+    return [t.name for t in started_threads() if t.name.startswith("batchops-data")]
 
 
 def gone(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
@@ -324,29 +334,103 @@ def test_threads_out_of_order_timeout_and_arguments() -> None:
 # --- worker processes and errors -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"threads": 2}, {"num_workers": 2}], ids=["local", "threads", "processes"]
-)
-def test_errors_name_the_dataset_index(arguments: dict[str, Any]) -> None:
-    class Ragged(Dataset):
-        def __len__(self) -> int:
-            return 12
+WAYS = {
+    "local": {},
+    "threads": {"threads": 2},
+    "processes": {"num_workers": 2},
+    "threads, any order": {"threads": 2, "in_order": False},
+    "processes, any order": {"num_workers": 2, "in_order": False},
+}
 
-        def __getitem__(self, i: int) -> Any:
-            return {"x": torch.ones(3 if i != 9 else 4)}
 
-    loader = DataLoader(Ragged(), batch_sampler=[[0, 1, 2], [3, 9, 4]], **arguments)
+class Odd(Dataset):
+    """One sample is unlike the others: longer, without a key, or not to be had."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> Any:
+        if i != 9:
+            return {"x": torch.ones(3)}
+        if self.kind == "fails":
+            raise ValueError("no such file")
+        if self.kind == "KeyError":
+            raise KeyError("file")
+        return {"x": torch.ones(4)} if self.kind == "shape" else {"y": torch.ones(3)}
+
+
+def _error(loader: Any) -> Exception:
+    """The first that comes: in which place is left open by in_order=False."""
     iterator = iter(loader)
-    next(iterator)
-    with pytest.raises(RuntimeError) as caught:
-        next(iterator)
-    text = str(caught.value)
+    try:
+        for _ in range(3):
+            next(iterator)
+    except Exception as error:
+        # Without the frames, which would keep the iterator and its workers.
+        return error.with_traceback(None)
+    finally:
+        del iterator
+    raise AssertionError("nothing raised")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_errors_name_the_dataset_index(way: str) -> None:
+    batches = [[0, 1, 2], [3, 9, 4], [5, 6]]
+    error = _error(DataLoader(Odd("shape"), batch_sampler=batches, **WAYS[way]))
+    text = str(error)
+    assert type(error) is RuntimeError
     assert (
         "stack expects each tensor to be equal size, but got [3] at entry 0 and [4] at entry 1"
         in (text)
     )
     assert "position 1, sample['x']: Tensor of shape (4,)" in text
     assert "(dataset index 9)" in text
+    error = _error(DataLoader(Odd("key"), batch_sampler=batches, **WAYS[way]))
+    text = str(error)
+    assert isinstance(error, KeyError)
+    assert "\\n" not in text, "lines, not their repr"
+    assert "'x'\n  in the batch: position 1, sample: dict with keys ['y']" in text
+    assert text.endswith("(dataset index 9)")
+    if way == "local":
+        assert error.args == ("x",)
+    else:
+        assert text.startswith("Caught KeyError in DataLoader ")
+
+
+@pytest.mark.parametrize("kind", ["fails", "KeyError"])
+@pytest.mark.parametrize("way", WAYS)
+def test_errors_of_samples_name_their_batch(way: str, kind: str) -> None:
+    """Which sample it was is known to nobody but the dataset; in this process its error is its
+    own, untouched."""
+    error = _error(DataLoader(Odd(kind), batch_sampler=[[3, 9, 4]] * 2, **WAYS[way]))
+    stock = _error(TorchLoader(Odd(kind), batch_sampler=[[3, 9, 4]]))
+    assert type(error) is type(stock)
+    if way == "local":
+        assert error.args == stock.args
+    else:
+        assert str(stock) in str(error)
+        assert str(error).endswith("\n  in the batch: dataset indices 3, 9, 4")
+    many = DataLoader(Odd(kind), batch_sampler=[[9] * 40], **WAYS[way])
+    alone = DataLoader(Odd(kind), batch_size=None, sampler=[9], **WAYS[way])
+    if way != "local":
+        assert str(_error(many)).endswith(", 9, 9, and 24 more")
+        assert str(_error(alone)).endswith("in the batch: dataset index 9")
+
+
+@pytest.mark.parametrize("arguments", [{"threads": 2}, {"num_workers": 1}], ids=str)
+def test_errors_of_streams_name_no_index(arguments: dict[str, Any]) -> None:
+    text = str(_error(DataLoader(Failing(), 2, **arguments)))
+    assert "lost the line" in text
+    assert "dataset ind" not in text
+
+
+class Failing(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        yield 1
+        raise OSError("lost the line")
 
 
 @pytest.mark.parametrize("arguments", [{"threads": 2}, {"num_workers": 2}], ids=str)
@@ -933,51 +1017,107 @@ class Moody(Dataset):
         return torch.full((10,), i), i
 
 
-def _trial(seed: int) -> None:
+EXPECTED = (ValueError, KeyError, RuntimeError, KeyboardInterrupt, ZeroDivisionError)
+# A killed worker's tensors cannot be received any more, in torch either.
+EXPECTED += (OSError, EOFError)
+
+
+def _forked(loader: Any) -> None:
+    """A child that iterates anew, whatever its parent is in the middle of, and is gone."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with contextlib.suppress(*EXPECTED):
+                for _ in loader:
+                    pass
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _trial(seed: int) -> str:
     rng = random.Random(seed)
     n = rng.choice([1, 8, 40])
     batch = rng.choice([1, 4, 16])
-    way = rng.choice(["threads", "threads", "threads", "local", "gather", "ahead"])
+    ways = ["threads", "threads", "local", "gather", "ahead"]
+    way = "processes" if rng.random() < 0.03 else rng.choice(ways)
     arguments: dict[str, Any] = {"shuffle": rng.random() < 0.5, "drop_last": rng.random() < 0.3}
     if way == "threads":
         dataset: Any = Moody(rng, n)
         arguments["threads"] = rng.choice([1, 2, 4])
         arguments["in_order"] = rng.random() < 0.8
+    elif way == "processes":
+        dataset = Moody(rng, n)
+        arguments["num_workers"] = rng.choice([1, 2])
+        arguments["in_order"] = rng.random() < 0.8
+        arguments["persistent_workers"] = rng.random() < 0.3
     elif way == "local":
         dataset = Moody(rng, n)
     else:
         dataset = TensorDataset(rows(n, rng.choice([3, 9000])))
         arguments["num_workers"] = 2 if way == "ahead" else 0
     loader = DataLoader(dataset, batch, **arguments)
+    fates = ["end", "break", "drop", "raise", "error in loop", "resume", "Ctrl-C"]
+    fates += ["killed"] if way == "processes" else ["interrupted"]
+    if way != "processes" and rng.random() < 0.1:
+        fates = ["fork"]
     for _ in range(rng.choice([1, 2])):
-        fate = rng.choice(["end", "break", "drop", "raise", "error in loop", "resume"])
+        fate = rng.choice(fates)
         stop = rng.randrange(6)
-        with contextlib.suppress(
-            ValueError, KeyError, RuntimeError, KeyboardInterrupt, ZeroDivisionError
-        ):
-            iterator = iter(loader)
-            for k, _ in enumerate(iterator):
-                if k == stop:
-                    if fate == "break":
-                        break
-                    if fate == "drop":
-                        del iterator
-                        break
-                    if fate == "error in loop":
-                        raise ZeroDivisionError
-                    if fate == "resume":
-                        loader.load_state_dict(loader.state_dict())
-                        break
+        with contextlib.suppress(*EXPECTED):
+            try:
+                if fate == "interrupted":  # wherever it is by then
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+                iterator = iter(loader)
+                for k, _ in enumerate(iterator):
+                    if k == stop:
+                        if fate == "break":
+                            break
+                        if fate == "drop":
+                            del iterator
+                            break
+                        if fate == "error in loop":
+                            raise ZeroDivisionError
+                        if fate == "Ctrl-C":
+                            signal.raise_signal(signal.SIGINT)
+                        if fate == "killed":
+                            os.kill(rng.choice(iterator._workers).pid, signal.SIGKILL)
+                        if fate == "fork":
+                            _forked(loader)
+                        if fate == "resume":
+                            loader.load_state_dict(loader.state_dict())
+                            break
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         iterator = None
+    return way
 
 
-def test_a_thousand_random_failures_leave_nothing_behind() -> None:
-    before = threading.active_count()
-    for seed in range(1000):
-        _trial(seed)
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_thousand_random_failures_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    # How long torch waits before it looks whether a worker is alive.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    monkeypatch.setattr(ProcessIter._try_get_data, "__defaults__", (0.1,))
+    # An interrupt that comes in a destructor is dropped; kept, its frames would keep the iterator.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    before = started_threads()
+    handlers = {signal.SIGALRM: _raise_interrupt, signal.SIGINT: signal.default_int_handler}
+    handlers = {number: signal.signal(number, to) for number, to in handlers.items()}
+    try:
+        ways = collections.Counter(_trial(seed) for seed in range(1000))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert min(ways.values()) >= 20, ways
     gc.collect()
     assert gone(lambda: not named_threads()), named_threads()
-    assert threading.active_count() == before
+    assert gone(lambda: not multiprocessing.active_children()), multiprocessing.active_children()
+    assert gone(lambda: set(started_threads()) <= set(before)), started_threads()
 
 
 def test_shutdown_follows_the_users_code_at_once() -> None:

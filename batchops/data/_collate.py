@@ -19,7 +19,13 @@ from torch.utils.data._utils import collate as torch_collate
 from batchops import _C
 from batchops.data._errors import explained, note, step
 from batchops.data._memory import PlainMemory, shared_memory
-from batchops.data._source import ARRAY_DTYPES, DTYPES, nobody_watches, refuse_truncated
+from batchops.data._source import (
+    ARRAY_DTYPES,
+    DTYPES,
+    makes_tensors_on_cpu,
+    nobody_watches,
+    refuse_truncated,
+)
 
 _default_collate = torch_collate.default_collate
 _tensor_fn = torch_collate.collate_tensor_fn
@@ -98,6 +104,7 @@ class Collation:
         self.fn_map = fn_map
         self.memory = memory
         self.native = native
+        self.makes_tensors = native and makes_tensors_on_cpu()
         self.threads = torch.get_num_threads() - 1
 
     def collate(self, batch: Any) -> Any:
@@ -186,10 +193,10 @@ class Collation:
     def leaf(self, fn: Any, batch: Any) -> Any:
         try:
             out = None
-            if self.native:
-                if fn is _tensor_fn:
-                    out = self.stack_tensors(batch)
-                elif fn is _array_fn:
+            if fn is _tensor_fn:
+                out = self.stack_tensors(batch) if self.native else None
+            elif self.makes_tensors:
+                if fn is _array_fn:
                     out = self.stack_arrays(batch)
                 elif fn is _float_fn or fn is _int_fn:
                     out = self.numbers(fn, batch)

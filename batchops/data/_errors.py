@@ -12,8 +12,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch._utils import KeyErrorMessage
+
+from batchops.data._threads import get_worker_info
 
 _MARK = "\n  in the batch: "
+_SHOWN = 16
 
 
 class MissingKey(KeyError):
@@ -25,6 +29,9 @@ class MissingKey(KeyError):
 
     def __str__(self) -> str:
         return super().__str__() + self._where
+
+    def and_then(self, text: str) -> MissingKey:
+        return MissingKey(self.args[0], self._where + text)
 
     def __reduce__(self) -> Any:
         return (MissingKey, (self.args[0], self._where))
@@ -72,6 +79,8 @@ def explained(error: Exception) -> Exception:
     where += f"{path}: {place.text}"
     if isinstance(error, KeyError):
         new: Exception = MissingKey(error.args[0] if error.args else None, where)
+        if get_worker_info() is not None:
+            new = KeyError(KeyErrorMessage(new))  # nothing but the text is handed on
     elif getattr(builtins, type(error).__name__, None) is type(error) and len(error.args) == 1:
         new = type(error)(f"{error.args[0]}{where}")
     else:
@@ -86,15 +95,40 @@ def with_indices(error: Exception, indices: Any) -> Exception:
     """The error with the dataset's index of the sample that caused it."""
     place = noted(error)
     position = place.position if place is not None else position_in(str(error))
-    if position is None or isinstance(error, KeyError):
+    if position is None:
         return error
     try:
         index = list(indices)[position]
     except (TypeError, IndexError):
         return error
-    if len(error.args) != 1 or getattr(builtins, type(error).__name__, None) is not type(error):
+    return _with_text(error, f" (dataset index {index})")
+
+
+def with_batch(error: Exception, indices: Any) -> Exception:
+    """An error that was handed on, with the dataset's indices: of its sample, or of its batch."""
+    if position_in(str(error)) is not None:
+        return with_indices(error, indices)
+    if isinstance(indices, list | tuple):
+        shown = ", ".join(map(repr, indices[:_SHOWN]))
+        more = f", and {len(indices) - _SHOWN} more" if len(indices) > _SHOWN else ""
+        return _with_text(error, f"{_MARK}dataset indices {shown}{more}")
+    return _with_text(error, f"{_MARK}dataset index {indices!r}")
+
+
+def _with_text(error: Exception, text: str) -> Exception:
+    """The error with `text` behind its own, or as it is where its text is not ours to change."""
+    if len(error.args) != 1:
         return error
-    new = type(error)(f"{error.args[0]} (dataset index {index})")
+    if isinstance(error, MissingKey):
+        new: Exception = error.and_then(text)
+    elif getattr(builtins, type(error).__name__, None) is not type(error):
+        return error
+    elif isinstance(error, KeyError):
+        if not isinstance(error.args[0], KeyErrorMessage):
+            return error  # args[0] is the key
+        new = KeyError(KeyErrorMessage(f"{error.args[0]}{text}"))
+    else:
+        new = type(error)(f"{error.args[0]}{text}")
     new.__traceback__ = error.__traceback__
     return new
 
@@ -106,7 +140,7 @@ def raise_alone(error: Exception, indices: Any) -> NoReturn:
     the garbage collector comes by, workers would live on, and torch's then take seconds to end.
     The text holds the worker's own traceback; that of the hand-over is left out.
     """
-    better = error if indices is None else with_indices(error, indices)
+    better = error if indices is None else with_batch(error, indices)
     error.__traceback__ = None
     try:
         raise better.with_traceback(None) from None

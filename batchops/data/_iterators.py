@@ -19,7 +19,7 @@ from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
 from batchops.data._resume import EpochStart
 from batchops.data._sampling import IndexStream, RecordedSampler
-from batchops.data._source import Batch, GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._source import Batch, GatherSource, collate_only_stacks
 from batchops.data._threads import Crew, End, WorkerInfo
 from batchops.data._tree import tensor_bytes
 
@@ -163,16 +163,32 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
 
     def _next_index(self) -> Any:
         index = super()._next_index()
-        self._sent[self._send_idx] = index
+        if self._dataset_kind == torch_dataloader._DatasetKind.Map:
+            self._sent[self._send_idx] = index
         return index
 
+    def _get_data(self) -> Any:
+        got = super()._get_data()
+        self._received = got[0]
+        return got
+
     def _process_data(self, data: Any, *worker: Any) -> Any:
-        number = self._rcvd_idx - 1
-        index = self._sent.pop(number, None) if self._in_order else None
+        number = self._rcvd_idx - 1 if self._in_order else self._received
+        index = self._sent.pop(number, None)
         try:
             return self._counted(super()._process_data(data, *worker))
         except Exception as error:
             raise_alone(error, index)
+
+    def _shutdown_workers(self) -> None:
+        try:
+            super()._shutdown_workers()
+        except RuntimeError:
+            # That a worker was killed is told by a signal, which may come in the middle of this.
+            if hasattr(self, "_pin_memory_thread"):
+                raise
+            self._shutdown = False
+            super()._shutdown_workers()
 
     def _counted(self, data: Any) -> Any:
         """Written once to shared memory, and once more where it is page-locked then."""
@@ -202,7 +218,7 @@ class _Ahead(NamedTuple):
     taken: Any
     size: int
     source: GatherSource
-    versions: list[int]
+    writes: list[int]
     inference: bool
     rows: _C.Rows
     batch: Batch
@@ -267,7 +283,7 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         """Whether the dataset can be gathered from right now; self._source is its source."""
         if self._source is not None:
             self._source = self._source.refreshed()
-        return self._source is not None and collate_only_stacks() and nobody_watches()
+        return self._source is not None and collate_only_stacks() and self._source.may_gather()
 
     def _lookups(self) -> tuple[Any, ...]:
         return () if self._stream is None else self._stream.lookups
@@ -287,10 +303,11 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         if threads < 1 or type(size) is not int:
             return
         while len(self._ahead) < self._depth.value and self._stream.may_take_early(size):
+            source = self._source
+            if source is None or size * source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
+                return  # a small batch is gathered when it is asked for, by its thread
             if not self._gathers() or not self._source.counts_writes:
                 return
-            if size * self._source.row_bytes < _C.COLLATE_BACKGROUND_BYTES:
-                return  # a small batch is gathered when it is asked for, by its thread
             try:
                 taken = self._stream.take(size)
             except StopIteration:
@@ -312,16 +329,16 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         rows = source.resolve(taken, self._lookups())
         if rows is None:
             return None
-        versions = source.versions()
+        writes = source.writes()
         batch = source.start(rows, threads, self._memory)
         inference = torch.is_inference_mode_enabled()
-        return _Ahead(taken, size, source, versions, inference, rows, batch)
+        return _Ahead(taken, size, source, writes, inference, rows, batch)
 
     def _is_valid(self, ahead: _Ahead) -> bool:
         """Whether gathering now would give the same batch."""
         if not self._gathers() or self._source is not ahead.source:
             return False
-        if ahead.versions != ahead.source.versions():
+        if ahead.writes != ahead.source.writes():
             return False
         if ahead.inference != torch.is_inference_mode_enabled():
             return False
@@ -383,7 +400,7 @@ class WorkerGatherIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
             self._source = self._source.refreshed()
         lookups = () if stream is None else stream.lookups
         rows = None
-        if self._source is not None and nobody_watches():
+        if self._source is not None and self._source.may_gather():
             rows = self._source.resolve(taken, lookups)
         # The sampler's own errors are raised now, as in torch.
         index = taken if rows is not None or stream is None else stream.as_list(taken)
@@ -426,7 +443,7 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
         self._attach(loader)
         super().__init__(loader)
         count = loader.threads
-        is_map = self._dataset_kind == torch_dataloader._DatasetKind.Map
+        is_map = self._is_map = self._dataset_kind == torch_dataloader._DatasetKind.Map
         infos = []
         for k in range(count):
             generator = torch.Generator()
@@ -440,9 +457,10 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
         self._indices: dict[int, Any] = {}
         self._last_request = time.perf_counter()
         fetch = _MapFetch(self) if is_map else _IterableFetch(self)
-        self._crew = Crew(infos, fetch, loader.worker_init_fn, loader.timeout)
+        self._crew = Crew(self, infos, fetch, loader.worker_init_fn, loader.timeout)
         if not is_map:
             fetch.crew = self._crew
+        self._crew.start()
         self._begin_epoch()
         self._fill()
 
@@ -453,7 +471,7 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
             except StopIteration:
                 self._exhausted = True
                 return
-            self._indices[self._sent] = index
+            self._indices[self._sent] = index if self._is_map else None
             self._crew.put(self._sent, index)
             self._sent += 1
 

@@ -28,6 +28,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from batchops.data._arrow import is_dataset
 from batchops.data.columns import Columns
 
 # As they were on import: a patched sampler is user code, and iterated as such.
@@ -48,8 +49,10 @@ _PLAIN_SIZED = (TensorDataset, Columns, np.ndarray, np.memmap, list, tuple, rang
 
 
 def _is_plain_sized(data: Any) -> bool:
-    return type(data) in _PLAIN_SIZED or (
-        type(data) is Subset and type(data.indices) in _PLAIN_SIZED
+    return (
+        type(data) in _PLAIN_SIZED
+        or (type(data) is Subset and type(data.indices) in _PLAIN_SIZED)
+        or is_dataset(data)
     )
 
 
@@ -101,8 +104,10 @@ def _random(sampler: RandomSampler, draws: Draws) -> Iterator[Any]:
     else:
         for _ in range(sampler.num_samples // n):
             yield torch.randperm(n, generator=generator)
-        # Drawn even where nothing of it is used.
-        yield torch.randperm(n, generator=generator)[: sampler.num_samples % n]
+        # Drawn even where nothing of it is used, if somebody sees the generator.
+        rest = sampler.num_samples % n
+        if rest or sampler.generator is not None:
+            yield torch.randperm(n, generator=generator)[:rest]
 
 
 def _subset_random(sampler: SubsetRandomSampler, draws: Draws) -> Iterator[Any]:
@@ -187,7 +192,8 @@ class IndexStream:
 
     def as_list(self, batch: Any) -> list[Any]:
         """The list that the batch sampler itself would have yielded."""
-        indices = batch.tolist() if isinstance(batch, torch.Tensor) else list(batch)
+        vector = isinstance(batch, np.ndarray | torch.Tensor)
+        indices = batch.tolist() if vector else list(batch)
         try:
             for lookup in self.lookups:
                 indices = [lookup[i] for i in indices]
@@ -224,11 +230,12 @@ class IndexStream:
                 return
 
     def untake(self, batch: Any) -> None:
-        """Give back the batch that was taken last."""
+        """Give back the batch that was taken last; an end that was met after it is yet to come."""
         self._pending.appendleft(batch)
+        self._ended = False
 
     def take(self, size: Any) -> Any:
-        """The next batch: a range, a list or an int64 vector. StopIteration after the last."""
+        """The next batch: a range, a list or a vector. StopIteration after the last."""
         if self._ended:
             raise StopIteration
         try:
@@ -238,8 +245,8 @@ class IndexStream:
             raise
         if len(parts) == 1:
             return parts[0]
-        if all(isinstance(part, torch.Tensor) for part in parts):
-            return torch.cat(parts)
+        if all(isinstance(part, np.ndarray) for part in parts):
+            return np.concatenate(parts)
         return [int(index) for part in parts for index in part]
 
     def _take(self, size: Any) -> list[Any]:
@@ -251,8 +258,8 @@ class IndexStream:
                 drawn = next(self._draws, None)
                 if drawn is None:
                     break
-                if isinstance(drawn, torch.Tensor) and drawn.device.type != "cpu":
-                    drawn = drawn.cpu()
+                if type(drawn) is torch.Tensor:
+                    drawn = drawn.cpu().numpy()  # slices of it cost a fifth of a tensor's
                 self._pending.append(drawn)
             drawn = self._pending.popleft()
             if len(drawn) > missing:

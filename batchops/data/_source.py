@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import mmap
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.utils.data import (
 from torch.utils.data._utils import collate as torch_collate
 
 from batchops import _C
+from batchops.data import _arrow
 from batchops.data.columns import Columns
 
 # Types whose rows torch.stack copies bit by bit. What is absent (quantized, sub-byte, bits) takes
@@ -92,6 +94,15 @@ def nobody_watches() -> bool:
     )
 
 
+def makes_tensors_on_cpu() -> bool:
+    """Whether torch would make a tensor of numbers or of an array in host memory."""
+    return not torch._C._len_torch_function_stack() or all(
+        torch.device(mode.device).type == "cpu"
+        for mode in _get_current_function_mode_stack()
+        if isinstance(mode, DeviceContext)
+    )
+
+
 def _is_gatherable(tensor: torch.Tensor) -> bool:
     """Whether ``torch.stack([tensor[i], ...])`` is a copy of rows and nothing else."""
     return (
@@ -118,22 +129,6 @@ def _stacks_contiguously(tensor: torch.Tensor) -> bool:
     if tensor.dim() <= 4:
         return True
     return tensor[0].is_contiguous()
-
-
-def _layout(column: Any) -> tuple[Any, ...]:
-    """All that a Table remembers of a column, and what may be switched on it in place."""
-    if isinstance(column, np.ndarray):
-        return (column.__array_interface__["data"], column.shape, column.strides, column.dtype)
-    return (
-        column.data_ptr(),
-        column.shape,
-        column.stride(),
-        column.dtype,
-        column.requires_grad,
-        type(column),
-        column.is_conj(),
-        column.is_neg(),
-    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,29 +189,67 @@ def _standard(dataset: Any, kind: type) -> bool:
     )
 
 
+class _Link(NamedTuple):
+    """A step on the way from a dataset to its columns: an attribute, and what it held."""
+
+    owner: Any
+    kind: type
+    name: str
+    value: Any
+    items: list[Any] | None  # of a list or a dict, which may be changed in place
+
+    @classmethod
+    def of(cls, owner: Any, name: str) -> _Link:
+        value = getattr(owner, name)
+        items = _items(value) if isinstance(value, list | dict) else None
+        return cls(owner, type(owner), name, value, items)
+
+    def holds(self) -> bool:
+        if not _standard(self.owner, self.kind):
+            return False
+        if vars(self.owner).get(self.name) is not self.value:
+            return False
+        if self.items is None:
+            return True
+        now = _items(self.value)
+        return len(now) == len(self.items) and all(map(operator.is_, now, self.items))
+
+
+def _items(value: list[Any] | dict[str, Any]) -> list[Any]:
+    return [*value, *value.values()] if isinstance(value, dict) else [*value]
+
+
 class _Part(NamedTuple):
     """One table: its columns, and the shape in which a batch of them is handed out."""
 
     columns: list[Any]
+    dtypes: list[torch.dtype]  # in a batch
     form: Any
+    links: list[_Link]
+
+    def rows(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        shapes = [tuple(column.shape[1:]) for column in self.columns]
+        return list(zip(self.dtypes, shapes, strict=True))
 
 
 def _part(dataset: Any) -> _Part | None:
     """The columns of a dataset whose samples are rows of them; None for any other."""
     if isinstance(dataset, np.ndarray):
-        return _Part([dataset], "tensor") if _is_gatherable_array(dataset) else None
+        if not _is_gatherable_array(dataset):
+            return None
+        return _Part([dataset], [ARRAY_DTYPES[dataset.dtype]], "tensor", [])
     if isinstance(dataset, torch.Tensor):
         ok = _is_gatherable(dataset) and _stacks_contiguously(dataset)
-        return _Part([dataset], "tensor") if ok else None
+        return _Part([dataset], [dataset.dtype], "tensor", []) if ok else None
     if _standard(dataset, TensorDataset):
-        children, keys = dataset.tensors, None
+        name, children, keys = "tensors", dataset.tensors, None
         if type(children) is not tuple:
             return None
     elif _standard(dataset, StackDataset):
-        children = dataset.datasets
+        name, children = "datasets", dataset.datasets
         keys = tuple(children) if type(children) is dict else None
     elif _standard(dataset, Columns):
-        children = dataset.columns
+        name, children = "columns", dataset.columns
         keys = tuple(children)
     else:
         return None
@@ -226,7 +259,9 @@ def _part(dataset: Any) -> _Part | None:
     columns = [column for part in parts for column in part.columns]
     if any(len(column) != len(columns[0]) for column in columns):
         return None
-    return _Part(columns, (keys, tuple(part.form for part in parts)))
+    links = [_Link.of(dataset, name), *(link for part in parts for link in part.links)]
+    dtypes = [dtype for part in parts for dtype in part.dtypes]
+    return _Part(columns, dtypes, (keys, tuple(part.form for part in parts)), links)
 
 
 def _assemble(form: Any, tensors: Iterator[torch.Tensor]) -> Any:
@@ -242,15 +277,22 @@ class _View(NamedTuple):
 
     subsets: list[Subset]
     parts: list[_Part]
+    links: list[_Link]
+    lookup: np.ndarray | None = None  # of the dataset's own, after the subsets'
+    immutable: bool = False  # Arrow's memory: nobody writes to it
 
 
 def _view(dataset: Any) -> _View | None:
     subsets: list[Subset] = []
+    links: list[_Link] = []
     while type(dataset) is Subset:
         if not _standard(dataset, Subset):
             return None
         subsets.append(dataset)
+        links.append(_Link.of(dataset, "dataset"))
         dataset = dataset.dataset
+    if _arrow.is_dataset(dataset):
+        return _arrow_view(dataset, subsets, links)
     datasets = [dataset]
     if _standard(dataset, ConcatDataset):
         datasets = dataset.datasets
@@ -259,13 +301,14 @@ def _view(dataset: Any) -> _View | None:
             dataset.cumulative_sizes
         ):
             return None
+        links += [_Link.of(dataset, name) for name in ("datasets", "cumulative_sizes")]
     parts = [_part(d) for d in datasets]
     if not parts or any(part is None for part in parts):
         return None
-    rows = [[_row(column) for column in part.columns] for part in parts]
-    if any(part.form != parts[0].form for part in parts) or any(r != rows[0] for r in rows):
+    if any(part.form != parts[0].form for part in parts) or not _alike(parts):
         return None
-    return _View(subsets, parts)
+    links += [link for part in parts for link in part.links]
+    return _View(subsets, parts, links)
 
 
 def _is_sized(dataset: Any) -> bool:
@@ -274,22 +317,46 @@ def _is_sized(dataset: Any) -> bool:
     )
 
 
-def _row(column: Any) -> tuple[torch.dtype, tuple[int, ...]]:
-    if isinstance(column, np.ndarray):
-        return ARRAY_DTYPES[column.dtype], tuple(column.shape[1:])
-    return column.dtype, tuple(column.shape[1:])
+def _alike(parts: list[_Part]) -> bool:
+    return all(part.rows() == parts[0].rows() for part in parts)
+
+
+def _arrow_view(dataset: Any, subsets: list[Subset], links: list[_Link]) -> _View | None:
+    arrow = _arrow.arrow_of(dataset)
+    if arrow is None:
+        return None
+    cls = type(dataset)
+    _GETITEM.setdefault(cls, (cls.__getitem__, cls.__getitems__))
+    form = (arrow.names, ("tensor",) * len(arrow.names))
+    parts = [_Part(chunk.columns, chunk.dtypes, form, []) for chunk in arrow.chunks]
+    if not _alike(parts) or not _standard(dataset, cls):
+        return None
+    if dataset._format_type == "numpy" and any(
+        column.ndim == 1 and _dtype_of_scalars(_array_dtype(dtype)) is not dtype
+        for column, dtype in zip(parts[0].columns, parts[0].dtypes, strict=True)
+    ):
+        return None
+    links = [*links, *(_Link.of(dataset, name) for name in _arrow.ATTRIBUTES)]
+    return _View(subsets, parts, links, arrow.lookup, immutable=True)
+
+
+def _array_dtype(dtype: torch.dtype) -> np.dtype:
+    return next(array for array, tensor in ARRAY_DTYPES.items() if tensor is dtype)
 
 
 def _table(part: _Part) -> _C.Table:
     columns = []
-    for c in part.columns:
+    casts = []
+    for c, dtype in zip(part.columns, part.dtypes, strict=True):
         if isinstance(c, np.ndarray):
             address, strides, item = c.__array_interface__["data"][0], c.strides, c.itemsize
+            source = ARRAY_DTYPES[c.dtype]
         else:
-            item = c.element_size()
+            item, source = c.element_size(), c.dtype
             address, strides = c.data_ptr(), tuple(s * item for s in c.stride())
         columns.append((address, c.shape[0], strides[0], item, list(c.shape[1:]), strides[1:]))
-    return _C.Table(columns)
+        casts.append("" if source is dtype else f"{source} to {dtype}".replace("torch.", ""))
+    return _C.Table(columns, casts)
 
 
 class GatherSource:
@@ -299,26 +366,29 @@ class GatherSource:
     of nested Subsets) are read anew for each batch, as torch does.
     """
 
-    def __init__(self, dataset: Any, view: _View) -> None:
+    def __init__(self, dataset: Any, view: _View, watch: _C.Watch) -> None:
         self._dataset = dataset
         self._subsets = view.subsets
+        self._links = view.links
+        self._watch = watch
+        self._lookup = view.lookup
         self._form = view.parts[0].form
         self._columns = [column for part in view.parts for column in part.columns]
-        self._tensors = [c for c in self._columns if isinstance(c, torch.Tensor)]
+        tensors = [c for c in self._columns if isinstance(c, torch.Tensor)]
         arrays = [c for c in self._columns if isinstance(c, np.ndarray)]
         self._mapped = [a for a in arrays if mapped_file(a) is not None]
+        self._has_arrays = bool(arrays)
         # Nobody counts what is written to an array.
-        self.counts_writes = not any(a.flags.writeable for a in arrays)
+        self.counts_writes = view.immutable or not any(a.flags.writeable for a in arrays)
         for array in arrays:
-            if not array.flags.writeable:
+            if not array.flags.writeable and not view.immutable:
                 torch.as_tensor(array[:1])  # which warns, once
                 break
-        self._layouts = [_layout(c) for c in self._columns]
         # Held so that memory which threads read outlives a tensor made to point elsewhere.
-        self._held = [t.untyped_storage() for t in self._tensors] + arrays
+        self._held = [t.untyped_storage() for t in tensors] + arrays
         self._rows = [
             (dtype, shape, math.prod(shape) * dtype.itemsize)
-            for dtype, shape in map(_row, view.parts[0].columns)
+            for dtype, shape in view.parts[0].rows()
         ]
         self.row_bytes = sum(row_bytes for _, _, row_bytes in self._rows)
         tables = [_table(part) for part in view.parts]
@@ -328,28 +398,27 @@ class GatherSource:
     def of(cls, dataset: Any) -> GatherSource | None:
         """A source with the same rows as ``dataset[i]``, or None where only Python can tell."""
         view = _view(dataset)
-        return None if view is None else cls(dataset, view)
+        if view is None:
+            return None
+        columns = [column for part in view.parts for column in part.columns]
+        watch = _C.Watch.of([] if view.immutable else columns)
+        return None if watch is None else cls(dataset, view, watch)
 
     def is_current(self) -> bool:
         """Whether the columns lie where the table says (their values may have changed)."""
-        return [_layout(c) for c in self._columns] == self._layouts
+        return self._watch.same()
 
     def is_live(self) -> bool:
         """Whether the dataset still refers to these columns, through these subsets."""
-        view = _view(self._dataset)
-        if view is None or view.parts[0].form != self._form:
-            return False
-        columns = [column for part in view.parts for column in part.columns]
-        return (
-            len(columns) == len(self._columns)
-            and all(a is b for a, b in zip(columns, self._columns, strict=True))
-            and len(view.subsets) == len(self._subsets)
-            and all(a is b for a, b in zip(view.subsets, self._subsets, strict=True))
-        )
+        return all(link.holds() for link in self._links)
 
-    def versions(self) -> list[int]:
+    def writes(self) -> list[int]:
         """Counters that torch moves with every write to a tensor."""
-        return [t._version for t in self._tensors]
+        return self._watch.writes()
+
+    def may_gather(self) -> bool:
+        """Whether nobody would see the difference to samples that are made one by one."""
+        return nobody_watches() and (not self._has_arrays or makes_tensors_on_cpu())
 
     @property
     def has_lookups(self) -> bool:
@@ -369,7 +438,10 @@ class GatherSource:
         """
         if self._subsets:
             lookups = (*lookups, *(_readable(subset.indices) for subset in self._subsets))
-        rows = self.table.resolve(_readable(indices), lookups)
+        if self._lookup is not None:
+            lookups = (*lookups, self._lookup)
+        exact = self._lookup is not None  # a dataset's own mapping takes no negative indices
+        rows = self.table.resolve(_readable(indices), lookups, exact)
         return rows if rows is not None and len(rows) else None
 
     def start(self, rows: _C.Rows, threads: int, memory: Any) -> Batch:

@@ -44,6 +44,9 @@ class End:
     """In the place of a batch: the iterable dataset is exhausted."""
 
 
+# Seconds after which a thread without work looks whether it is still wanted.
+_IDLE = 0.5
+
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
@@ -51,16 +54,19 @@ class Crew:
     """Threads that take tasks in order and leave their results under the task's number.
 
     They hold the crew and never the iterator that owns it, so a dropped iterator stops them: each
-    ends when the user's code that it is in returns.
+    ends when the user's code that it is in returns. Where Ctrl-C comes in the middle of that, they
+    find out by themselves.
     """
 
     def __init__(
         self,
+        owner: Any,
         infos: list[WorkerInfo],
         fetch: Callable[[int, Any], Any],
         init: Callable[[int], Any] | None,
         timeout: float,
     ) -> None:
+        self._owner = weakref.ref(owner)
         self._fetch = fetch
         self._init = init
         self._timeout = timeout
@@ -84,6 +90,9 @@ class Crew:
             for info in infos
         ]
         _crews.add(self)
+
+    def start(self) -> None:
+        """Apart, so that who is to stop them holds the crew before there are threads."""
         for thread in self._threads:
             thread.start()
 
@@ -130,8 +139,8 @@ class Crew:
     def turn(self, number: int) -> Iterator[None]:
         """One task at a time in here, in the order of their numbers."""
         with self._lock:
-            while self._next_turn != number and not self._stopped:
-                self._turns.wait()
+            while self._next_turn != number and not self._stopped and self._owner() is not None:
+                self._turns.wait(_IDLE)
         try:
             yield
         finally:
@@ -143,7 +152,7 @@ class Crew:
         """Waits for threads to end; whether all did."""
         deadline = time.monotonic() + timeout
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(deadline - time.monotonic(), 0))
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -159,9 +168,9 @@ def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
     with torch.inference_mode(inference):
         while True:
             with crew._lock:
-                while not crew._tasks and not crew._stopped:
-                    crew._work.wait()
-                if crew._stopped:
+                while not crew._tasks and not crew._stopped and crew._owner() is not None:
+                    crew._work.wait(_IDLE)
+                if crew._stopped or crew._owner() is None:
                     return
                 number, task = crew._tasks.popleft()
             try:

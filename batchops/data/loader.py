@@ -19,7 +19,7 @@ from batchops.data._iterators import (
 from batchops.data._memory import CudaPages, Memory
 from batchops.data._metrics import Metrics
 from batchops.data._resume import EpochStart, checked, restore
-from batchops.data._source import GatherSource, collate_only_stacks, nobody_watches
+from batchops.data._source import GatherSource, collate_only_stacks
 from batchops.data._transfer import Transfer
 from batchops.data._tree import map_tensors
 
@@ -38,8 +38,10 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     Where the data lie in memory and ``collate_fn`` is the default, batches are gathered by native
     threads without Python for each sample (and without the GIL from 4 MiB on): ``TensorDataset``,
     tensors, ``numpy.ndarray`` and ``numpy.memmap`` as datasets, :class:`batchops.data.Columns`,
-    ``StackDataset`` and ``ConcatDataset`` of these, and ``Subset`` of any, nested or not. Samples
-    of every other dataset are collated natively (:func:`batchops.data.collate`).
+    ``StackDataset`` and ``ConcatDataset`` of these, Hugging Face's ``datasets.Dataset`` (in torch
+    or NumPy format, of numbers and arrays of one size, without nulls; without a format, of numbers
+    alone), and ``Subset`` of any, nested or not. Samples of every other dataset are collated
+    natively (:func:`batchops.data.collate`).
 
     Keyword arguments beyond torch's:
 
@@ -216,10 +218,10 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             or not is_default(self.collate_fn)
             or (self.num_workers > 0 and self.worker_init_fn is not None)
             or not collate_only_stacks()
-            or not nobody_watches()
         ):
             return None
-        return GatherSource.of(self.dataset)
+        source = GatherSource.of(self.dataset)
+        return source if source is not None and source.may_gather() else None
 
     # --- memory -------------------------------------------------------------------------------
 

@@ -17,50 +17,50 @@ from torch.utils.data import Sampler
 from batchops import _C
 
 
-def _as_lengths(lengths: Any, name: str) -> np.ndarray:
-    array = lengths.numpy() if isinstance(lengths, torch.Tensor) else np.asarray(lengths)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{name}: lengths: expected a vector of integers, got {array.ndim} dimensions of "
-            f"{array.dtype}"
-        )
-    return array.astype(np.int64, copy=False)
-
-
-def _at_least(name: str, argument: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}: {argument}: expected an integer >= {least}, got {value!r}")
-    return int(value)
-
-
 class _Planned(Sampler[list[int]]):
     """An epoch planned at once; ranks, resumption and epochs."""
 
     def __init__(
         self, seed: int, num_replicas: int | None, rank: int | None, drop_last: bool
     ) -> None:
-        name = type(self).__name__
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         if num_replicas is None:
             num_replicas = torch.distributed.get_world_size() if grouped else 1
         if rank is None:
             rank = torch.distributed.get_rank() if grouped else 0
-        self.num_replicas = _at_least(name, "num_replicas", num_replicas, 1)
-        self.rank = _at_least(name, "rank", rank, 0)
+        self.num_replicas = self._at_least("num_replicas", num_replicas, 1)
+        self.rank = self._at_least("rank", rank, 0)
         if self.rank >= self.num_replicas:
-            raise ValueError(
-                f"{name}: rank: expected below num_replicas = {self.num_replicas}, got {rank}"
+            raise self._error(
+                f"rank: expected below num_replicas = {self.num_replicas}, got {rank}"
             )
-        self.seed = _at_least(name, "seed", seed, 0)
+        self.seed = self._at_least("seed", seed, 0)
         self.drop_last = drop_last
         self.epoch = 0
         self._position = 0  # batches of this rank handed out
         self._start = 0  # where the next iteration begins
         self._plan_cache: tuple[int, Any] | None = None
 
+    def _error(self, text: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {text}")
+
+    def _at_least(self, argument: str, value: Any, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise self._error(f"{argument}: expected an integer >= {least}, got {value!r}")
+        return int(value)
+
+    def _as_lengths(self, lengths: Any) -> np.ndarray:
+        array = lengths.numpy() if isinstance(lengths, torch.Tensor) else np.asarray(lengths)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise self._error(
+                f"lengths: expected a vector of integers, got {array.ndim} dimensions of "
+                f"{array.dtype}"
+            )
+        return array.astype(np.int64, copy=False)
+
     def set_epoch(self, epoch: int) -> None:
         """The order of this epoch, from its beginning."""
-        self.epoch = _at_least(type(self).__name__, "epoch", epoch, 0)
+        self.epoch = self._at_least("epoch", epoch, 0)
         self._position = self._start = 0
 
     def _epoch_seed(self) -> int:
@@ -102,16 +102,15 @@ class _Planned(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next iteration goes on where ``state`` was taken."""
-        name = type(self).__name__
         try:
             seed, epoch, position = state["seed"], state["epoch"], state["position"]
         except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{name}.load_state_dict: expected seed, epoch and position, got {state!r}"
+            raise self._error(
+                f"load_state_dict: expected seed, epoch and position, got {state!r}"
             ) from error
-        self.seed = _at_least(name, "seed", seed, 0)
-        self.epoch = _at_least(name, "epoch", epoch, 0)
-        self._start = self._position = _at_least(name, "position", position, 0)
+        self.seed = self._at_least("seed", seed, 0)
+        self.epoch = self._at_least("epoch", epoch, 0)
+        self._start = self._position = self._at_least("position", position, 0)
         self._plan_cache = None
 
 
@@ -150,31 +149,31 @@ class TokenBudgetBatchSampler(_Planned):
         drop_last: bool = False,
     ) -> None:
         super().__init__(seed, num_replicas, rank, drop_last)
-        name = type(self).__name__
-        self.lengths = _as_lengths(lengths, name)
-        self.max_tokens = _at_least(name, "max_tokens", max_tokens, 1)
-        self.multiple = _at_least(name, "multiple", multiple, 1)
+        self.lengths = self._as_lengths(lengths)
+        self.max_tokens = self._at_least("max_tokens", max_tokens, 1)
+        self.multiple = self._at_least("multiple", multiple, 1)
         self.max_samples = (
-            None if max_samples is None else _at_least(name, "max_samples", max_samples, 1)
+            None if max_samples is None else self._at_least("max_samples", max_samples, 1)
         )
-        self.window = None if window is None else _at_least(name, "window", window, 1)
+        self.window = None if window is None else self._at_least("window", window, 1)
         self.shuffle = shuffle
         self.padded = padded
         if oversize not in ("error", "alone", "skip"):
-            raise ValueError(
-                f'{name}: oversize: expected "error", "alone" or "skip", got {oversize!r}'
-            )
+            raise self._error(f'oversize: expected "error", "alone" or "skip", got {oversize!r}')
         self.oversize = oversize
         if oversize == "error":
             self._refuse_oversized()
 
     def _refuse_oversized(self) -> None:
+        longest = int(self.lengths.max(initial=0))
+        if -(-longest // self.multiple) * self.multiple <= self.max_tokens:
+            return
         rounded = -(-self.lengths // self.multiple) * self.multiple
         over = np.flatnonzero(rounded > self.max_tokens)
         if len(over):
             first = int(over[0])
-            raise ValueError(
-                f"{type(self).__name__}: sample {first} has {int(rounded[first])} tokens, more "
+            raise self._error(
+                f"sample {first} has {int(rounded[first])} tokens, more "
                 f"than max_tokens = {self.max_tokens} ({len(over)} such samples). Raise the "
                 'budget, or pass oversize="alone" (a batch of its own) or "skip"'
             )
@@ -215,10 +214,9 @@ class BucketBatchSampler(_Planned):
         drop_last: bool = False,
     ) -> None:
         super().__init__(seed, num_replicas, rank, drop_last)
-        name = type(self).__name__
-        self.lengths = _as_lengths(lengths, name)
-        self.batch_size = _at_least(name, "batch_size", batch_size, 1)
-        self.bucket_batches = _at_least(name, "bucket_batches", bucket_batches, 1)
+        self.lengths = self._as_lengths(lengths)
+        self.batch_size = self._at_least("batch_size", batch_size, 1)
+        self.bucket_batches = self._at_least("bucket_batches", bucket_batches, 1)
         self.shuffle = shuffle
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
@@ -262,26 +260,25 @@ class MixtureBatchSampler(_Planned):
         drop_last: bool = False,
     ) -> None:
         super().__init__(seed, num_replicas, rank, drop_last)
-        name = type(self).__name__
-        self.sizes = [_at_least(name, "sizes", size, 0) for size in sizes]
+        self.sizes = [self._at_least("sizes", size, 0) for size in sizes]
         self.weights = np.asarray(weights, dtype=np.float64)
         if self.weights.shape != (len(self.sizes),):
-            raise ValueError(
-                f"{name}: weights: expected one for each of {len(self.sizes)} datasets, got shape "
+            raise self._error(
+                f"weights: expected one for each of {len(self.sizes)} datasets, got shape "
                 f"{self.weights.shape}"
             )
         if not np.isfinite(self.weights).all() or (self.weights < 0).any():
-            raise ValueError(f"{name}: weights: expected finite and >= 0, got {weights!r}")
+            raise self._error(f"weights: expected finite and >= 0, got {weights!r}")
         if not self.weights.any():
-            raise ValueError(f"{name}: weights: expected a positive one, got {weights!r}")
+            raise self._error(f"weights: expected a positive one, got {weights!r}")
         for d, (size, weight) in enumerate(zip(self.sizes, self.weights, strict=True)):
             if weight > 0 and size == 0:
-                raise ValueError(f"{name}: dataset {d} has weight {weight} and no samples")
-        self.batch_size = _at_least(name, "batch_size", batch_size, 1)
+                raise self._error(f"dataset {d} has weight {weight} and no samples")
+        self.batch_size = self._at_least("batch_size", batch_size, 1)
         self.exact = exact
         if batches is None:
             batches = math.ceil(sum(self.sizes) / self.batch_size)
-        self.batches = _at_least(name, "batches", batches, 1)
+        self.batches = self._at_least("batches", batches, 1)
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         seed = self._epoch_seed()

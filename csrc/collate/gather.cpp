@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 #include "collate/copy.h"
@@ -83,7 +84,57 @@ void gather_strided(const Column& column, const int64_t* rows, int64_t begin, in
   }
 }
 
+template <class From, class To>
+void convert_all(const std::byte* in, int64_t items, std::byte* out) {
+  for (int64_t i = 0; i < items; ++i) {
+    From from;
+    std::memcpy(&from, in + i * static_cast<int64_t>(sizeof(From)), sizeof(From));
+    const auto to = static_cast<To>(from);
+    std::memcpy(out + i * static_cast<int64_t>(sizeof(To)), &to, sizeof(To));
+  }
+}
+
+struct Cast {
+  const char* name;
+  void (*convert)(const std::byte* in, int64_t items, std::byte* out);
+  int64_t item_bytes;
+};
+
+constexpr Cast kCasts[] = {
+    {"int8 to int64", convert_all<int8_t, int64_t>, 8},
+    {"int16 to int64", convert_all<int16_t, int64_t>, 8},
+    {"int32 to int64", convert_all<int32_t, int64_t>, 8},
+    {"uint8 to int64", convert_all<uint8_t, int64_t>, 8},
+    {"uint16 to int64", convert_all<uint16_t, int64_t>, 8},
+    {"uint32 to int64", convert_all<uint32_t, int64_t>, 8},
+    {"float32 to float64", convert_all<float, double>, 8},
+    {"float64 to float32", convert_all<double, float>, 4},
+};
+
+void gather_converted(const Column& column, const int64_t* rows, int64_t begin, int64_t end,
+                      std::byte* out) {
+  const int64_t items = column.row_bytes / column.item_bytes;
+  out += begin * column.row_bytes;
+  for (int64_t i = begin; i < end; ++i, out += column.row_bytes) {
+    if (i + 2 < end) {
+      prefetch_row(column.data + rows[i + 2] * column.row_stride, column.row_stride);
+    }
+    column.convert(column.data + rows[i] * column.row_stride, items, out);
+  }
+}
+
 }  // namespace
+
+void Column::convert_items(const std::string& cast) {
+  const auto* const known = std::find_if(std::begin(kCasts), std::end(kCasts),
+                                         [&](const Cast& known) { return cast == known.name; });
+  if (known == std::end(kCasts) || !dense()) {
+    throw std::invalid_argument("gather: cast: expected a known one of dense rows, got " + cast);
+  }
+  row_bytes = row_bytes / item_bytes * known->item_bytes;
+  item_bytes = known->item_bytes;
+  convert = known->convert;
+}
 
 Column Column::make(const void* data, int64_t rows, int64_t row_stride, int64_t item_bytes,
                     const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
@@ -140,6 +191,7 @@ bool normalize(std::vector<int64_t>& indices, int64_t size) {
 void gather(const Column& column, const int64_t* rows, int64_t begin, int64_t end, std::byte* out,
             bool streaming) noexcept {
   if (column.row_bytes == 0) return;
+  if (column.convert != nullptr) return gather_converted(column, rows, begin, end, out);
   if (!column.dense()) {
     switch (column.item_bytes) {
       case 1:

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "collate/ring.h"
@@ -31,6 +32,16 @@ struct HugePages {
     } else {
       PageMemory().release(reinterpret_cast<std::byte*>(data), whole(bytes));
     }
+  }
+  // Without a value a number is left as it is: who makes a vector of ten million writes them all,
+  // and zeros would be a pass more.
+  template <class U>
+  void construct(U* at) noexcept {
+    ::new (static_cast<void*>(at)) U;
+  }
+  template <class U, class... Args>
+  void construct(U* at, Args&&... args) {
+    ::new (static_cast<void*>(at)) U(std::forward<Args>(args)...);
   }
   bool operator==(const HugePages&) const = default;
 

@@ -36,27 +36,27 @@ void shuffle(T* items, int64_t n, Random& random) {
 // A shuffle of ten million items misses the cache ten million times. Items dealt to random piles,
 // each shuffled in the cache, are as uniform (Rao 1961, Sandelius 1962).
 template <class T>
-void shuffle_large(Large<T>& items, Random& random) {
+void shuffle_large(T* items, size_t n, Random& random) {
   constexpr size_t kCached = 1 << 15;
   constexpr size_t kPiles = 512;
-  if (items.size() <= 2 * kCached) {
-    shuffle(items.data(), static_cast<int64_t>(items.size()), random);
+  if (n <= 2 * kCached) {
+    shuffle(items, static_cast<int64_t>(n), random);
     return;
   }
-  Large<uint16_t> pile(items.size());
+  Large<uint16_t> pile(n);
   std::vector<size_t> ends(kPiles + 1, 0);
-  for (size_t i = 0; i < pile.size(); ++i) {
+  for (size_t i = 0; i < n; ++i) {
     pile[i] = static_cast<uint16_t>(random.next() >> 55);
     ++ends[pile[i] + 1u];
   }
   std::partial_sum(ends.begin(), ends.end(), ends.begin());
   std::vector<size_t> next(ends.begin(), ends.end() - 1);
-  Large<T> dealt(items.size());
-  for (size_t i = 0; i < pile.size(); ++i) dealt[next[pile[i]]++] = items[i];
-  items.swap(dealt);
+  Large<T> dealt(n);
+  for (size_t i = 0; i < n; ++i) dealt[next[pile[i]]++] = items[i];
   for (size_t p = 0; p < kPiles; ++p) {
-    shuffle(items.data() + ends[p], static_cast<int64_t>(ends[p + 1] - ends[p]), random);
+    shuffle(dealt.data() + ends[p], static_cast<int64_t>(ends[p + 1] - ends[p]), random);
   }
+  std::copy(dealt.begin(), dealt.end(), items);
 }
 
 struct Entry {
@@ -65,31 +65,57 @@ struct Entry {
 };
 
 // Longest first, equal lengths in the order they came: the first batch shows whether memory is
-// enough. Two passes of counting where lengths are many.
-void sort_by_length(Entry* begin, int64_t n, Large<Entry>& scratch) {
+// enough. Some passes of counting, eleven bits each; the first one reads from where they lie.
+template <class At>
+void sort_by_length(At first, Entry* out, int64_t n, Large<Entry>& scratch) {
+  constexpr int kBits = 11;
+  constexpr uint32_t kDigits = 1u << kBits;
+  int32_t longest = 0;
+  for (int64_t i = 0; i < n; ++i) longest = std::max(longest, first(i).length);
+  int passes = 1;
+  while (passes * kBits < 31 && longest >> (passes * kBits) > 0) ++passes;
+  if (passes > 1) scratch.resize(static_cast<size_t>(n));
+  const auto pass = [&](int shift, auto at, Entry* to) {
+    int64_t next[kDigits + 1] = {};
+    const auto digit = [&](const Entry& e) {
+      return kDigits - 1 - ((static_cast<uint32_t>(e.length) >> shift) & (kDigits - 1));
+    };
+    for (int64_t i = 0; i < n; ++i) ++next[digit(at(i)) + 1];
+    for (uint32_t d = 0; d < kDigits; ++d) next[d + 1] += next[d];
+    for (int64_t i = 0; i < n; ++i) {
+      const Entry entry = at(i);
+      const int64_t place = next[digit(entry)]++;
+      if (place < n) to[place] = entry;  // lengths may be another thread's to change meanwhile
+    }
+  };
+  // So that the last one writes to `out`.
+  Entry* to = passes % 2 == 1 ? out : scratch.data();
+  pass(0, first, to);
+  for (int k = 1; k < passes; ++k) {
+    const Entry* const from = to;
+    to = to == out ? scratch.data() : out;
+    pass(k * kBits, [from](int64_t i) { return from[i]; }, to);
+  }
+}
+
+// The samples of a pool, sorted in place.
+void sort_pool(Entry* begin, int64_t n, Large<Entry>& scratch, Large<Entry>& copy) {
   if (n < 256) {
     std::stable_sort(begin, begin + n,
                      [](const Entry& a, const Entry& b) { return a.length > b.length; });
     return;
   }
-  constexpr int kBits = 11;
-  constexpr uint32_t kDigits = 1u << kBits;
-  int32_t longest = 0;
-  for (int64_t i = 0; i < n; ++i) longest = std::max(longest, begin[i].length);
-  scratch.resize(static_cast<size_t>(n));
-  Entry* from = begin;
-  Entry* to = scratch.data();
-  for (int shift = 0; shift < 31 && (longest >> shift) > 0; shift += kBits) {
-    int64_t next[kDigits + 1] = {};
-    const auto digit = [&](const Entry& e) {
-      return kDigits - 1 - ((static_cast<uint32_t>(e.length) >> shift) & (kDigits - 1));
-    };
-    for (int64_t i = 0; i < n; ++i) ++next[digit(from[i]) + 1];
-    for (uint32_t d = 0; d < kDigits; ++d) next[d + 1] += next[d];
-    for (int64_t i = 0; i < n; ++i) to[next[digit(from[i])]++] = from[i];
-    std::swap(from, to);
+  copy.assign(begin, begin + n);
+  sort_by_length([&](int64_t i) { return copy[static_cast<size_t>(i)]; }, begin, n, scratch);
+}
+
+void shuffle_equals(Large<Entry>& entries, Random& random) {
+  for (size_t begin = 0; begin < entries.size();) {
+    size_t end = begin + 1;
+    while (end < entries.size() && entries[end].length == entries[begin].length) ++end;
+    shuffle_large(entries.data() + begin, end - begin, random);
+    begin = end;
   }
-  if (from != begin) std::copy_n(from, n, begin);
 }
 
 }  // namespace
@@ -98,22 +124,28 @@ Large<int64_t> permutation(int64_t n, uint64_t seed) {
   Large<int64_t> order(static_cast<size_t>(n));
   std::iota(order.begin(), order.end(), int64_t{0});
   Random random(seed);
-  shuffle_large(order, random);
+  shuffle_large(order.data(), order.size(), random);
   return order;
 }
 
-Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options) {
+Plan plan_batches(std::span<const int64_t> lengths, const PlanOptions& options) {
   const auto n = static_cast<int64_t>(lengths.size());
-  Large<Entry> entries(lengths.size());
-  for (size_t i = 0; i < lengths.size(); ++i) entries[i] = {lengths[i], static_cast<int32_t>(i)};
+  const auto entry = [&](int64_t i) {
+    return Entry{static_cast<int32_t>(lengths[static_cast<size_t>(i)]), static_cast<int32_t>(i)};
+  };
   Random random(options.seed);
-  if (options.shuffle) shuffle_large(entries, random);
-
+  Large<Entry> entries(lengths.size());
   Large<Entry> scratch;
-  const int64_t pool = options.pool == 0 ? std::max<int64_t>(n, 1) : options.pool;
-  if (pool > 1) {
-    for (int64_t i = 0; i < n; i += pool) {
-      sort_by_length(entries.data() + i, std::min(pool, n - i), scratch);
+  if (options.pool == 0) {
+    // What a shuffle before the sort would leave of itself is the order of equal lengths.
+    sort_by_length(entry, entries.data(), n, scratch);
+    if (options.shuffle) shuffle_equals(entries, random);
+  } else {
+    for (int64_t i = 0; i < n; ++i) entries[static_cast<size_t>(i)] = entry(i);
+    if (options.shuffle) shuffle_large(entries.data(), entries.size(), random);
+    Large<Entry> copy;
+    for (int64_t i = 0; options.pool > 1 && i < n; i += options.pool) {
+      sort_pool(entries.data() + i, std::min(options.pool, n - i), scratch, copy);
     }
   }
 
@@ -126,6 +158,8 @@ Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options) {
   Range batch{0, 0};
   int64_t longest = 0;
   int64_t sum = 0;
+  int64_t length = 0;
+  int64_t tokens = 0;  // of that length
   const auto close = [&](int64_t next) {
     if (batch.end > batch.begin) batches.push_back(batch);
     batch = {next, next};
@@ -133,8 +167,10 @@ Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options) {
     sum = 0;
   };
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t length = entries[static_cast<size_t>(i)].length;
-    const int64_t tokens = (length + multiple - 1) / multiple * multiple;
+    if (entries[static_cast<size_t>(i)].length != length) {
+      length = entries[static_cast<size_t>(i)].length;
+      tokens = (length + multiple - 1) / multiple * multiple;
+    }
     const int64_t count = batch.end - batch.begin + 1;
     const int64_t cost = options.padded ? count * std::max(longest, tokens) : sum + tokens;
     const bool over = options.max_tokens > 0 && cost > options.max_tokens;
@@ -149,17 +185,20 @@ Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options) {
     sum += tokens;
   }
   close(n);
-  if (options.shuffle) shuffle_large(batches, random);
+  if (options.shuffle) shuffle_large(batches.data(), batches.size(), random);
 
   Plan plan;
-  plan.samples.reserve(entries.size());
-  plan.starts.reserve(batches.size() + 1);
-  plan.starts.push_back(0);
-  for (const Range& range : batches) {
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      plan.samples.push_back(entries[static_cast<size_t>(i)].sample);
+  int64_t total = 0;
+  for (const Range& range : batches) total += range.end - range.begin;
+  plan.samples.resize(static_cast<size_t>(total));
+  plan.starts.resize(batches.size() + 1);
+  int32_t* out = plan.samples.data();
+  plan.starts[0] = 0;
+  for (size_t b = 0; b < batches.size(); ++b) {
+    for (int64_t i = batches[b].begin; i < batches[b].end; ++i) {
+      *out++ = entries[static_cast<size_t>(i)].sample;
     }
-    plan.starts.push_back(static_cast<int64_t>(plan.samples.size()));
+    plan.starts[b + 1] = out - plan.samples.data();
   }
   return plan;
 }

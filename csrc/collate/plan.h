@@ -2,7 +2,7 @@
 // same seed, so ranks agree without a word.
 #pragma once
 #include <cstdint>
-#include <vector>
+#include <span>
 
 #include "collate/large.h"
 
@@ -27,7 +27,7 @@ struct PlanOptions {
   uint64_t seed = 0;
 };
 
-// Expects lengths >= 0 and fewer than 2^31 of them.
-Plan plan_batches(const Large<int32_t>& lengths, const PlanOptions& options);
+// Expects lengths in [0, 2^31), and fewer than 2^31 of them.
+Plan plan_batches(std::span<const int64_t> lengths, const PlanOptions& options);
 
 }  // namespace batchops::collate

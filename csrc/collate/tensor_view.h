@@ -17,6 +17,10 @@ struct TensorView {
 // False where the tensor is more than bytes with strides in host memory.
 using ReadTensor = bool (*)(void* object, TensorView* view);
 
+// How often torch counted a write to the tensor; negative where it would not count one, or where
+// one would move the memory (copy on write).
+using CountWrites = int64_t (*)(void* object);
+
 // Asks for the memory that reading it will touch: the tensor's, then (the tensor being there) its
 // storage's.
 using PrefetchTensor = void (*)(void* object);

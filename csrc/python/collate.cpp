@@ -141,7 +141,9 @@ struct Rows {
   std::shared_ptr<const std::vector<int64_t>> indices;
 };
 
-std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups, int64_t size) {
+// `exact`: indices into the last of the lookups do not count from its end.
+std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups, bool exact,
+                            int64_t size) {
   const IndexReader reader(indices.ptr());
   if (!reader.readable()) return std::nullopt;
   auto resolved = std::make_shared<std::vector<int64_t>>(static_cast<size_t>(reader.size()));
@@ -149,8 +151,13 @@ std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups,
   for (size_t i = 0; i < rows.size(); ++i) {
     if (!reader.at(static_cast<int64_t>(i), &rows[i])) return std::nullopt;
   }
+  size_t left = lookups.size();
   for (const py::handle item : lookups) {
     const IndexReader lookup(item.ptr());
+    if (--left == 0 && exact &&
+        std::any_of(rows.begin(), rows.end(), [](int64_t row) { return row < 0; })) {
+      return std::nullopt;
+    }
     if (!lookup.readable() || !normalize(rows, lookup.size())) return std::nullopt;
     for (int64_t& row : rows) {
       if (!lookup.at(row, &row)) return std::nullopt;
@@ -211,7 +218,7 @@ void check(const Table& table, const Rows& rows, const py::sequence& outputs, in
 
 class PyTable {
  public:
-  explicit PyTable(const py::sequence& columns) {
+  PyTable(const py::sequence& columns, const std::vector<std::string>& casts) {
     auto table = std::make_shared<Table>();
     for (const py::handle item : columns) {
       const auto [address, rows, row_stride, item_bytes, sizes, strides] =
@@ -226,13 +233,22 @@ class PyTable {
       }
     }
     if (table->empty()) throw py::value_error("gather: columns: expected at least one, got none");
+    if (!casts.empty() && casts.size() != table->size()) {
+      throw py::value_error("gather: casts: expected one for each of " +
+                            std::to_string(table->size()) + " columns, got " +
+                            std::to_string(casts.size()));
+    }
+    for (size_t c = 0; c < casts.size(); ++c) {
+      if (!casts[c].empty()) (*table)[c].convert_items(casts[c]);
+    }
     table_ = std::move(table);
   }
 
   int64_t rows() const { return table_->front().rows; }
 
-  std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups) const {
-    return batchops::collate::resolve(indices, lookups, rows());
+  std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups,
+                              bool exact) const {
+    return batchops::collate::resolve(indices, lookups, exact, rows());
   }
   const std::shared_ptr<const Table>& table() const { return table_; }
 
@@ -268,8 +284,9 @@ class PyConcat {
 
   int64_t rows() const { return ends_.back(); }
 
-  std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups) const {
-    return batchops::collate::resolve(indices, lookups, rows());
+  std::optional<Rows> resolve(const py::object& indices, const py::tuple& lookups,
+                              bool exact) const {
+    return batchops::collate::resolve(indices, lookups, exact, rows());
   }
 
   std::unique_ptr<GatherJob> gather(const Rows& rows, const py::sequence& outputs, py::object keep,
@@ -326,11 +343,16 @@ void bind_collate(py::module_& m) {
            "Return when the batch is complete; releases the GIL for large ones");
 
   py::class_<PyTable>(m, "Table", "Columns (address, rows, row_stride, item_bytes, sizes, strides)")
-      .def(py::init<const py::sequence&>(), py::arg("columns"))
+      .def(py::init<const py::sequence&, const std::vector<std::string>&>(), py::arg("columns"),
+           py::arg("casts") = std::vector<std::string>(),
+           "casts: for each column \"\", or its items' type on the way, as \"int32 to int64\"")
       .def_property_readonly("rows", &PyTable::rows)
       .def("resolve", &PyTable::resolve, py::arg("indices"), py::arg("lookups") = py::tuple(),
+           py::arg("exact") = false,
            "Rows for Python-style indices, taken through each of lookups (a Subset's indices) in "
-           "turn; None where Python has to do it, out of range included")
+           "turn; None where Python has to do it, out of range included (with `exact`, negative "
+           "ones "
+           "into the last of the lookups too)")
       .def("gather", &PyTable::gather, py::arg("rows"), py::arg("outputs"), py::arg("keep"),
            py::arg("threads"),
            "Start filling outputs [(address, bytes)] in the background on at most `threads` pool "
@@ -339,7 +361,8 @@ void bind_collate(py::module_& m) {
   py::class_<PyConcat>(m, "Concat", "Tables one after the other")
       .def(py::init<std::vector<PyTable>>(), py::arg("tables"))
       .def_property_readonly("rows", &PyConcat::rows)
-      .def("resolve", &PyConcat::resolve, py::arg("indices"), py::arg("lookups") = py::tuple())
+      .def("resolve", &PyConcat::resolve, py::arg("indices"), py::arg("lookups") = py::tuple(),
+           py::arg("exact") = false)
       .def("gather", &PyConcat::gather, py::arg("rows"), py::arg("outputs"), py::arg("keep"),
            py::arg("threads"));
 

@@ -5,12 +5,30 @@
 
 #include <string>
 
+#include "python/prefetch.h"
+
 namespace py = pybind11;
 
 namespace batchops {
 namespace {
 
-void prefetch(const void* p) { __builtin_prefetch(p); }
+// Walks a dict so many steps ahead of who reads it.
+template <class Ask>
+class Ahead {
+ public:
+  Ahead(PyObject* dict, int steps, Ask ask) : dict_(dict), ask_(ask) {
+    while (steps-- > 0) step();
+  }
+  void step() {
+    PyObject *key, *value;
+    if (PyDict_Next(dict_, &at_, &key, &value)) ask_(value);
+  }
+
+ private:
+  PyObject* const dict_;
+  Py_ssize_t at_ = 0;
+  const Ask ask_;
+};
 
 // f(object) for each item of the lists, and for each non-empty dict in `state` its key, the dict
 // and its values; borrowed, in order, until f returns false.
@@ -26,30 +44,13 @@ bool for_each_handle(const py::list& lists, const py::dict& state, F&& f) {
       if (!f(PySequence_Fast_GET_ITEM(list.ptr(), i))) return false;
     }
   }
-  // The dicts lie all over memory, each two steps away: some ahead are asked for.
-  constexpr Py_ssize_t kAhead = 8;
-  Py_ssize_t at = 0, ahead = 0, nearer = 0;
+  Ahead dicts(state.ptr(), 8, prefetch_dict);
+  Ahead keys(state.ptr(), 4, prefetch_keys);
+  Py_ssize_t at = 0;
   PyObject *key, *value;
-  const auto ask = [&] {
-    PyObject *unused, *later;
-    if (PyDict_Next(state.ptr(), &ahead, &unused, &later)) {
-      prefetch(later);
-      prefetch(reinterpret_cast<const char*>(later) + 32);
-    }
-  };
-  const auto ask_for_keys = [&] {
-    PyObject *unused, *later;
-    if (PyDict_Next(state.ptr(), &nearer, &unused, &later) && PyDict_Check(later)) {
-      const char* const keys =
-          reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(later)->ma_keys);
-      for (int line = 0; line < 4; ++line) prefetch(keys + 64 * line);
-    }
-  };
-  for (Py_ssize_t k = 0; k < kAhead; ++k) ask();
-  for (Py_ssize_t k = 0; k < kAhead / 2; ++k) ask_for_keys();
   while (PyDict_Next(state.ptr(), &at, &key, &value)) {
-    ask();
-    ask_for_keys();
+    dicts.step();
+    keys.step();
     if (!PyDict_Check(value) || PyDict_GET_SIZE(value) == 0) continue;
     if (!f(key) || !f(value)) return false;
     Py_ssize_t within = 0;

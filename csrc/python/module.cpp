@@ -6,6 +6,7 @@
 namespace py = pybind11;
 
 void bind_collate(py::module_& m);
+void bind_columns(py::module_& m);
 void bind_handles(py::module_& m);
 void bind_plan(py::module_& m);
 void bind_ring(py::module_& m);
@@ -24,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_capability", &batchops::cpu_capability);
   bind_collate(m);
+  bind_columns(m);
   bind_handles(m);
   bind_plan(m);
   bind_ring(m);

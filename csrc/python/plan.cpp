@@ -2,7 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <limits>
+#include <span>
 
 #include "collate/plan.h"
 
@@ -26,7 +28,7 @@ py::tuple plan(const py::array_t<int64_t, py::array::c_style | py::array::forcec
                           std::to_string(lengths.ndim()) + " dimensions and " +
                           std::to_string(lengths.size()) + " items");
   }
-  const int64_t* const data = lengths.data();
+  const std::span<const int64_t> data(lengths.data(), static_cast<size_t>(lengths.size()));
   PlanOptions options;
   options.max_tokens = max_tokens;
   options.max_samples = max_samples;
@@ -36,18 +38,18 @@ py::tuple plan(const py::array_t<int64_t, py::array::c_style | py::array::forcec
   options.pool = pool;
   options.skip_oversized = skip_oversized;
   options.seed = seed;
-  Large<int32_t> narrow(static_cast<size_t>(lengths.size()));
-  for (size_t i = 0; i < narrow.size(); ++i) {
-    if (data[i] < 0 || data[i] > std::numeric_limits<int32_t>::max()) {
-      throw py::value_error("plan: lengths: expected in [0, 2^31), got " + std::to_string(data[i]) +
-                            " for sample " + std::to_string(i));
-    }
-    narrow[i] = static_cast<int32_t>(data[i]);
-  }
   Plan made;
+  auto bad = data.end();
   {
     const py::gil_scoped_release release;
-    made = plan_batches(narrow, options);
+    bad = std::find_if(data.begin(), data.end(), [](int64_t length) {
+      return length < 0 || length > std::numeric_limits<int32_t>::max();
+    });
+    if (bad == data.end()) made = plan_batches(data, options);
+  }
+  if (bad != data.end()) {
+    throw py::value_error("plan: lengths: expected in [0, 2^31), got " + std::to_string(*bad) +
+                          " for sample " + std::to_string(bad - data.begin()));
   }
   return py::make_tuple(to_array(std::move(made.samples)), to_array(std::move(made.starts)));
 }

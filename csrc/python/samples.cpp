@@ -12,7 +12,8 @@
 #include "collate/normalize_task.h"
 #include "collate/pad_task.h"
 #include "collate/stack_task.h"
-#include "collate/tensor_view.h"
+#include "python/prefetch.h"
+#include "python/reader.h"
 #include "python/run.h"
 
 namespace py = pybind11;
@@ -20,24 +21,16 @@ namespace py = pybind11;
 namespace batchops::collate {
 namespace {
 
-constexpr int kWriteable = 0x0400;  // NPY_ARRAY_WRITEABLE
-
-ReadTensor read_tensor = nullptr;
-PrefetchTensor prefetch_tensor = nullptr;
-PrefetchTensor prefetch_storage = nullptr;
-PyTypeObject* tensor_type = nullptr;  // torch.Tensor itself
-PyTypeObject* memmap_type = nullptr;  // numpy.memmap
-
 // Looks ahead of the sample that is being read, one pointer further the nearer it is.
 template <class Items>
 void look_ahead(const Items& items, Py_ssize_t i) {
   constexpr Py_ssize_t kStep = 4;
   const auto is_tensor = [&](Py_ssize_t k) {
-    return k < items.size() && Py_TYPE(items[k]) == tensor_type;
+    return k < items.size() && Py_TYPE(items[k]) == reader.tensor_type;
   };
   if (i + 3 * kStep < items.size()) __builtin_prefetch(items[i + 3 * kStep]);
-  if (is_tensor(i + 2 * kStep)) prefetch_tensor(items[i + 2 * kStep]);
-  if (is_tensor(i + kStep)) prefetch_storage(items[i + kStep]);
+  if (is_tensor(i + 2 * kStep)) reader.prefetch_tensor(items[i + 2 * kStep]);
+  if (is_tensor(i + kStep)) reader.prefetch_storage(items[i + kStep]);
 }
 
 // A list or a tuple, whose items nobody replaces while they are read.
@@ -68,7 +61,7 @@ class Samples {
 
   static std::optional<Samples> of_tensors(const py::object& batch, bool ragged) {
     const Items items(batch);
-    if (read_tensor == nullptr || !items.readable() || items.size() == 0) return std::nullopt;
+    if (reader.read == nullptr || !items.readable() || items.size() == 0) return std::nullopt;
     Samples samples;
     Blocks& blocks = *samples.blocks_;
     blocks.data.reserve(static_cast<size_t>(items.size()));
@@ -78,7 +71,9 @@ class Samples {
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
       TensorView view;
       look_ahead(items, i);
-      if (Py_TYPE(items[i]) != tensor_type || !read_tensor(items[i], &view)) return std::nullopt;
+      if (Py_TYPE(items[i]) != reader.tensor_type || !reader.read(items[i], &view)) {
+        return std::nullopt;
+      }
       if (i == 0) {
         dtype = view.dtype;
         blocks.item_bytes = view.item_bytes;
@@ -102,7 +97,7 @@ class Samples {
     int type_num = -1;
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
       PyTypeObject* const type = Py_TYPE(items[i]);
-      if (type != array_type && type != memmap_type) return std::nullopt;
+      if (type != array_type && type != reader.memmap_type) return std::nullopt;
       const auto* array = py::detail::array_proxy(items[i]);
       const auto* descr = py::detail::array_descriptor1_proxy(array->descr);
       if (i == 0) {
@@ -332,14 +327,19 @@ py::object column(const py::object& batch, const py::object& key) {
   const Items items(batch);
   if (!items.readable() || !PyUnicode_CheckExact(key.ptr())) return py::none();
   auto out = py::reinterpret_steal<py::tuple>(PyTuple_New(items.size()));
-  for (Py_ssize_t i = 0; i < items.size(); ++i) {
-    if (i + 8 < items.size()) __builtin_prefetch(items[i + 8]);
+  const auto find = [&](Py_ssize_t i) {
     PyObject* const value =
         PyDict_CheckExact(items[i]) ? PyDict_GetItemWithError(items[i], key.ptr()) : nullptr;
-    if (value == nullptr) {
-      PyErr_Clear();
-      return py::none();
-    }
+    if (value == nullptr) PyErr_Clear();
+    return value;
+  };
+  constexpr Py_ssize_t kStep = 4;
+  for (Py_ssize_t i = 0; i < items.size(); ++i) {
+    if (i + 3 * kStep < items.size()) prefetch_dict(items[i + 3 * kStep]);
+    if (i + 2 * kStep < items.size()) prefetch_keys(items[i + 2 * kStep]);
+    if (i + kStep < items.size()) prefetch(find(i + kStep));  // a reference is counted in there
+    PyObject* const value = find(i);
+    if (value == nullptr) return py::none();
     PyTuple_SET_ITEM(out.ptr(), i, Py_NewRef(value));
   }
   return out;
@@ -382,15 +382,16 @@ void bind_samples(py::module_& m) {
 
   m.def(
       "read_tensors_by",
-      [](const py::object& type, uintptr_t reader, uintptr_t tensor, uintptr_t storage,
-         const py::object& memmap) {
-        tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
-        memmap_type = reinterpret_cast<PyTypeObject*>(memmap.inc_ref().ptr());
-        prefetch_tensor = reinterpret_cast<PrefetchTensor>(tensor);
-        prefetch_storage = reinterpret_cast<PrefetchTensor>(storage);
-        read_tensor = reinterpret_cast<ReadTensor>(reader);
+      [](const py::object& type, uintptr_t read, uintptr_t count_writes, uintptr_t prefetch_tensor,
+         uintptr_t prefetch_storage, const py::object& memmap) {
+        reader.tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+        reader.memmap_type = reinterpret_cast<PyTypeObject*>(memmap.inc_ref().ptr());
+        reader.count_writes = reinterpret_cast<CountWrites>(count_writes);
+        reader.prefetch_tensor = reinterpret_cast<PrefetchTensor>(prefetch_tensor);
+        reader.prefetch_storage = reinterpret_cast<PrefetchTensor>(prefetch_storage);
+        reader.read = reinterpret_cast<ReadTensor>(read);
       },
-      py::arg("tensor_type"), py::arg("reader"), py::arg("prefetch_tensor"),
+      py::arg("tensor_type"), py::arg("read"), py::arg("count_writes"), py::arg("prefetch_tensor"),
       py::arg("prefetch_storage"), py::arg("memmap_type"));
 
   m.def("column", &column, py::arg("batch"), py::arg("key"),

@@ -1,12 +1,22 @@
 // The one thing that the collator needs of torch's C++: where a Python tensor keeps its bytes.
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
-#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "collate/tensor_view.h"
 
 namespace {
+
+// Of the versions of torch that have named dimensions; stacking keeps them.
+template <class Impl>
+bool has_names(const Impl& impl) {
+  if constexpr (requires { impl.has_named_tensor_meta(); }) {
+    return impl.has_named_tensor_meta();
+  } else {
+    return false;
+  }
+}
 
 // Keys of a dense tensor in host memory. Any other key (conjugate, negative, functorch, Python,
 // sparse, nested, quantized) says that its bytes are not all there is to it.
@@ -55,7 +65,8 @@ extern "C" __attribute__((visibility("default"))) bool batchops_read_tensor(
   const at::Tensor& tensor = THPVariable_Unpack(static_cast<PyObject*>(object));
   if (!tensor.defined()) return false;
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  if (!is_plain(impl) || impl.requires_grad() || !impl.has_storage() || impl.is_python_dispatch()) {
+  if (!is_plain(impl) || impl.requires_grad() || !impl.has_storage() || impl.is_python_dispatch() ||
+      has_names(impl)) {
     return false;
   }
   const caffe2::TypeMeta dtype = impl.dtype();
@@ -67,4 +78,13 @@ extern "C" __attribute__((visibility("default"))) bool batchops_read_tensor(
   view->dtype = static_cast<int32_t>(dtype.toScalarType());
   view->item_bytes = static_cast<int32_t>(dtype.itemsize());
   return true;
+}
+
+extern "C" __attribute__((visibility("default"))) int64_t batchops_count_writes(void* object) {
+  const at::Tensor& tensor = THPVariable_Unpack(static_cast<PyObject*>(object));
+  c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  if (impl.is_inference() || !impl.has_storage()) return -1;
+  const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
+  if (c10::impl::cow::is_cow_data_ptr(storage.data_ptr())) return -1;
+  return impl.version_counter().current_version();
 }
