@@ -25,6 +25,7 @@ VARIANTS = {
     "clip": replace(MOMENTUM, trust_clip=True, lr=1e-4),
     "lr in the momentum": replace(MOMENTUM, lr_in_momentum=True, lr=7.0),
     "momentum correction": replace(MOMENTUM, momentum_correction=True, last_lr=0.1),
+    "both": replace(MOMENTUM, nesterov=True, momentum_correction=True, last_lr=0.1),
     "maximize": replace(MOMENTUM, maximize=True),
     "no decay where excluded": replace(MOMENTUM, exclude_decay=True),
     "plain where a norm is 0": replace(MOMENTUM, zero_norm_plain=True, trust_clip=True),
