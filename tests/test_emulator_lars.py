@@ -25,6 +25,7 @@ VARIANTS = {
     "clip": replace(MOMENTUM, trust_clip=True, lr=1e-4),
     "lr in the momentum": replace(MOMENTUM, lr_in_momentum=True, lr=7.0),
     "momentum correction": replace(MOMENTUM, momentum_correction=True, last_lr=0.1),
+    "both": replace(MOMENTUM, nesterov=True, momentum_correction=True, last_lr=0.1),
     "maximize": replace(MOMENTUM, maximize=True),
     "no decay where excluded": replace(MOMENTUM, exclude_decay=True),
     "plain where a norm is 0": replace(MOMENTUM, zero_norm_plain=True, trust_clip=True),
@@ -53,15 +54,17 @@ def test_memory_that_no_unit_fits(library, offset):
 @pytest.mark.parametrize("step", [1, 2], ids=["first step", "second step"])
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
 def test_groups_of_every_variant(library, clip, step):
-    """Mixed in one call, each with a tensor that is excluded and one whose norm is 0."""
+    """Mixed in one call, each with a tensor that is excluded and two of which a norm is 0."""
     parameters = []
     for group in range(len(VARIANTS)):
         parameters += [
             Parameter(900 + group, group=group, step=step),
             Parameter(70, group=group, step=step, excluded=True),
             Parameter(30, group=group, step=step),
+            Parameter(30, group=group, step=step),
         ]
-        parameters[-1].start["p"].zero_()
+        parameters[-2].start["p"].zero_()
+        parameters[-1].start["g"].zero_()
     check_everywhere(library, Lars(parameters, [*VARIANTS.values()], clip))
 
 
