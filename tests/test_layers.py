@@ -23,19 +23,13 @@ def test_kernels_and_collation_include_no_framework():
     assert not offending
 
 
-@pytest.mark.parametrize(
-    "source",
-    sorted(p.relative_to(CSRC) for p in (CSRC / "kernels").rglob("*.cpp")),
-    ids=str,
-)
-def test_cpu_kernels_compile_alone(source):
+def test_what_stands_in_for_cuda_compiles():
+    """Builds with CUDA leave it out. The other kernels compile alone in every build."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler here")
-    subprocess.run(
-        [compiler, "-std=c++20", "-fsyntax-only", "-Wno-psabi", f"-I{CSRC}", CSRC / source],
-        check=True,
-    )
+    source = CSRC / "kernels" / "no_cuda.cpp"
+    subprocess.run([compiler, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", source], check=True)
 
 
 def needed(library: pathlib.Path) -> list[str]:
