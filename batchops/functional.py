@@ -27,7 +27,6 @@ _activation = torch.ops.batchops.activation.default
 # None, a name, or a name and its parameter.
 Activation = str | tuple[str, float] | None
 _SLOPE = 0.01  # torch's default for leaky_relu
-_NONE = ("none", _SLOPE)
 _WHOLE = 2**62  # ghost batches larger than any batch
 
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -51,7 +50,7 @@ def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
 def _activation_of(activation: Activation) -> tuple[str, float]:
     """Name and slope, as the operators take them."""
     if activation is None:
-        return _NONE
+        return "none", _SLOPE
     if isinstance(activation, str):
         return activation, _SLOPE
     if isinstance(activation, tuple) and len(activation) == 2 and activation[0] == "leaky_relu":
@@ -243,8 +242,8 @@ def batch_norm(
         return _of_arrays(batch_norm, locals())
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
-    name, slope = _NONE if activation is None else _activation_of(activation)
-    ghost = 0 if ghost_batch_size is None else _ghost_size(ghost_batch_size)
+    name, slope = _activation_of(activation)
+    ghost = _ghost_size(ghost_batch_size)
     if not training:
         ghost = 0
     if not _has_kernel(input, residual):
@@ -343,7 +342,7 @@ def group_norm(
     size = input.size()
     # torch's own check, which counts the values of a group over the whole batch
     F._verify_batch_size([size[0] * size[1] // num_groups, num_groups, *size[2:]])
-    name, slope = _NONE if activation is None else _activation_of(activation)
+    name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
     if not _has_kernel(input, residual):
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), residual, name, slope)
@@ -399,7 +398,7 @@ def layer_norm(
         )
     if not isinstance(input, Tensor):
         return _of_arrays(layer_norm, locals())
-    name, slope = _NONE if activation is None else _activation_of(activation)
+    name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
     if not _has_kernel(input, residual):
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -472,7 +471,7 @@ def instance_norm(
         raise _one_running_statistic("instance_norm", running_mean, running_var, alternative)
     if use_input_stats:
         F._verify_spatial_size(input.size())
-    name, slope = _NONE if activation is None else _activation_of(activation)
+    name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
     if not _has_kernel(input, residual):
         y = F.instance_norm(

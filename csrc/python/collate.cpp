@@ -350,9 +350,8 @@ void bind_collate(py::module_& m) {
       .def("resolve", &PyTable::resolve, py::arg("indices"), py::arg("lookups") = py::tuple(),
            py::arg("exact") = false,
            "Rows for Python-style indices, taken through each of lookups (a Subset's indices) in "
-           "turn; None where Python has to do it, out of range included (with `exact`, negative "
-           "ones "
-           "into the last of the lookups too)")
+           "turn; None where Python has to do it: out of range and, with `exact`, counted from the "
+           "end of the last of the lookups")
       .def("gather", &PyTable::gather, py::arg("rows"), py::arg("outputs"), py::arg("keep"),
            py::arg("threads"),
            "Start filling outputs [(address, bytes)] in the background on at most `threads` pool "

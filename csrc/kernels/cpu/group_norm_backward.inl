@@ -4,8 +4,9 @@
 // regrouped, mean = hi + low:
 //
 //   dx = rstd · weight_c · dz + slope · (x - hi) + offset
-//   slope = -rstd³ · Σ_c weight_c · q_c / M,   offset = -rstd · Σ_c weight_c · Σ dz / M - slope ·
-//   low dweight_c = Σ_n rstd · q_c,   dbias_c = Σ_n Σ dz
+//   slope = -rstd³ · Σ_c weight_c · q_c / M
+//   offset = -rstd · Σ_c weight_c · Σ dz / M - slope · low
+//   dweight_c = Σ_n rstd · q_c,   dbias_c = Σ_n Σ dz
 
 // What dz = dy · activation'(z) is made from.
 enum class Derivative { one, recomputed, bits };
