@@ -13,6 +13,7 @@ otherwise; the table says which. What is compiled is kept in build/machine_code/
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -79,21 +80,22 @@ def library_kernels(library: Path) -> list[Kernel]:
 
 
 def _read(library: Path, cuobjdump: str, nvdisasm: str) -> list[Kernel]:
-    everything: list[Kernel] = []
-    with tempfile.TemporaryDirectory() as folder:
+    def read(cubin: Path) -> list[Kernel]:
+        target = cubin.name.split(".")[-2]
+        usage = _output([cuobjdump, "-res-usage", str(cubin)])
+        # From Hopper on it counts what the driver reserves in a block with shared memory.
+        hopper = int(target.removeprefix("sm_")) >= 90
+        reserved = occupancy.TARGETS[target].shared_reserved if hopper else 0
+        found = disassembly.read_library(usage, target, reserved)
+        disassembly.read_attributes(_output([cuobjdump, "-elf", str(cubin)]), found)
+        disassembly.count_machine_code(_output([nvdisasm, "-c", str(cubin)]), found)
+        disassembly.demangle(found)
+        return list(found.values())
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         _output([cuobjdump, "-xelf", "all", str(library)], cwd=folder)
-        for cubin in sorted(Path(folder).glob("*.cubin")):
-            target = cubin.name.split(".")[-2]
-            usage = _output([cuobjdump, "-res-usage", str(cubin)])
-            # From Hopper on it counts what the driver reserves in a block with shared memory.
-            hopper = int(target.removeprefix("sm_")) >= 90
-            reserved = occupancy.TARGETS[target].shared_reserved if hopper else 0
-            found = disassembly.read_library(usage, target, reserved)
-            disassembly.read_attributes(_output([cuobjdump, "-elf", str(cubin)]), found)
-            disassembly.count_machine_code(_output([nvdisasm, "-c", str(cubin)]), found)
-            disassembly.demangle(found)
-            everything += found.values()
-    return everything
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        return [kernel for found in pool.map(read, cubins) for kernel in found]
 
 
 def checked_kernels() -> dict[str, list[Kernel]]:
@@ -113,19 +115,21 @@ def checked_kernels() -> dict[str, list[Kernel]]:
 
 def _kept(name: str, find: Callable[[], list[Kernel]]) -> list[Kernel]:
     """What find() returned before, in this process or another."""
-    kept = CACHE / f"{name}.json"
-    if kept.exists():
-        kept.touch()
-        return [_restored(values) for values in json.loads(kept.read_text())]
-    found = find()
     CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.iterdir():
-        if old.stat().st_mtime < time.time() - 24 * 3600:
-            old.unlink(missing_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps([vars(kernel) for kernel in found]))
-    part.replace(kept)
-    return found
+    kept = CACHE / f"{name}.json"
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who asks meanwhile waits, and then finds it
+        if kept.exists():
+            kept.touch()
+            return [_restored(values) for values in json.loads(kept.read_text())]
+        found = find()
+        for old in CACHE.iterdir():
+            if old.stat().st_mtime < time.time() - 24 * 3600:
+                old.unlink(missing_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps([vars(kernel) for kernel in found]))
+        part.replace(kept)
+        return found
 
 
 def _compiled(source: Path, target: str) -> list[Kernel]:
