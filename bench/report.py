@@ -172,8 +172,10 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """Folder name under results/: model, cores and GPU, lower case with hyphens."""
-    parts = [str(machine["cpu"]), f"{machine['cores']}-cores", machine.get("gpu") or ""]
+    """Folder name under results/: model, instruction set (virtual machines hide the model), cores
+    and GPU, lower case with hyphens."""
+    cpu, isa, cores = (machine[key] for key in ("cpu", "cpu_capability", "cores"))
+    parts = [str(cpu), str(isa), f"{cores}-cores", machine.get("gpu") or ""]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
@@ -340,7 +342,7 @@ def fill(readme: Path, section: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="files of --benchmark-json")
-    parser.add_argument("--name", help="folder under the results; default: CPU, cores, GPU")
+    parser.add_argument("--name", help="folder under the results; default: CPU, its instruction set, cores, GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--readme", type=Path, help="file whose bench section is to be replaced")
     options = parser.parse_args(arguments)

@@ -219,8 +219,8 @@ def test_runs_of_two_machines_do_not_mix(report, tmp_path):
 
 
 def test_machine_name(report):
-    machine = {"cpu": "AMD EPYC (9)", "cores": 2, "gpu": "NVIDIA X"}
-    assert report.machine_name(machine) == "amd-epyc-9-2-cores-nvidia-x"
+    machine = {"cpu": "AMD EPYC (9)", "cpu_capability": "AVX2", "cores": 2, "gpu": "NVIDIA X"}
+    assert report.machine_name(machine) == "amd-epyc-9-avx2-2-cores-nvidia-x"
 
 
 def test_readme_without_markers_is_left_alone(report, tmp_path):
