@@ -342,7 +342,9 @@ def fill(readme: Path, section: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="files of --benchmark-json")
-    parser.add_argument("--name", help="folder under the results; default: CPU, its instruction set, cores, GPU")
+    parser.add_argument(
+        "--name", help="folder under the results; default: CPU, its instruction set, cores, GPU"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--readme", type=Path, help="file whose bench section is to be replaced")
     options = parser.parse_args(arguments)
