@@ -13,6 +13,7 @@ otherwise; the table says which. What is compiled is kept in build/machine_code/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -124,8 +125,9 @@ def _kept(name: str, find: Callable[[], list[Kernel]]) -> list[Kernel]:
             return [_restored(values) for values in json.loads(kept.read_text())]
         found = find()
         for old in CACHE.iterdir():
-            if old.stat().st_mtime < time.time() - 24 * 3600:
-                old.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another's, who has just renamed it
+                if old.stat().st_mtime < time.time() - 24 * 3600:
+                    old.unlink()
         part = kept.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps([vars(kernel) for kernel in found]))
         part.replace(kept)

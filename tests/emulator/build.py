@@ -128,8 +128,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _forget_old(seconds: float) -> None:
     for folder in CACHE.iterdir():
-        if folder.stat().st_mtime < time.time() - seconds:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # gone through another process
+            if folder.stat().st_mtime < time.time() - seconds:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(
