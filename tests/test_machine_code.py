@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,23 @@ def test_each_fault_shows_in_its_figure(planted):
 def test_residency_wants_launch_bounds():
     kernel = Kernel("sm_90", "unbounded", registers=32)
     assert machine_code_limits.residency(kernel, Limits(blocks=1))
+
+
+# ---- what is kept between runs
+
+
+def test_who_asks_at_the_same_time_finds_what_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_code, "CACHE", tmp_path)
+    made: list[str] = []
+
+    def ask(name: str) -> list[Kernel]:
+        return machine_code._kept(name, lambda: made.append(name) or [Kernel("sm_90", name)])
+
+    names = [f"kernel{k // 4}" for k in range(800)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(ask, names))
+    assert [[kernel.name for kernel in kernels] for kernels in found] == [[n] for n in names]
+    assert sorted(made) == sorted(set(names))
 
 
 # ---- reading the tools' output
