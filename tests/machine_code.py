@@ -13,14 +13,11 @@ otherwise; the table says which. What is compiled is kept in build/machine_code/
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +27,7 @@ from pathlib import Path
 from . import disassembly, occupancy
 from .disassembly import Kernel
 from .emulator import toolkit
+from .kept import alone, forget_old
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "csrc" / "kernels" / "cuda"
@@ -118,17 +116,13 @@ def _kept(name: str, find: Callable[[], list[Kernel]]) -> list[Kernel]:
     """What find() returned before, in this process or another."""
     CACHE.mkdir(parents=True, exist_ok=True)
     kept = CACHE / f"{name}.json"
-    with kept.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who asks meanwhile waits, and then finds it
+    with alone(kept.with_suffix(".lock")):
         if kept.exists():
             kept.touch()
             return [_restored(values) for values in json.loads(kept.read_text())]
         found = find()
-        for old in CACHE.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another's, who has just renamed it
-                if old.stat().st_mtime < time.time() - 24 * 3600:
-                    old.unlink()
-        part = kept.with_suffix(f".{os.getpid()}.part")
+        forget_old(CACHE)
+        part = kept.with_suffix(".part")
         part.write_text(json.dumps([vars(kernel) for kernel in found]))
         part.replace(kept)
         return found

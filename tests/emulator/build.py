@@ -9,21 +9,18 @@ that a second run compiles nothing and a changed header recompiles everything th
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ..kept import alone, forget_old
 from . import toolkit
 
 HERE = Path(__file__).resolve().parent
@@ -118,21 +115,6 @@ def _headers_hash(flags: list[str], version: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Other processes that test at the same time wait, and then find what they need."""
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _forget_old(seconds: float) -> None:
-    for folder in CACHE.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # gone through another process
-            if folder.stat().st_mtime < time.time() - seconds:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def build(
     name: str,
     kernels: list[str],
@@ -164,10 +146,10 @@ def build(
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder / "lock"):
         if library.exists():
             return library
-        _forget_old(seconds=24 * 3600)
+        forget_old(CACHE)
 
         def compile_one(source: Path) -> Path:
             instrumented = instrument and source in watched
