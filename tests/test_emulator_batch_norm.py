@@ -56,8 +56,8 @@ GHOSTS = {  # N, C, HxW, ghost
     (9, 12, 1, 4): "(N, C): the single value left over joins the ones before it",
     (5, 1, 49, 2): "one channel, which may not be read as longer rows",
     (4, 9, 20, 1): "instance norm's limit: each sample for itself",
-    (66, 2, 5, 2): "33: more than a warp has lanes",
 }
+MANY_GHOSTS = {(66, 2, 5, 2): "33: more than a warp has lanes"}
 TILED_GHOSTS = {(5, 72, 16, 4): "channels_last: two tiles"}
 GHOSTS_IN_LAYOUTS = [
     *itertools.product(GHOSTS, LAYOUTS),
@@ -126,6 +126,16 @@ def test_tiles_of_channels(library, shape, dtype):
     ids=lambda s: s if isinstance(s, str) else "x".join(map(str, s)),
 )
 def test_ghost_batches(library, shape, dtype, layout):
+    check_ghost_batches(library, shape, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", MANY_GHOSTS, ids=lambda s: "x".join(map(str, s)))
+def test_many_ghost_batches(library, shape, layout):
+    check_ghost_batches(library, shape, "bf16", layout)
+
+
+def check_ghost_batches(library, shape, dtype, layout):
     *sizes, ghost = shape
     for activation, residual in (("none", False), ("relu", True), ("silu", True)):
         problem = Problem(

@@ -226,8 +226,8 @@ def test_nan_and_infinity_stay_in_their_group(library, layout):
 
 TRAFFIC = {  # N, C, HxW, G; device: passes over the inputs, and why
     ((2, 64, 64, 8), "Hopper"): (1, "several groups to a block"),
-    ((1, 8, 4096, 2), "Hopper"): (1, "a group to a cluster"),
-    ((1, 8, 4096, 2), "small"): (2, "a group streamed"),
+    ((1, 8, 3200, 2), "Hopper"): (1, "a group to a cluster"),
+    ((1, 8, 3200, 2), "small"): (2, "a group streamed"),
     ((66, 64, 1, 1), "Hopper"): (1, "layer norm"),
     ((8, 32, 49, 32), "Hopper"): (1, "instance norm of 7 x 7"),
 }

@@ -115,7 +115,7 @@ def test_beyond_32_bits(library, shape, layout, masked):
         middle, _, _ = places(library, shape, layout, step, width, pieces // 2 + 1, masked)
         for visited in (first, middle, last):
             assert visited["offset"].size > 0
-            assert np.unique(visited["offset"]).size == visited["offset"].size
+            assert (np.diff(np.sort(visited["offset"])) > 0).all()
             check_entries(visited, shape, layout, width, row)
         assert first["offset"].min() == 0
         assert last["offset"].max() + width == numel

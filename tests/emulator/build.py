@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,12 @@ def _compiler() -> str:
     return compiler
 
 
+@cache
+def _version(compiler: str) -> str:
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return said.stdout
+
+
 def _processor_flags() -> tuple[str, ...]:
     """Hardware fma where there is one: the library's is 30 times slower."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -134,8 +141,7 @@ def build(
         pytest.skip("the emulator needs the CUDA headers: set CUDA_HOME")
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER], version.stdout)
+    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER], _version(compiler))
     watchers = WATCHERS if instrument else ()
     watched = [HERE / file for file in api] + [ROOT / file for file in kernels]
     sources = [*watched, *(HERE / file for file in (*CORE, *watchers))]

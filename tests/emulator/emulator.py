@@ -84,5 +84,5 @@ class Memory:
 
     def guards_intact(self) -> bool:
         end = self._start + self.bytes.size
-        sides = self._owner[: self._start], self._owner[end:]
-        return all(bool((side == self.PATTERN).all()) for side in sides)
+        sides = (self._owner[: self._start].tobytes(), self._owner[end:].tobytes())
+        return all(side.count(self.PATTERN) == len(side) for side in sides)

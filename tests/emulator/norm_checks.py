@@ -117,7 +117,9 @@ def check_under_all_schedules(
             first = outputs
             check(problem, outputs)
         for name, value in outputs.items():
-            np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
+            # assert_array_equal takes 20 times as long to find nothing.
+            if value.tobytes() != first[name].tobytes():
+                np.testing.assert_array_equal(value, first[name], f"{name} under {order}:{seed}")
 
 
 def check_norm_wise(problem: Problem, outputs: dict[str, np.ndarray]) -> None:

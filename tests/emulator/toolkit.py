@@ -6,9 +6,11 @@ import importlib.util
 import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def _candidates() -> list[Path]:
     found: list[Path] = []
     for variable in ("CUDA_HOME", "CUDA_PATH"):

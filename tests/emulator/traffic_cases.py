@@ -86,10 +86,12 @@ def _sector_efficiency(problem: batch_norm.Problem) -> float:
 
 
 def _batch_norm_cases() -> Iterator[Case]:
-    for (shape, (_, chunks)), layout, dtype, training in itertools.product(
-        SHAPES.items(), batch_norm.LAYOUTS, ("f32", "f16", "bf16"), (True, False)
+    for (shape, (_, chunks)), layout, training in itertools.product(
+        SHAPES.items(), batch_norm.LAYOUTS, (True, False)
     ):
-        for activation, residual in BATCH_NORM_VARIANTS:
+        # f16 has bf16's size and goes by the same code: with one shape only.
+        dtypes = ("f32", "bf16", "f16") if shape == next(iter(SHAPES)) else ("f32", "bf16")
+        for dtype, (activation, residual) in itertools.product(dtypes, BATCH_NORM_VARIANTS):
             problem = batch_norm.Problem(
                 *shape,
                 layout=layout,
