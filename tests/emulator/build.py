@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,29 @@ def _headers_hash(flags: list[str], version: str) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass
+class _Unit:
+    """Sources that are compiled as one: each reads the same headers, for longer than its own text
+    takes."""
+
+    sources: list[Path]
+
+    @cached_property
+    def hash(self) -> str:
+        digest = hashlib.sha256()
+        for source in self.sources:
+            digest.update(source.read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def name(self) -> str:
+        return self.sources[0].stem + "_and_more" * (len(self.sources) > 1)
+
+    @property
+    def text(self) -> str:
+        return "".join(f'#include "{source}"\n' for source in self.sources)
+
+
 def build(
     name: str,
     kernels: list[str],
@@ -142,11 +166,10 @@ def build(
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
     folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER], _version(compiler))
-    watchers = WATCHERS if instrument else ()
-    watched = [HERE / file for file in api] + [ROOT / file for file in kernels]
-    sources = [*watched, *(HERE / file for file in (*CORE, *watchers))]
-    contents = {source: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
-    together = hashlib.sha256("".join(contents.values()).encode()).hexdigest()[:16]
+    watched = [_Unit([HERE / file]) for file in api] + [_Unit([ROOT / file]) for file in kernels]
+    core, watchers = (_Unit([HERE / file for file in files]) for files in (CORE, WATCHERS))
+    units = [*watched, core, *([watchers] if instrument else [])]
+    together = hashlib.sha256("".join(unit.hash for unit in units).encode()).hexdigest()[:16]
     suffix = "_sanitized" * sanitize + "_watched" * instrument
     library = folder / f"{name}{suffix}-{together}.so"
     if library.exists():
@@ -157,20 +180,24 @@ def build(
             return library
         forget_old(CACHE)
 
-        def compile_one(source: Path) -> Path:
-            instrumented = instrument and source in watched
+        def compile_one(unit: _Unit) -> Path:
+            instrumented = instrument and unit in watched
             suffix = "_sanitized" * sanitize + "_watched" * instrumented
-            object_file = folder / f"{source.stem}{suffix}-{contents[source][:16]}.o"
+            object_file = folder / f"{unit.name}{suffix}-{unit.hash[:16]}.o"
             if not object_file.exists():
                 part = object_file.with_suffix(f".{os.getpid()}.part")
-                own = () if source in watched else FASTER
+                own = () if unit in watched else FASTER
                 more = INSTRUMENTED if instrumented else own
-                _run([compiler, *flags, *more, "-x", "c++", "-c", str(source), "-o", str(part)])
+                command = [compiler, *flags, *more, "-x", "c++", "-c", "-o", str(part)]
+                if len(unit.sources) == 1:
+                    _run([*command, str(unit.sources[0])])
+                else:
+                    _run([*command, "-"], unit.text)
                 part.replace(object_file)
             return object_file
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
+            objects = list(pool.map(compile_one, units))
         part = library.with_suffix(f".{os.getpid()}.part")
         _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(part)])
         part.replace(library)
@@ -207,7 +234,7 @@ def run_sanitized(module: str, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], text: str = "") -> None:
+    result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
