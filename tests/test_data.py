@@ -22,7 +22,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -1314,22 +1313,16 @@ def test_pool_and_gather_under_sanitizers(sanitizer: str, tmp_path: Any) -> None
         pytest.skip("no C++ compiler")
     root = pathlib.Path(__file__).parents[1]
     sources = [*sorted((root / "csrc/collate").glob("*.cpp")), root / "tests/collate_stress.cpp"]
-    binary = tmp_path / "stress"
+    together, binary = tmp_path / "together.cpp", tmp_path / "stress"
+    together.write_text("".join(f'#include "{source}"\n' for source in sources))
     flags = ["-std=c++20", "-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
 
-    def compiled(*arguments: Any) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [compiler, *flags, f"-I{root / 'csrc'}", "-pthread", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    objects = [tmp_path / f"{source.stem}.o" for source in sources]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda s, o: compiled("-c", s, "-o", o), sources, objects):
-            assert done.returncode == 0, done.stderr
-    built = compiled(*objects, "-o", binary)
+    built = subprocess.run(
+        [compiler, *flags, f"-I{root / 'csrc'}", "-pthread", together, "-o", binary],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if "cannot find -l" in built.stderr:
         pytest.skip(f"the compiler has no runtime for -fsanitize={sanitizer}")
     assert built.returncode == 0, built.stderr
