@@ -126,6 +126,8 @@ def test_other_strides_are_copied_once():
 
 
 VARIANTS = [(a, r) for a in ("none", "relu", "silu") for r in (False, True)]
+# What the backward keeps: x alone, x twice, a mask, the residual. Graphs are of these four kinds.
+GRAPHS = [("silu", False), ("none", True), ("relu", True), ("silu", True)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,11 +143,11 @@ def test_gradcheck_and_double_backward(name, activation, residual, layout):
     x, r = (t if t is None else t.detach()[:2].requires_grad_() for t in (x, r))  # calls an element
     tensors = [t for t in (x, w, b, r) if t is not None]
     assert torch.autograd.gradcheck(f, tensors)
-    assert torch.autograd.gradgradcheck(f, tensors)
+    assert torch.autograd.gradgradcheck(f, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), GRAPHS)
 def test_opcheck(activation, residual, layout):
     (x, w, b, r), *_ = case("group_norm", layout=layout, residual=residual)
     torch.library.opcheck(ops.group_norm.default, (x, 3, w, b, r, 1e-5, activation))
@@ -163,7 +165,7 @@ def test_opcheck(activation, residual, layout):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("activation", "residual"), VARIANTS)
+@pytest.mark.parametrize(("activation", "residual"), GRAPHS)
 @pytest.mark.parametrize("name", NORMS)
 def test_compile_fullgraph(name, activation, residual, dynamic):
     torch._dynamo.reset()
