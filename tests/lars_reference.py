@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .lamb_reference import clip_divisor, norm, ulp
+from .lamb_reference import clip_divisor, last_places, norm, ulp
 from .reference import to_float64
 
 
@@ -95,11 +95,11 @@ def _step_one(x: Tensor64, g: np.ndarray, grad_norm: float) -> None:
 def assert_stepped(
     x: Tensor64, p0: np.ndarray, p: torch.Tensor, m: torch.Tensor | None, what: str
 ) -> None:
-    """m within 2 ulp of its largest addend, p within 2 ulp of the larger of |p| and the update's
-    largest addend."""
+    """m within last_places of its largest addend, p within 2 ulp of the larger of |p| and the
+    update's largest addend."""
     if m is not None:
         error = np.abs(to_float64(m) - x.m) / ulp(np.maximum(x.m_addend, np.abs(x.m)), m.dtype)
-        assert np.all(error <= 2), f"{what}: m off by {error.max()} ulp"
+        assert np.all(error <= last_places(m.dtype)), f"{what}: m off by {error.max()} ulp"
     scale = ulp(np.maximum(np.abs(p0), x.addend), p.dtype)
     error = np.abs(to_float64(p) - x.p) / scale
     assert np.all(error <= 2), f"{what}: p off by {error.max()} ulp"

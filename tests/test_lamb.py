@@ -16,7 +16,7 @@ from batchops.optim import LAMB
 from . import lamb_reference as reference
 from . import last_places, native
 from .capturable import check_nothing_is_read_back
-from .lamb_reference import Options, Tensor64
+from .lamb_reference import Options, Tensor64, to_extended
 from .memory import bytes_at_its_height
 from .reference import to_float64
 from .replacements import replacements
@@ -64,11 +64,11 @@ def oracle_of(optimizer: LAMB) -> list[Tensor64]:
         for i, p in enumerate(group["params"]):
             options = replace(options, excluded=i in group["exclude"])
             state = optimizer.state.get(p, None)
-            m = to_float64(state["exp_avg"]) if state else np.zeros(p.shape)
-            v = to_float64(state["exp_avg_sq"]) if state else np.zeros(p.shape)
+            m = to_extended(state["exp_avg"]) if state else np.zeros(p.shape)
+            v = to_extended(state["exp_avg_sq"]) if state else np.zeros(p.shape)
             step = int(state["step"]) if state else 0
             exact = state.get("master", p) if state else p
-            tensors.append(Tensor64(to_float64(exact), m, v, step, options))
+            tensors.append(Tensor64(to_extended(exact), m, v, step, options))
     return tensors
 
 
@@ -77,7 +77,7 @@ def params_of(optimizer: LAMB) -> list[torch.nn.Parameter]:
 
 
 def grads_of(optimizer: LAMB) -> list[np.ndarray | None]:
-    return [None if p.grad is None else to_float64(p.grad) for p in params_of(optimizer)]
+    return [None if p.grad is None else to_extended(p.grad) for p in params_of(optimizer)]
 
 
 def assert_one_step(optimizer: LAMB) -> None:

@@ -14,7 +14,7 @@ from batchops.optim import LARS
 from . import lars_reference as reference
 from . import last_places
 from .capturable import check_nothing_is_read_back
-from .lamb_reference import timm_optimizer
+from .lamb_reference import timm_optimizer, to_extended
 from .lars_reference import Options, Tensor64
 from .memory import bytes_at_its_height
 from .reference import to_float64
@@ -45,8 +45,8 @@ def oracle_of(optimizer: LARS) -> list[Tensor64]:
             own = replace(options, excluded=i in group["exclude"])
             state = optimizer.state.get(p) or {}
             m = state.get("momentum_buffer")
-            m = np.zeros(p.shape) if m is None else to_float64(m)
-            exact = to_float64(state.get("master", p))
+            m = np.zeros(p.shape) if m is None else to_extended(m)
+            exact = to_extended(state.get("master", p))
             tensors.append(Tensor64(exact, m, int(state.get("step", 0)), own))
     return tensors
 
@@ -56,7 +56,7 @@ def assert_one_step(optimizer: LARS) -> None:
     expected = oracle_of(optimizer)
     before = [x.p.copy() for x in expected]
     bits = [None if p.grad is None else p.grad.clone() for p in params]
-    grads = [None if p.grad is None else to_float64(p.grad) for p in params]
+    grads = [None if p.grad is None else to_extended(p.grad) for p in params]
     reference.step(expected, grads, optimizer.param_groups[0]["max_grad_norm"])
     optimizer.step()
     rows = optimizer.stats().values.tolist()
