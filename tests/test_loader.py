@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -308,6 +309,65 @@ def gone(condition: Callable[[], bool], seconds: float = 2.0) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def test_iterators_whose_last_reference_a_thread_of_their_own_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class SlowReference(weakref.ref):
+        """Who calls it holds the iterator long enough that it is dropped meanwhile."""
+
+        def __call__(self) -> Any:
+            strong = super().__call__()
+            time.sleep(0.02)
+            return strong
+
+    monkeypatch.setattr("batchops.data._threads.weakref", types.SimpleNamespace(ref=SlowReference))
+    for _ in range(10):
+        iterator = iter(DataLoader(Samples(), 2, threads=2))
+        next(iterator)
+        del iterator
+    assert gone(lambda: not named_threads()), named_threads()
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_batches_go_on_after_an_interrupt_in_the_loader(in_order: bool) -> None:
+    """At any step: what comes after it is right, comes once, and nobody waits for what was lost."""
+    files = tuple(f"data{os.sep}{name}.py" for name in ("_iterators", "_threads"))
+    samples, size = list(range(60)), 2
+    want = [batch.tolist() for batch in DataLoader(samples, size)]
+    interrupted = 0
+    for step in range(0, 400, 3):
+        left = step
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal left
+            if not frame.f_code.co_filename.endswith(files):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        iterator = iter(DataLoader(samples, size, threads=2, in_order=in_order, timeout=10))
+        seen = [next(iterator).tolist()]
+        sys.settrace(trace)
+        try:
+            seen.append(next(iterator).tolist())
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        seen += [batch.tolist() for batch in iterator]
+        assert len(seen) >= len(want) - 2
+        assert all(seen.count(batch) == 1 for batch in seen)
+        assert all(batch in want for batch in seen)
+        assert not in_order or seen == [batch for batch in want if batch in seen]
+    assert interrupted > 50
+    del iterator
+    assert gone(lambda: not named_threads()), named_threads()
 
 
 def test_threads_out_of_order_timeout_and_arguments() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from typing import Any, NamedTuple
@@ -452,42 +453,49 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
         self._in_order = loader.in_order
         self._depth = Depth(count + 1, 4 * count + 1)
         self._sent = 0
-        self._received = 0
         self._exhausted = False
-        self._indices: dict[int, Any] = {}
+        self._indices: dict[int, Any] = {}  # of what was asked for and not handed out, in order
         self._last_request = time.perf_counter()
         fetch = _MapFetch(self) if is_map else _IterableFetch(self)
         self._crew = Crew(self, infos, fetch, loader.worker_init_fn, loader.timeout)
-        if not is_map:
-            fetch.crew = self._crew
         self._crew.start()
         self._begin_epoch()
         self._fill()
 
     def _fill(self) -> None:
-        while not self._exhausted and self._sent - self._received < self._depth.value:
+        while not self._exhausted and len(self._indices) < self._depth.value:
             try:
                 index = self._next_index()
             except StopIteration:
                 self._exhausted = True
                 return
-            self._indices[self._sent] = index if self._is_map else None
-            self._crew.put(self._sent, index)
+            # An interrupt between two of these loses a batch; nobody waits for what was not sent.
+            number = self._sent
             self._sent += 1
+            self._crew.put(number, index)
+            self._indices[number] = index if self._is_map else None
+
+    def _arrived(self) -> int | None:
+        """The number of the batch to hand out next, if it is there."""
+        results = self._crew.results
+        if self._in_order:
+            first = next(iter(self._indices))
+            return first if first in results else None
+        return next((number for number in self._indices if number in results), None)
 
     def _next_data(self) -> Any:
         while True:
-            if self._received == self._sent:
+            if not self._indices:
                 self._crew.stop()
                 raise StopIteration
             begun = time.perf_counter()
-            number, data = self._crew.take(self._received if self._in_order else None)
+            number = self._crew.wait(self._arrived)
             now = time.perf_counter()
             self._depth.waited(now - begun, now - self._last_request)
             self._last_request = now
             self._loader_metrics.depth = self._depth.value
-            self._received += 1
             index = self._indices.pop(number)
+            data = self._crew.results.pop(number)
             if data is End:
                 self._exhausted = True
                 continue
@@ -517,7 +525,12 @@ class _MapFetch:
             iterator._drop_last,
         )
 
-    def __call__(self, number: int, index: Any) -> Any:
+        self.turns = contextlib.nullcontext()
+
+    def draw(self, index: Any) -> Any:
+        return index
+
+    def batch(self, index: Any) -> Any:
         return self._fetcher.fetch(index)
 
 
@@ -530,14 +543,12 @@ class _IterableFetch:
         self._drop_last = iterator._drop_last
         self._collate = iterator._collate_fn
         self._ended = False
-        self.crew: Any = None
+        self.turns = threading.Lock()
 
-    def __call__(self, number: int, index: Any) -> Any:
-        with self.crew.turn(number):
-            data = self._draw(index)
+    def batch(self, data: Any) -> Any:
         return self._collate(data)
 
-    def _draw(self, index: Any) -> Any:
+    def draw(self, index: Any) -> Any:
         if self._ended:
             raise StopIteration
         if not self._auto:

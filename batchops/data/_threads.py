@@ -8,9 +8,9 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._utils import ExceptionWrapper
@@ -50,33 +50,47 @@ _IDLE = 0.5
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 
 
+class Fetch(Protocol):
+    """How a batch comes of a task, in two parts."""
+
+    turns: contextlib.AbstractContextManager[Any]
+    """One thread at a time takes a task and draws in here, so that draws go by the tasks' order."""
+
+    def draw(self, task: Any) -> Any: ...
+
+    def batch(self, drawn: Any) -> Any: ...
+
+
 class Crew:
     """Threads that take tasks in order and leave their results under the task's number.
 
     They hold the crew and never the iterator that owns it, so a dropped iterator stops them: each
     ends when the user's code that it is in returns. Where Ctrl-C comes in the middle of that, they
     find out by themselves.
+
+    The last reference to the iterator may go in any thread and at any moment, a worker's included,
+    and an interrupt may come between any two steps: so there is no lock that `stop` would need, and
+    nothing that two steps leave half done.
     """
 
     def __init__(
         self,
         owner: Any,
         infos: list[WorkerInfo],
-        fetch: Callable[[int, Any], Any],
+        fetch: Fetch,
         init: Callable[[int], Any] | None,
         timeout: float,
     ) -> None:
-        self._owner = weakref.ref(owner)
+        self._orphaned: list[Any] = []
+        # Who asks the reference whether it is alive holds the owner for that moment, and may be
+        # left with the last reference. The callback is no Python function: nothing interrupts it.
+        self._owner = weakref.ref(owner, self._orphaned.append)
         self._fetch = fetch
         self._init = init
         self._timeout = timeout
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._ready = threading.Condition(self._lock)
-        self._tasks: deque[tuple[int, Any]] = deque()
+        self._tasks: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
         self._results: dict[int, Any] = {}
-        self._turns = threading.Condition(self._lock)
-        self._next_turn = 0
+        self._news = threading.Lock()  # released when there is a result that was not looked at
         self._stopped = False
         self._pid = os.getpid()
         inference = torch.is_inference_mode_enabled()
@@ -97,56 +111,50 @@ class Crew:
             thread.start()
 
     def put(self, number: int, task: Any) -> None:
-        with self._lock:
-            self._tasks.append((number, task))
-            self._work.notify()
+        self._tasks.put((number, task))
 
-    def take(self, number: int | None) -> tuple[int, Any]:
-        """The result of task `number`, or with None of any; waits for it."""
+    def wait(self, wanted: Callable[[], int | None]) -> int:
+        """Waits until wanted() is the number of a task, and gives it; asked at each result."""
         if self._pid != os.getpid():
             raise RuntimeError(
                 "DataLoader: the threads of this iterator are in the process that made it, and "
                 "this is a fork of it: iterate over the loader anew"
             )
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
-        with self._lock:
-            while True:
-                if number is None and self._results:
-                    found = min(self._results)
-                    return found, self._results.pop(found)
-                if number in self._results:
-                    return number, self._results.pop(number)
-                # In slices: a wait without an end would not see Ctrl-C on every system.
-                left = 5.0 if deadline is None else deadline - time.monotonic()
-                if left <= 0:
-                    raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds")
-                self._ready.wait(min(left, 5.0))
+        while (number := wanted()) is None:
+            # In slices: a wait without an end would not see Ctrl-C on every system.
+            left = 5.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds")
+            self._news.acquire(timeout=min(left, 5.0))
+        return number
 
-    def ready(self) -> int:
-        with self._lock:
-            return len(self._results)
+    @property
+    def results(self) -> dict[int, Any]:
+        """By task number; the owner takes out what it has used."""
+        return self._results
 
     def stop(self) -> None:
         if self._pid != os.getpid():
-            return  # nobody is left here to stop, and the lock may be a lost thread's
-        with self._lock:
-            self._stopped = True
-            self._tasks.clear()
-            self._work.notify_all()
-            self._turns.notify_all()
+            return  # nobody is left here to stop
+        self._stopped = True
+        for _ in self._threads:
+            self._tasks.put(None)
 
-    @contextlib.contextmanager
-    def turn(self, number: int) -> Iterator[None]:
-        """One task at a time in here, in the order of their numbers."""
-        with self._lock:
-            while self._next_turn != number and not self._stopped and self._owner() is not None:
-                self._turns.wait(_IDLE)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._next_turn = number + 1
-                self._turns.notify_all()
+    def next_task(self) -> tuple[int, Any] | None:
+        """For a thread of the crew: None when it is to end."""
+        while not self._stopped and not self._orphaned:
+            with contextlib.suppress(Empty):
+                task = self._tasks.get(timeout=_IDLE)
+                if task is not None and not self._stopped:
+                    return task
+        return None
+
+    def done(self, number: int, result: Any) -> None:
+        """For a thread of the crew."""
+        self._results[number] = result
+        with contextlib.suppress(RuntimeError):  # released already
+            self._news.release()
 
     def join(self, timeout: float) -> bool:
         """Waits for threads to end; whether all did."""
@@ -159,34 +167,37 @@ class Crew:
 
 def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
     _local.info = info
+    where = f"in DataLoader thread {info.id}"
     failed = None
     if crew._init is not None:
         try:
             crew._init(info.id)
         except Exception:
-            failed = ExceptionWrapper(where=f"in DataLoader thread {info.id}")
+            failed = ExceptionWrapper(where=where)
+
+    def attempt(call: Callable[[Any], Any], argument: Any) -> Any:
+        try:
+            return call(argument)
+        except StopIteration:
+            return End
+        except BaseException:
+            # A thread that died would leave the loop waiting; so KeyboardInterrupt travels too.
+            return ExceptionWrapper(where=where)
+
+    fetch = crew._fetch
     with torch.inference_mode(inference):
         while True:
-            with crew._lock:
-                while not crew._tasks and not crew._stopped and crew._owner() is not None:
-                    crew._work.wait(_IDLE)
-                if crew._stopped or crew._owner() is None:
+            with fetch.turns:
+                taken = crew.next_task()
+                if taken is None:
                     return
-                number, task = crew._tasks.popleft()
-            try:
-                result = failed if failed is not None else crew._fetch(number, task)
-            except StopIteration:
-                result = End
-            except BaseException:
-                # A thread that died would leave the loop waiting; so KeyboardInterrupt travels too.
-                result = ExceptionWrapper(where=f"in DataLoader thread {info.id}")
-            with crew._lock:
-                if crew._stopped:
-                    return
-                crew._results[number] = result
-                crew._ready.notify_all()
+                number, task = taken
+                result = attempt(fetch.draw, task) if failed is None else failed
+            if result is not End and not isinstance(result, ExceptionWrapper):
+                result = attempt(fetch.batch, result)
+            crew.done(number, result)
             # Waiting for the next task must not keep the last batch alive.
-            del result, task
+            del result, task, taken
 
 
 @atexit.register
