@@ -1,12 +1,15 @@
 // LAMB (You et al. 2020, arXiv:1904.00962) over any number of tensors, on CPU and CUDA.
 //
-//   C = max(1, (‖g‖_all + clip_eps) / max_grad_norm)    over all tensors of the optimizer; 1 when
-//   off g = ±grad / (grad_scale·C)                     - when maximize m = β1·m + β3·g,    v = β2·v
-//   + (1 - β2)·g²     β3 = 1 - β1 with grad_averaging, else 1 a = (m / bc1) / (sqrt(v / bc2) + eps)
-//   bc = 1 - β^t with bias_correction, else 1 a = a·[m·g > 0] / max(mean([m·g > 0]), 1e-3)   with
-//   caution u = a + λ·p                                    decoupled_decay: p *= 1 - decay_lr·λ
-//   instead r = clamp(‖p‖ / ‖u‖, ratio_min, ratio_max)     1 where a norm is 0, and where not
-//   adapted p = p - lr·r·u
+// clang-format off
+//   C = max(1, (‖g‖_all + clip_eps) / max_grad_norm)    over all tensors of the optimizer; 1 when off
+//   g = ±grad / (grad_scale·C)                          - when maximize
+//   m = β1·m + β3·g,    v = β2·v + (1 - β2)·g²          β3 = 1 - β1 with grad_averaging, else 1
+//   a = (m / bc1) / (sqrt(v / bc2) + eps)               bc = 1 - β^t with bias_correction, else 1
+//   a = a·[m·g > 0] / max(mean([m·g > 0]), 1e-3)        with caution
+//   u = a + λ·p                                         decoupled_decay: p *= 1 - decay_lr·λ instead
+//   r = clamp(‖p‖ / ‖u‖, ratio_min, ratio_max)          1 where a norm is 0, and where not adapted
+//   p = p - lr·r·u
+// clang-format on
 //
 // eps_inside_sqrt: sqrt(v / bc2 + eps). step_size_correction: bc1 and bc2 are 1 in a, and lr takes
 // their place, lr·sqrt(bc2) / bc1. A NaN or infinite norm is not hidden: it reaches p.
