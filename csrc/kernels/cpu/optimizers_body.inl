@@ -66,6 +66,13 @@ BATCHOPS_INLINE bool in_float_range(double sum_sq) { return sum_sq > 1e-26 && su
 
 constexpr int64_t kFlushEvery = 16;  // vectors
 
+// The hardware's prefetchers stop at the end of a page, and here four arrays reach theirs together.
+constexpr int64_t kAhead = 1024;  // bytes
+template <class... S>
+BATCHOPS_INLINE void prefetch_ahead(int64_t i, const S*... arrays) {
+  (prefetch(arrays, i + kAhead / static_cast<int64_t>(sizeof(S))), ...);
+}
+
 // step(i, n): elements [i, i + n), n = kLanes but for the last one; flush() every few steps.
 template <class Step, class Flush>
 BATCHOPS_INLINE void for_each_vector(int64_t count, Step&& step, Flush&& flush) {
@@ -98,11 +105,12 @@ BATCHOPS_INLINE F only_part(F x, int64_t n) {
 template <class G>
 double squares_of(const G* g, int64_t count) {
   Squares squares[4];
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int k = 0; k < 4; ++k) squares[k].add_wide(load<float>(g + i + k * kLanes));
+  // Four streams: from memory a core reads those faster than one.
+  const int64_t quarter = count / (4 * kLanes) * kLanes;
+  for (int64_t i = 0; i < quarter; i += kLanes) {
+    for (int k = 0; k < 4; ++k) squares[k].add_wide(load<float>(g + k * quarter + i));
   }
-  for (; i < count; i += kLanes) {
+  for (int64_t i = 4 * quarter; i < count; i += kLanes) {
     squares[0].add_wide(load_part(g + i, std::min(kLanes, count - i)));
   }
   return (squares[0].total() + squares[1].total()) + (squares[2].total() + squares[3].total());
@@ -201,6 +209,7 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
   for_each_vector(
       count,
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        prefetch_ahead(i, p, g, m, v);
         const F g_i = load_part(g + i, n) * c.g_scale;
         const F m_i = lamb::first_moment(load_part(m + i, n), g_i, c);
         const F v_i = lamb::second_moment(load_part(v + i, n), g_i, c);
@@ -240,6 +249,7 @@ BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int
       count,
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
         const F p_i = load_part(p + i, n), m_i = load_part(m + i, n), v_i = load_part(v + i, n);
+        prefetch_ahead(i, p, m, v);
         F agreement(1.0f);
         if constexpr (kCaution) agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
         F rough = lamb::rough_quotient(m_i, v_i, c);
@@ -290,6 +300,7 @@ void lars_sums(const P* p, const G* g, int64_t count, F scale, F decay, LarsNorm
   for_each_vector(
       count,
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        prefetch_ahead(i, p, g);
         const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * scale;
         p_sq.add(p_i);
         g_sq.add(g_i);
@@ -338,6 +349,8 @@ BATCHOPS_INLINE void lars_update(P* p, const G* g, float* m, int64_t count,
       count,
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
         const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
+        prefetch_ahead(i, p, g);
+        if constexpr (kMomentum) prefetch_ahead(i, m);
         F m_i(0.0f);
         bool small = false;
         if constexpr (kMomentum) {
