@@ -54,6 +54,8 @@ FLAGS = (
     "-ffp-contract=off",  # an fma only where the source asks for one, as the intrinsics do
     "-DBATCHOPS_CUDA_EMULATOR",
 )
+# Host calls are the emulator's own, also beside a CUDA runtime that torch has loaded.
+SHARED = ("-shared", "-Wl,-Bsymbolic")
 FAST = ("-O1", "-g1")  # lines for errors that only a signal tells of
 FASTER = ("-O2",)  # for the emulator itself: compiled once, and most of the time goes by in it
 # Sources that tell of every load and store (instrument.cpp), beside those that listen.
@@ -165,7 +167,7 @@ def build(
         pytest.skip("the emulator needs the CUDA headers: set CUDA_HOME")
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
-    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER], _version(compiler))
+    folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER, *SHARED], _version(compiler))
     watched = [_Unit([HERE / file]) for file in api] + [_Unit([ROOT / file]) for file in kernels]
     core, watchers = (_Unit([HERE / file for file in files]) for files in (CORE, WATCHERS))
     units = [*watched, core, *([watchers] if instrument else [])]
@@ -199,7 +201,7 @@ def build(
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, units))
         part = library.with_suffix(f".{os.getpid()}.part")
-        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(part)])
+        _run([compiler, *flags, *SHARED, *map(str, objects), "-o", str(part)])
         part.replace(library)
         return library
 
