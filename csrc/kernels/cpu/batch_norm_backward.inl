@@ -118,6 +118,8 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
             if constexpr (kBits) bits = read_bits(args.mask + piece.mask + j / 8, bytes);
           },
           [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+            prefetch_ahead<T>(p, j, lanes);
+            prefetch_ahead<T>(gradient, j, lanes);
             const P value = load<T>(p + j, lanes);
             const P d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
             s[u] = s[u] + d;
@@ -196,6 +198,9 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
             } else if (R > 1) {
               prefetch_pair<T>(p, R * (stride + j) + k * 2 * L);
               prefetch_pair<T>(gradient, R * (stride + j) + k * 2 * L);
+            } else {
+              prefetch_ahead<T>(p, j, lanes);
+              prefetch_ahead<T>(gradient, j, lanes);
             }
             const P value = load<T>(p + k * stride + j, lanes);
             const P d =
@@ -269,11 +274,16 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     bool past_residual = past_cache;
     int64_t start = 0;
     uint64_t bits[R] = {};
+    const bool rereads = geometry.rereads();
     const bool centred = kMode == Mode::either ? training : kMode == Mode::training;
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
       const P scale_j = scale[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
+        if (rereads) {
+          prefetch_ahead<T>(gradient, at, lanes);
+          prefetch_ahead<T>(p, at, lanes);
+        }
         P value(Vec<T>(T(0)));
         if (kRecomputed || centred) value = load<T>(p + at, lanes);
         const P dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,

@@ -83,6 +83,9 @@ struct Geometry {
     if (plan.repeat > 1) return {0, shape.C, width};
     return {start / plan.segment, width / plan.segment, width};
   }
+  // Whether apply() finds no longer in the cache what reduce() has read.
+  BATCHOPS_INLINE bool rereads() const { return plan.by_rows && plan.segment == 1; }
+
   int64_t first_step(int64_t chunk) const { return chunk * plan.steps_per_chunk; }
   int64_t end_step(int64_t chunk) const {
     const int64_t end = (chunk + 1) * plan.steps_per_chunk;

@@ -29,11 +29,14 @@ struct ForwardPass : Statistics<S> {
     S* const to = y + offset;
     int64_t start = 0;
     bool past = past_cache;
+    const bool rereads = geometry.rereads();
     uint64_t bits[R] = {};
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
       const P mean_j = mean[j], scale_j = scale[j], shift_j = shift[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
+        if (rereads) prefetch_ahead<T>(from, at, lanes);
+        if constexpr (kResidual) prefetch_ahead<T>(added, at, lanes);
         P z = normalize(load<T>(from + at, lanes), mean_j, scale_j, shift_j);
         if constexpr (kResidual) z = z + load<T>(added + at, lanes);
         if constexpr (kMask) bits[k] |= positive_bits_of<S>(mask_source(act, z)) << (u * 2 * L);
@@ -136,8 +139,6 @@ struct ForwardPass : Statistics<S> {
         write_border(j, First{n});
       }
     };
-    // A small tensor ends before the hardware has seen where the reads go.
-    constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(S));
     int64_t j = begin;
     enter();
     if (const int64_t head = std::min(to_boundary<T>(y + begin), end - begin); head != 0) {
@@ -148,12 +149,12 @@ struct ForwardPass : Statistics<S> {
       const int64_t stop = plane_end < end ? plane_end : end;
       if constexpr (kSwapped<S>) {
         for (; j + 2 * L <= stop; j += 2 * L) {
-          prefetch(x, j + kAhead);
+          prefetch(x, j + kAhead<S>);
           write_pair(j, now.mean, now.scale, now.shift, past_cache);
         }
       }
       for (; j + L <= stop; j += L) {
-        prefetch(x, j + kAhead);
+        prefetch(x, j + kAhead<S>);
         write(j, All{}, now.mean, now.scale, now.shift);
       }
       if (j + L > end) break;

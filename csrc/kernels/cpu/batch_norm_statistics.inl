@@ -72,6 +72,7 @@ struct Statistics {
       const S* p = x + piece.offset;
       const P about{V(shift)};
       for_pair_blocks<T>(0, piece.length, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        prefetch_ahead<T>(p, j, lanes);
         P d = load<T>(p + j, lanes) - about;
         if constexpr (std::is_same_v<decltype(lanes), Rest>) {
           d = keep_first<S>(lanes.n, d);
@@ -183,6 +184,8 @@ struct Statistics {
           prefetch_pair<T>(p, (k + R) * stride + j);
         } else if (R > 1) {
           prefetch_pair<T>(p, R * (stride + j) + k * 2 * L);
+        } else {
+          prefetch_ahead<T>(p, j, lanes);
         }
         const P d = load<T>(p + k * stride + j, lanes) - about;
         sum_j = sum_j + d;

@@ -443,6 +443,9 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
                      const int64_t next = at + R * (stride + j) + k * 2 * L;
                      prefetch(elements.x, next);
                      prefetch(elements.dy, next);
+                   } else {
+                     prefetch_ahead<T>(elements.x, from, lanes);
+                     prefetch_ahead<T>(elements.dy, from, lanes);
                    }
                    const X value = load<T>(elements.x + from, lanes);
                    const X g = elements.derivative(from, lanes, bits, value, mean, scale, shift);
@@ -471,6 +474,8 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
       const int64_t at = rows.row_offset(n, step), width = rows.row_width(step);
       bool past = past_cache;
       const auto vector = [&](int64_t j, auto lanes, int, uint64_t bits) BATCHOPS_INLINE_LAMBDA {
+        prefetch_ahead<T>(elements.x, at + j, lanes);
+        prefetch_ahead<T>(elements.dy, at + j, lanes);
         const X value = load<T>(elements.x + at + j, lanes);
         const X mean = load_whole(means + j, lanes);
         const X scale = load_whole(scales + j, lanes);

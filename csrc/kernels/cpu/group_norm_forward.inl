@@ -44,7 +44,11 @@ struct GroupForward : GroupStatistics<S> {
     uint64_t bits = 0;
     const auto vector = [&](int64_t j, auto lanes, int) BATCHOPS_INLINE_LAMBDA {
       // The memory would idle while this loop runs in the cache.
-      if constexpr (Affine::kPrefetches) prefetch_pair<T>(at.x, offset + n + j);
+      if constexpr (Affine::kPrefetches) {
+        prefetch_pair<T>(at.x, offset + n + j);
+      } else {
+        prefetch_ahead<T>(at.x, offset + j, lanes);
+      }
       return at.apply(offset + j, lanes, past, of.mean(j, lanes), of.scale(j, lanes),
                       of.shift(j, lanes));
     };

@@ -35,6 +35,7 @@ struct GroupStatistics {
       const V about(shift);
       Pair<T> s[2] = {zero, zero}, q[2] = {zero, zero};
       for_pairs<T, 2>(0, count, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
+        prefetch_ahead<T>(from, j, lanes);
         Pair<T> d = load<T>(from + j, lanes) - about;
         if constexpr (std::is_same_v<decltype(lanes), Rest>) d = keep_first<S>(lanes.n, d);
         s[u] = s[u] + d;
@@ -150,7 +151,11 @@ struct GroupStatistics {
       Pair<T> sum_j = load_pair(s + j), square_j = load_pair(q + j);
       for (int k = 0; k < R; ++k) {
         // The next R rows, in the order of memory.
-        if constexpr (R > 1) prefetch(p, R * (stride + j) + k * 2 * L);
+        if constexpr (R > 1) {
+          prefetch(p, R * (stride + j) + k * 2 * L);
+        } else {
+          prefetch_ahead<T>(p, j, lanes);
+        }
         const Pair<T> d = load<T>(p + k * stride + j, lanes) - shift;
         sum_j = sum_j + d;
         square_j = fma(d, d, square_j);

@@ -239,49 +239,57 @@ BATCHOPS_INLINE void write_bits(uint8_t* p, uint64_t bits, Bytes bytes) {
 }
 
 // A kernel wants the bits of a row of columns in one string; the mask pads the run of each
-// channel (or pixel) to whole bytes. `runs` runs of `length` bits, eight bytes of slack on `flat`.
+// channel (or pixel) to whole bytes. `runs` runs of `length` bits, sixteen bytes of slack on
+// `flat`. Both sides are taken by whole words, as the kernel writes and reads its string: a load
+// that spans two stores waits until both have left the core.
 inline void pad_runs(uint8_t* mask, const uint8_t* flat, int64_t runs, int64_t length) {
+  const uint8_t* const end = mask + runs * ((length + 7) / 8);
   int64_t position = 0;
   for (int64_t run = 0; run < runs; ++run) {
-    for (int64_t left = length; left > 0; left -= 56) {
-      uint64_t bits;
-      std::memcpy(&bits, flat + position / 8, 8);
-      bits >>= position % 8;
-      if (left >= 56) {
-        std::memcpy(mask, &bits, 7);
-        mask += 7;
-        position += 56;
-      } else {
-        bits &= (uint64_t{1} << left) - 1;
-        const int64_t bytes = (left + 7) / 8;
-        for (int64_t i = 0; i < bytes; ++i) *mask++ = static_cast<uint8_t>(bits >> (8 * i));
-        position += left;
+    for (int64_t left = length; left > 0; left -= 64) {
+      const int64_t count = left < 64 ? left : 64, bytes = (count + 7) / 8;
+      const int shift = static_cast<int>(position % 64);
+      uint64_t bits, next;
+      std::memcpy(&bits, flat + position / 64 * 8, 8);
+      bits >>= shift;
+      if (shift + count > 64) {
+        std::memcpy(&next, flat + position / 64 * 8 + 8, 8);
+        bits |= next << (64 - shift);
       }
+      if (count < 64) bits &= (uint64_t{1} << count) - 1;
+      if (end - mask >= 8) {
+        std::memcpy(mask, &bits, 8);  // what is past this run is written after it
+      } else {
+        write_bits(mask, bits, static_cast<int>(bytes));
+      }
+      mask += bytes;
+      position += count;
     }
   }
 }
 inline void join_runs(uint8_t* flat, const uint8_t* mask, int64_t runs, int64_t length) {
+  const uint8_t* const end = mask + runs * ((length + 7) / 8);
   uint64_t pending = 0;
   int filled = 0;
   for (int64_t run = 0; run < runs; ++run) {
-    for (int64_t left = length; left > 0; left -= 32) {
-      const int count = static_cast<int>(left < 32 ? left : 32);
-      uint32_t bits = 0;
-      if (count == 32) {
-        std::memcpy(&bits, mask, 4);
-        mask += 4;
+    for (int64_t left = length; left > 0; left -= 64) {
+      const int count = static_cast<int>(left < 64 ? left : 64), bytes = (count + 7) / 8;
+      uint64_t bits = 0;
+      if (end - mask >= 8) {
+        std::memcpy(&bits, mask, 8);
       } else {
-        for (int i = 0; i < (count + 7) / 8; ++i) {
-          bits |= static_cast<uint32_t>(*mask++) << (8 * i);
-        }
+        for (int i = 0; i < bytes; ++i) bits |= static_cast<uint64_t>(mask[i]) << (8 * i);
       }
-      pending |= static_cast<uint64_t>(bits) << filled;
+      if (count < 64) bits &= (uint64_t{1} << count) - 1;
+      mask += bytes;
+      pending |= bits << filled;
       filled += count;
-      if (filled >= 32) {
-        std::memcpy(flat, &pending, 4);
-        flat += 4;
-        pending >>= 32;
-        filled -= 32;
+      if (filled >= 64) {
+        std::memcpy(flat, &pending, 8);
+        flat += 8;
+        filled -= 64;
+        // What did not fit; a shift by 64 is not one.
+        pending = filled == 0 ? 0 : bits >> (count - filled);
       }
     }
   }

@@ -66,11 +66,9 @@ BATCHOPS_INLINE bool in_float_range(double sum_sq) { return sum_sq > 1e-26 && su
 
 constexpr int64_t kFlushEvery = 16;  // vectors
 
-// The hardware's prefetchers stop at the end of a page, and here four arrays reach theirs together.
-constexpr int64_t kAhead = 1024;  // bytes
 template <class... S>
 BATCHOPS_INLINE void prefetch_ahead(int64_t i, const S*... arrays) {
-  (prefetch(arrays, i + kAhead / static_cast<int64_t>(sizeof(S))), ...);
+  (prefetch(arrays, i + kAhead<S>), ...);
 }
 
 // step(i, n): elements [i, i + n), n = kLanes but for the last one; flush() every few steps.

@@ -136,6 +136,17 @@ BATCHOPS_INLINE void prefetch_pair(const S* p, int64_t offset) {
   for (int i = 0; i < 2 * Vec<T>::kLanes; i += 64 / sizeof(S)) prefetch(p, offset + i);
 }
 
+// As prefetch_pair(), for the lanes that will be read kAhead elements on.
+template <class T, class S, class Lanes>
+BATCHOPS_INLINE void prefetch_ahead(const S* p, int64_t offset, Lanes) {
+  offset += kAhead<S>;
+  if constexpr (std::is_same_v<Lanes, Two> || std::is_same_v<Lanes, Rest>) {
+    prefetch_pair<T>(p, offset);
+  } else {
+    prefetch(p, offset);
+  }
+}
+
 // ------------------------------------------------------------------------- values for elements
 
 // An array of T has a value for each of a run of elements of S, and room for a pair past the end.

@@ -345,6 +345,10 @@ BATCHOPS_INLINE void prefetch(const S* p, int64_t offset) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(offset) * sizeof(S);
   __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
+// The hardware's prefetchers stop at the end of a page. So who reads from memory asks for what lies
+// so many elements ahead: a kilobyte, which one or two more were not better than.
+template <class S>
+constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(S));
 
 // ------------------------------------------------------------------------ reductions and bits
 
