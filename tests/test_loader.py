@@ -330,6 +330,22 @@ def test_iterators_whose_last_reference_a_thread_of_their_own_has(
     assert gone(lambda: not named_threads()), named_threads()
 
 
+def test_a_stream_that_never_returns_keeps_one_thread() -> None:
+    leave = threading.Event()
+
+    class Blocks(IterableDataset):
+        def __iter__(self) -> Iterator[int]:
+            yield from range(4)
+            leave.wait(20)
+
+    iterator = iter(DataLoader(Blocks(), 2, threads=4))
+    assert next(iterator).tolist() == [0, 1]
+    del iterator
+    assert gone(lambda: len(named_threads()) == 1), named_threads()
+    leave.set()
+    assert gone(lambda: not named_threads(), 0.2)
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_batches_go_on_after_an_interrupt_in_the_loader(in_order: bool) -> None:
     """At any step: what comes after it is right, comes once, and nobody waits for what was lost."""

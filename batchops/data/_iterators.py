@@ -469,7 +469,7 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
             except StopIteration:
                 self._exhausted = True
                 return
-            # An interrupt between two of these loses a batch; nobody waits for what was not sent.
+            # An interrupt between two of these loses the batch; nobody waits for what was not sent.
             number = self._sent
             self._sent += 1
             self._crew.put(number, index)
@@ -485,6 +485,8 @@ class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
 
     def _next_data(self) -> Any:
         while True:
+            if not self._indices:
+                self._fill()  # what interrupts have lost is not all there is
             if not self._indices:
                 self._crew.stop()
                 raise StopIteration
@@ -525,7 +527,7 @@ class _MapFetch:
             iterator._drop_last,
         )
 
-        self.turns = contextlib.nullcontext()
+        self.turns = None
 
     def draw(self, index: Any) -> Any:
         return index

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
@@ -53,8 +53,8 @@ _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
 class Fetch(Protocol):
     """How a batch comes of a task, in two parts."""
 
-    turns: contextlib.AbstractContextManager[Any]
-    """One thread at a time takes a task and draws in here, so that draws go by the tasks' order."""
+    turns: threading.Lock | None
+    """Where draws go by the tasks' order: with it one thread at a time takes a task and draws."""
 
     def draw(self, task: Any) -> Any: ...
 
@@ -150,6 +150,20 @@ class Crew:
                     return task
         return None
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a thread of the crew: alone in here where draws have an order, or about to end."""
+        turns = self._fetch.turns
+        alone = False
+        while turns is not None and not alone and not self._stopped and not self._orphaned:
+            # Who has the turn may never leave the user's code.
+            alone = turns.acquire(timeout=_IDLE)
+        try:
+            yield
+        finally:
+            if alone:
+                turns.release()
+
     def done(self, number: int, result: Any) -> None:
         """For a thread of the crew."""
         self._results[number] = result
@@ -172,7 +186,7 @@ def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
     if crew._init is not None:
         try:
             crew._init(info.id)
-        except Exception:
+        except BaseException:  # as below
             failed = ExceptionWrapper(where=where)
 
     def attempt(call: Callable[[Any], Any], argument: Any) -> Any:
@@ -187,7 +201,7 @@ def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
     fetch = crew._fetch
     with torch.inference_mode(inference):
         while True:
-            with fetch.turns:
+            with crew.turn():
                 taken = crew.next_task()
                 if taken is None:
                     return

@@ -280,12 +280,12 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
       const P scale_j = scale[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
-        if (rereads) {
-          prefetch_ahead<T>(gradient, at, lanes);
-          prefetch_ahead<T>(p, at, lanes);
-        }
+        if (rereads) prefetch_ahead<T>(gradient, at, lanes);
         P value(Vec<T>(T(0)));
-        if (kRecomputed || centred) value = load<T>(p + at, lanes);
+        if (kRecomputed || centred) {
+          if (rereads) prefetch_ahead<T>(p, at, lanes);
+          value = load<T>(p + at, lanes);
+        }
         const P dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,
                                       scale, shift);
         if (to_residual != nullptr) put(to_residual + at, dz, lanes, past_residual);
