@@ -331,15 +331,17 @@ def test_iterators_whose_last_reference_a_thread_of_their_own_has(
 
 
 def test_a_stream_that_never_returns_keeps_one_thread() -> None:
-    leave = threading.Event()
+    entered, leave = threading.Event(), threading.Event()
 
     class Blocks(IterableDataset):
         def __iter__(self) -> Iterator[int]:
             yield from range(4)
+            entered.set()
             leave.wait(20)
 
     iterator = iter(DataLoader(Blocks(), 2, threads=4))
     assert next(iterator).tolist() == [0, 1]
+    assert entered.wait(10)
     del iterator
     assert gone(lambda: len(named_threads()) == 1), named_threads()
     leave.set()
