@@ -89,7 +89,7 @@ class Crew:
         self._init = init
         self._timeout = timeout
         self._tasks: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
-        self._results: dict[int, Any] = {}
+        self.results: dict[int, Any] = {}  # by task number; the owner takes out what it has used
         self._news = threading.Lock()  # released when there is a result that was not looked at
         self._stopped = False
         self._pid = os.getpid()
@@ -129,11 +129,6 @@ class Crew:
             self._news.acquire(timeout=min(left, 5.0))
         return number
 
-    @property
-    def results(self) -> dict[int, Any]:
-        """By task number; the owner takes out what it has used."""
-        return self._results
-
     def stop(self) -> None:
         if self._pid != os.getpid():
             return  # nobody is left here to stop
@@ -166,7 +161,7 @@ class Crew:
 
     def done(self, number: int, result: Any) -> None:
         """For a thread of the crew."""
-        self._results[number] = result
+        self.results[number] = result
         with contextlib.suppress(RuntimeError):  # released already
             self._news.release()
 
