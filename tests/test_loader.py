@@ -52,6 +52,7 @@ from batchops.data._iterators import (
 )
 from batchops.data._memory import RING_BYTES, Memory
 from batchops.data._metrics import Depth
+from batchops.data._threads import _crews
 from batchops.data._transfer import Transfer
 
 from .test_collate import seen
@@ -385,6 +386,49 @@ def test_batches_go_on_after_an_interrupt_in_the_loader(in_order: bool) -> None:
         assert not in_order or seen == [batch for batch in want if batch in seen]
     assert interrupted > 50
     del iterator
+    assert gone(lambda: not named_threads()), named_threads()
+
+
+def test_threads_end_after_an_interrupt_while_they_are_started() -> None:
+    """At any step of Python's own threading: one between taking a lock and the block that gives it
+    back would leave it taken."""
+    interrupted = 0
+    for step in range(1, 200):
+        left = step
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != threading.__file__:
+                return trace  # what it calls is looked at
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            iter(DataLoader(Samples(20), 2, threads=2))
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+    assert interrupted > 50
+    assert gone(lambda: not named_threads()), named_threads()
+    assert all(crew.join(2) for crew in _crews)  # as at the end of the process
+
+
+def test_a_thread_that_cannot_be_started_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], threading.Thread.start
+
+    def second_fails(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        iter(DataLoader(Samples(20), 2, threads=2))
     assert gone(lambda: not named_threads()), named_threads()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import os
@@ -107,8 +108,14 @@ class Crew:
 
     def start(self) -> None:
         """Apart, so that who is to stop them holds the crew before there are threads."""
-        for thread in self._threads:
-            thread.start()
+        # An interrupt inside Thread.start may leave a lock taken that the new thread waits for, for
+        # ever. Interrupts come to the main thread alone: so another one starts them.
+        outcome: SimpleQueue[BaseException | None] = SimpleQueue()
+        _thread.start_new_thread(_start, (self._threads, outcome))
+        error = outcome.get()
+        if error is not None:
+            self.stop()  # those that were started: the error holds what would drop them
+            raise error
 
     def put(self, number: int, task: Any) -> None:
         self._tasks.put((number, task))
@@ -169,9 +176,19 @@ class Crew:
         """Waits for threads to end; whether all did."""
         deadline = time.monotonic() + timeout
         for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(max(deadline - time.monotonic(), 0))
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def _start(threads: list[threading.Thread], outcome: SimpleQueue[BaseException | None]) -> None:
+    try:
+        for thread in threads:
+            thread.start()
+    except BaseException as error:  # raised where it is waited for
+        outcome.put(error)
+    else:
+        outcome.put(None)
 
 
 def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
