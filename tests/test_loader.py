@@ -1296,6 +1296,31 @@ def run_program(body: str, expected: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def test_a_worker_killed_with_a_lock_in_its_hand() -> None:
+    """The one that the end of all workers needs: torch waits for it without an end."""
+    run_program("""
+        import multiprocessing
+
+        iterator = iter(data.DataLoader(Slow(), 10, num_workers=2))
+        next(iterator)
+        child = os.fork()
+        if child == 0:  # what the worker holds when it looks whether it is to end
+            iterator._workers_done_event._cond.acquire()
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.kill(iterator._workers[0].pid, signal.SIGKILL)
+        try:
+            for _ in iterator:
+                pass
+            raise SystemExit("no error")
+        except RuntimeError as error:
+            assert "killed by signal" in str(error), error
+            del error
+        del iterator
+        assert not multiprocessing.active_children()
+        """)
+
+
 def test_exit_with_batches_in_flight_and_forks() -> None:
     run_program("""
         loader = data.DataLoader(Slow(), 10, threads=3)

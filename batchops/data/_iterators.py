@@ -182,14 +182,34 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
             raise_alone(error, index)
 
     def _shutdown_workers(self) -> None:
+        pins = hasattr(self, "_pin_memory_thread")
+        workers = getattr(self, "_workers", ())
+        # A worker that was killed may have held a lock that asking the others to end needs.
+        if not pins and not self._shutdown and any((w.exitcode or 0) < 0 for w in workers):
+            self._shutdown = True
+            self._end_workers()
+            return
         try:
             super()._shutdown_workers()
-        except RuntimeError:
+        except BaseException as error:
+            self._end_workers()
             # That a worker was killed is told by a signal, which may come in the middle of this.
-            if hasattr(self, "_pin_memory_thread"):
+            if pins or not isinstance(error, RuntimeError):
                 raise
-            self._shutdown = False
-            super()._shutdown_workers()
+
+    def _end_workers(self) -> None:
+        """Without their consent, as torch does at the end of what it tries."""
+        if self._worker_pids_set:
+            torch_dataloader._utils.signal_handling._remove_worker_pids(id(self))
+            self._worker_pids_set = False
+        for queue in self._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.terminate()
+        for worker in self._workers:
+            worker.join(timeout=torch_dataloader._utils.MP_STATUS_CHECK_INTERVAL)
 
     def _counted(self, data: Any) -> Any:
         """Written once to shared memory, and once more where it is page-locked then."""
