@@ -20,7 +20,7 @@ from .reference import (
     activation_argument,
     to_float64,
 )
-from .tensors import DTYPES, LAYOUTS, huge_zeros, needs_memory, saved_bytes
+from .tensors import DTYPES, LAYOUTS, huge_zeros, needs_memory, saved_bytes, skip_unless_kernel
 from .tolerances import assert_close, before_rounding, elementwise
 
 ops = torch.ops.batchops
@@ -76,11 +76,13 @@ def stock(theirs, activation):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NORMS)
-def test_forward_and_backward(name, dtype, layout, activation, residual):
-    (x, w, b, r), ours, _, oracle = case(name, dtype, layout, residual)
+def test_forward_and_backward(name, dtype, layout, activation, residual, device):
+    skip_unless_kernel(device, dtype)
+    tensors, ours, _, oracle = case(name, dtype, layout, residual)
+    x, w, b, r = (t if t is None else t.detach().to(device).requires_grad_() for t in tensors)
     y = ours(x, w, b, activation=activation_argument(activation), residual=r)
     dy = torch.randn(y.shape).to(dtype)
-    y.backward(dy)
+    y.backward(dy.to(device))
 
     def flat(t):
         return None if t is None else to_float64(t).reshape(oracle(to_float64(x))[0].shape)
@@ -103,6 +105,59 @@ def test_forward_and_backward(name, dtype, layout, activation, residual):
     length = np.sqrt(x.numel() / w.numel())
     assert_close(w.grad, dweight.reshape(w.shape), bound * length * terms, "dweight")
     assert_close(b.grad, dbias.reshape(b.shape), bound * length * terms, "dbias")
+
+
+GPU_SHAPES = {  # N, C, H, W, G
+    "a group in a block": (2, 64, 16, 16, 32),
+    "a group in a cluster": (2, 64, 64, 64, 4),
+    "a group that fits no chip": (1, 8, 512, 512, 2),
+    "planes that end inside a vector": (3, 6, 7, 7, 3),
+    "as in a UNet": (2, 320, 32, 32, 32),
+    "channels that are no multiple of a vector": (2, 30, 20, 20, 5),
+    "rows": (300, 1024, 1, 1, 1),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
+def test_paths_of_a_gpu(shape, dtype, layout, activation, residual):
+    *size, groups = shape
+    N, C, H, W = size
+    x, z, dy = (LAYOUTS[layout](torch.randn(size).to(dtype)) for _ in range(3))
+    w, b = torch.rand(C) + 0.5, torch.randn(C)
+    leaves = [t.cuda().requires_grad_() for t in ((x, w, b, z) if residual else (x, w, b))]
+    y = BF.group_norm(
+        leaves[0],
+        groups,
+        *leaves[1:3],
+        activation=activation_argument(activation),
+        residual=leaves[3] if residual else None,
+    )
+    grads = torch.autograd.grad(y, leaves, dy.cuda())
+
+    def flat(t):
+        return to_float64(t).reshape(N, C, H * W)
+
+    expected = GroupNormReference(
+        flat(x), groups, to_float64(w), to_float64(b), flat(z) if residual else None, act=activation
+    )
+    bound = elementwise(dtype, expected.count)
+    assert y.stride() == x.stride()
+    assert_close(y, expected.y.reshape(size), bound, "y")
+    derivative = expected.derivative_shown(flat(y), before_rounding(dtype, expected.count))
+    dx, dz, dweight, dbias = expected.backward(flat(dy), derivative)
+    terms = 3 * max(1.0, np.abs(expected.rstd).max() * np.abs(expected.weight).max())
+    terms *= max(1.0, np.abs(dz).max())
+    assert_close(grads[0], dx.reshape(size), bound * terms, "dx")
+    if residual:
+        assert_close(grads[3], dz.reshape(size), bound * terms, "dresidual")
+    walk = bound * np.sqrt(N * H * W) * terms  # sums whose errors add up like a random walk
+    assert_close(grads[1], dweight, walk, "dweight")
+    assert_close(grads[2], dbias, walk, "dbias")
 
 
 @pytest.mark.parametrize("size", [(3, 4), (3, 4, 7), (2, 4, 3, 5), (2, 4, 3, 2, 5)], ids=str)
