@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 import time
 from collections import deque
@@ -142,6 +143,20 @@ class LocalIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         return pin(data, self._pin_memory_device) if self._pin_memory else data
 
 
+class SharedFlag:
+    """What multiprocessing's Event is to those who never wait for it: down at first, and up for
+    all processes once it was set. Without a lock, so whoever dies leaves none taken."""
+
+    def __init__(self, context: Any) -> None:
+        self._up = context.RawValue(ctypes.c_bool, False)
+
+    def is_set(self) -> bool:
+        return self._up.value
+
+    def set(self) -> None:
+        self._up.value = True
+
+
 class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
     """torch's worker processes, which collate natively into shared memory."""
 
@@ -149,6 +164,7 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
 
     def __init__(self, loader: Any) -> None:
         self._attach(loader)
+        self._processes = loader.multiprocessing_context or torch.multiprocessing
         self._sent: dict[int, Any] = {}
         super().__init__(loader)
         self._begin_epoch()
@@ -181,20 +197,22 @@ class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
         except Exception as error:
             raise_alone(error, index)
 
+    @property
+    def _workers_done_event(self) -> SharedFlag:
+        return self._done
+
+    @_workers_done_event.setter
+    def _workers_done_event(self, _: Any) -> None:
+        # torch's own has a lock, which a worker that is killed may hold for ever.
+        self._done = SharedFlag(self._processes)
+
     def _shutdown_workers(self) -> None:
-        pins = hasattr(self, "_pin_memory_thread")
-        workers = getattr(self, "_workers", ())
-        # A worker that was killed may have held a lock that asking the others to end needs.
-        if not pins and not self._shutdown and any((w.exitcode or 0) < 0 for w in workers):
-            self._shutdown = True
-            self._end_workers()
-            return
         try:
             super()._shutdown_workers()
         except BaseException as error:
             self._end_workers()
             # That a worker was killed is told by a signal, which may come in the middle of this.
-            if pins or not isinstance(error, RuntimeError):
+            if hasattr(self, "_pin_memory_thread") or not isinstance(error, RuntimeError):
                 raise
 
     def _end_workers(self) -> None:
