@@ -32,6 +32,7 @@ SHAPES = [
     (8, 32, 16, 16),  # small: fits the second-level cache, overhead counts
     (4096, 1024),  # 1-D: features in rows
 ]
+CACHED = (8, 32, 16, 16)  # also measured as it is found: in the cache
 QUICK_SHAPES = {(32, 64, 112, 112), (64, 512, 14, 14), (8, 32, 16, 16)}
 VARIANTS = ["plain", "relu", "add_relu"]
 PASSES = ["forward", "backward", "eval"]
@@ -56,7 +57,9 @@ def _cases() -> list[Any]:
                         name = f"{size}-{dtype_name(dtype)}-{layout}-{variant}-{phase}"
                         marks = [pytest.mark.quick] if quick else []
                         values = (shape, dtype, layout, variant, phase)
-                        cases.append(pytest.param(*values, id=name, marks=marks))
+                        cases.append(pytest.param(*values, False, id=name, marks=marks))
+                        if shape == CACHED:
+                            cases.append(pytest.param(*values, True, id=f"{name}-cached"))
     return cases
 
 
@@ -77,7 +80,10 @@ class _Set:
 
 
 class Problem:
-    """Inputs of one case, and what they should give, in float64."""
+    """Inputs of one case, and what they should give, in float64.
+
+    ``cached``: one set of them, which stays in the caches, as what a layer just wrote does.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class Problem:
         variant: str,
         phase: str,
         device: torch.device,
+        cached: bool = False,
     ) -> None:
         self.shape, self.dtype, self.layout = shape, dtype, layout
         self.variant, self.phase, self.device = variant, phase, device
@@ -106,8 +113,12 @@ class Problem:
         self.tensors = {"forward": 2, "backward": 3, "eval": 2}[phase] + (variant == "add_relu")
         tensor_bytes = self.elements * dtype.itemsize
         first = self._first_set(generator)
-        self.sets = rotating(
-            lambda i: first.copy() if i else first, self.tensors * tensor_bytes, device
+        self.sets = (
+            [first]
+            if cached
+            else rotating(
+                lambda i: first.copy() if i else first, self.tensors * tensor_bytes, device
+            )
         )
         self.reference = functools.lru_cache(maxsize=1)(self._reference)
 
@@ -246,9 +257,9 @@ def _torch(variant: str, in_place: bool) -> Any:
     return forward
 
 
-@pytest.mark.parametrize(("shape", "dtype", "layout", "variant", "phase"), _cases())
-def test_batch_norm(request, pair, device, threads, shape, dtype, layout, variant, phase):
-    problem = Problem(shape, dtype, layout, variant, phase, device)
+@pytest.mark.parametrize(("shape", "dtype", "layout", "variant", "phase", "cached"), _cases())
+def test_batch_norm(request, pair, device, threads, shape, dtype, layout, variant, phase, cached):
+    problem = Problem(shape, dtype, layout, variant, phase, device, cached)
     stock = _torch(variant, in_place=False)
     peers = {"torch": problem.side(stock)}
     if variant != "plain":
@@ -262,12 +273,14 @@ def test_batch_norm(request, pair, device, threads, shape, dtype, layout, varian
             peers=peers,
             check=problem.check(ours=True),
             peer_check=problem.check(ours=False),
-            bytes_moved=problem.bytes_moved(),
+            bytes_moved=None if cached else problem.bytes_moved(),
             rotate=len(problem.sets),
+            cached=cached,
             op=f"batch_norm {variant.replace('_', ' + ')}, {phase}",
             case={
                 "shape": "×".join(map(str, shape)),
                 "dtype": dtype_name(dtype),
                 "layout": layout,
+                **({"inputs": "cached"} if cached else {}),
             },
         )

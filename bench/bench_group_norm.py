@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import close_to, dtype_name, last_level_cache_bytes, rotating
+from peers import group_norms, layer_norms, prepared
 
 from batchops import functional as BF
 
@@ -189,10 +190,13 @@ def test_group_norm(request, pair, device, threads, shape, dtype, layout, varian
         # without gradients: silu's backward needs what is overwritten
         in_place = functools.partial(_torch, silu=True, in_place=True)
         peers["torch in place"] = problem.side(torch.no_grad()(in_place))
+    rows = len(shape) == 2
+    theirs = layer_norms(device, EPS) if rows else group_norms(device, EPS, silu)
+    peers |= {name: prepared(problem.side, norm) for name, norm in theirs.items()}
     if request.config.getoption("--compile"):
         torch.compiler.reset()
         peers["torch.compile"] = problem.side(torch.compile(stock, fullgraph=True))
-    op = "layer_norm" if len(shape) == 2 else "group_norm" + (" + silu" if silu else "")
+    op = "layer_norm" if rows else "group_norm" + (" + silu" if silu else "")
     pair(
         ours=problem.side(functools.partial(_ours, activation="silu" if silu else None)),
         peers=peers,

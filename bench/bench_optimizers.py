@@ -7,16 +7,12 @@ without v 20, and with a clip the gradients are read once more.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import types
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 import torch
+from peers import apex_lamb, compiled, made, other_lambs, timm_optimizer
 
 from batchops.optim import LAMB, LARS
 
@@ -51,25 +47,6 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     "bert, 4 layers": bert,
     "2000 tensors of 256": lambda: [(256,)] * 2000,  # nothing but the cost of handling tensors
 }
-
-
-def timm_optimizer(name: str) -> Any:
-    """timm's Lamb or Lars, also where timm itself cannot be imported for want of torchvision."""
-    module = f"timm.optim.{name.lower()}"
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        reason = f"timm cannot be imported: {error}"
-    for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == "timm"]:
-        del sys.modules[loaded]
-    spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
-        return reason
-    root = Path(spec.submodule_search_locations[0])
-    for package, folder in (("timm", root), ("timm.optim", root / "optim")):
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(folder)]
-    return getattr(importlib.import_module(module), name)
 
 
 def parameters(shapes: list[Shape], device: torch.device) -> list[torch.nn.Parameter]:
@@ -118,12 +95,12 @@ def compare(
     device: torch.device,
     model: str,
     makes: dict[str, Make | str],
-    other: str,
+    others: Collection[str],
     expected: dict[int, torch.Tensor],
     **row: Any,
 ) -> None:
-    """Times makes["batchops"] against the rest, each on parameters of its own. `other` is the peer
-    that computes another update."""
+    """Times makes["batchops"] against the rest, each on parameters of its own. `others` are the
+    peers that compute another update."""
     shapes = MODELS[model]()
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     apart = []
@@ -134,7 +111,7 @@ def compare(
             return make  # why it is missing
         params = parameters(shapes, device)
         optimizer = make(params)
-        if name == other:
+        if name in others:
             apart.append(params)
 
         def call() -> list[torch.nn.Parameter]:
@@ -149,7 +126,7 @@ def compare(
             assert error < 1e-6, f"parameter {i}: relative error {error:.1e}"
 
     def is_right_or_other(params: list[torch.nn.Parameter], index: int) -> None:
-        if params is not apart[0]:
+        if not any(params is other for other in apart):
             is_right(params, index)
 
     pair(
@@ -184,20 +161,27 @@ MODEL = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["no clip", "clip 1.0"])
 @MODEL
-def test_lamb(pair, device, threads, model, clip):
-    Lamb = timm_optimizer("Lamb")
-    makes = {
-        "batchops": lambda p: LAMB(p, max_grad_norm=clip, fused=True),
-        "timm": Lamb if isinstance(Lamb, str) else lambda p: Lamb(p, max_grad_norm=clip),
-        "plain": lambda p: LAMB(p, max_grad_norm=clip, fused=False),
-        "fused AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+def test_lamb(request, pair, device, threads, model, clip):
+    timm = made(timm_optimizer("Lamb"), max_grad_norm=clip)
+    others = {
+        "fused AdamW": made(torch.optim.AdamW, lr=1e-3, fused=True),
+        **other_lambs(device, clip),
     }
+    makes = {
+        "batchops": made(LAMB, max_grad_norm=clip, fused=True),
+        "timm": timm,
+        "plain": made(LAMB, max_grad_norm=clip, fused=False),
+        "Apex": apex_lamb(device, clip),
+        **others,
+    }
+    if request.config.getoption("--compile"):
+        makes["timm compiled"] = compiled(timm)
     compare(
         pair,
         device,
         model,
         makes,
-        "fused AdamW",
+        others,
         watched_after_a_step(model, device, clip, lamb_update),
         bytes_an_element=32 if clip else 28,
         op="LAMB step",
@@ -206,20 +190,22 @@ def test_lamb(pair, device, threads, model, clip):
 
 
 @MODEL
-def test_lars(pair, device, threads, model):
-    Lars = timm_optimizer("Lars")
+def test_lars(request, pair, device, threads, model):
+    timm = made(timm_optimizer("Lars"), **LARS_OPTIONS)
     makes = {
-        "batchops": lambda p: LARS(p, **LARS_OPTIONS, fused=True),
-        "timm": Lars if isinstance(Lars, str) else lambda p: Lars(p, **LARS_OPTIONS),
-        "plain": lambda p: LARS(p, **LARS_OPTIONS, fused=False),
-        "fused SGD": lambda p: torch.optim.SGD(p, **LARS_OPTIONS, fused=True),
+        "batchops": made(LARS, **LARS_OPTIONS, fused=True),
+        "timm": timm,
+        "plain": made(LARS, **LARS_OPTIONS, fused=False),
+        "fused SGD": made(torch.optim.SGD, **LARS_OPTIONS, fused=True),
     }
+    if request.config.getoption("--compile"):
+        makes["timm compiled"] = compiled(timm)
     compare(
         pair,
         device,
         model,
         makes,
-        "fused SGD",
+        ["fused SGD"],
         watched_after_a_step(model, device, None, lars_update),
         bytes_an_element=20,
         op="LARS step",

@@ -33,6 +33,11 @@ def optional(module: str) -> Any | str:
         return f"{module} cannot be imported: {error}"
 
 
+def reason(error: Exception) -> str:
+    """Why a peer is left out, in a line."""
+    return f"raised {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
 def allocator() -> str:
     """Which allocator the CPU tensors of this process get: `default`, `recycled` or a preload.
 

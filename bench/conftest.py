@@ -8,11 +8,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import allocator, machine
+from common import allocator, machine, reason
 
 Side = Callable[..., Any]
 
@@ -32,10 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu or cuda (device events, L2 defeated)")
     group.addoption("--compile", action="store_true", help="torch.compile as a peer as well")
     group.addoption("--pair-seconds", type=float, help="time for the rounds of one case")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: kept when --quick is given")
+    group.addoption(
+        "--compare",
+        type=Path,
+        help="a report.json or --benchmark-json file: ratios below its own are named and fail",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -216,6 +218,8 @@ class Pair:
                 self._checked(side, peer_check or check)
             except AssertionError as error:
                 skipped[name] = f"wrong result, so no time: {str(error).splitlines()[0]}"
+            except Exception as error:  # what a peer cannot do is not ours to mend
+                skipped[name] = reason(error)
             else:
                 sides.append(side)
         if self.benchmark.disabled:  # --benchmark-disable: the checks alone
@@ -349,6 +353,8 @@ def _statistics(sides: list[_Side], calls: int) -> dict[str, Any]:
 
 _RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 _ERRORS = pytest.StashKey[list[dict[str, Any]]]()
+_SAVED = pytest.StashKey[list[Any]]()
+_CHANGES = pytest.StashKey[list[Any]]()
 
 
 @pytest.fixture
@@ -382,7 +388,29 @@ def accuracy(request: pytest.FixtureRequest, benchmark: Any, device: torch.devic
     return store
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: kept when --quick is given")
+    if path := config.getoption("--compare"):
+        from comparison import saved_records
+
+        config.stash[_SAVED] = saved_records(path)  # now: a wrong file is told before an hour
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    saved = session.config.stash.get(_SAVED, None)
+    if saved is None:
+        return
+    from comparison import compare
+
+    changes = compare(saved, session.config.stash.get(_RECORDS, []))
+    session.config.stash[_CHANGES] = changes
+    if any(change.regressed for change in changes) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    from comparison import summary
     from report import error_text_table, text_table
 
     if records := config.stash.get(_RECORDS, []):
@@ -391,3 +419,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if records := config.stash.get(_ERRORS, []):
         terminalreporter.section("errors against float64")
         terminalreporter.write(error_text_table(records) + "\n")
+    if (changes := config.stash.get(_CHANGES, None)) is not None:
+        terminalreporter.section("against the saved run")
+        terminalreporter.write(summary(changes) + "\n")

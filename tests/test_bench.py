@@ -57,17 +57,19 @@ def test_wrong(pair):
 """
 
 
+def plain_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "PYTEST_"))}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A copy of the tools beside a bench of sleeps, run once with each allocator."""
     folder = tmp_path_factory.mktemp("bench")
-    for name in ("conftest.py", "common.py", "report.py", "pytest.ini"):
+    for name in ("conftest.py", "common.py", "comparison.py", "report.py", "pytest.ini"):
         shutil.copy(BENCH / name, folder)
     (folder / "bench_tiny.py").write_text(TINY)
     for allocator, threshold in (("default", None), ("recycled", str(1 << 32))):
-        environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "PYTEST_"))
-        }
+        environment = plain_environment()
         if threshold:
             environment |= {
                 "MALLOC_MMAP_THRESHOLD_": threshold,
@@ -229,3 +231,68 @@ def test_readme_without_markers_is_left_alone(report, tmp_path):
     with pytest.raises(SystemExit, match="bench:start"):
         report.fill(readme, "section")
     assert readme.read_text() == "no markers"
+
+
+# --- against a saved run -------------------------------------------------------------------------
+
+
+def _row(ratio: float, low: float, high: float, **other: object) -> dict:
+    record = {"op": "norm", "case": {"shape": "8"}, "device": "cpu", "threads": 1}
+    record |= {"allocator": "default", "ratio": {"torch": ratio}}
+    return record | {"ratio_quartiles": {"torch": [low, high]}} | other
+
+
+@pytest.fixture
+def comparison(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("comparison")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "high", "regressed"),
+    [
+        (2.0, 2.1, False),  # as before
+        (3.0, 3.1, False),  # better
+        (1.91, 1.93, False),  # lower by less than the tolerance
+        (1.89, 1.93, True),
+        (1.5, 1.96, False),  # scatters into what it was
+    ],
+)
+def test_a_regression_is_lower_and_apart(comparison, ratio, high, regressed):
+    (change,) = comparison.compare([_row(2.0, 1.95, 2.05)], [_row(ratio, ratio, high)])
+    assert change.regressed is regressed
+    assert comparison.summary([change]).startswith(f"1 ratios compared, {int(regressed)} regressed")
+
+
+def test_only_what_both_runs_have_is_compared(comparison):
+    saved = [_row(2.0, 2.0, 2.0), _row(2.0, 2.0, 2.0, threads=2)]
+    new = [_row(1.0, 1.0, 1.0, threads=4), _row(1.0, 1.0, 1.0) | {"ratio": {"timm": 1.0}}]
+    assert comparison.compare(saved, new) == []
+
+
+def test_compare_names_regressions_and_fails(folder):
+    stored = json.loads((folder / "default.json").read_text())
+    for bench in stored["benchmarks"]:
+        for name in bench["extra_info"].get("ratio", {}):
+            bench["extra_info"]["ratio"][name] *= 2
+            bench["extra_info"]["ratio_quartiles"][name] = [
+                2 * q for q in bench["extra_info"]["ratio_quartiles"][name]
+            ]
+    (folder / "faster.json").write_text(json.dumps(stored))
+    command = [sys.executable, "-m", "pytest", "-q", "--pair-seconds", "0.05", "--compare"]
+    command += ["faster.json", "-k", "order", "--threads", "1"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        options = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, cwd=folder, env=plain_environment(), **options)
+
+    done = run()
+    assert done.returncode == 1, done.stdout
+    assert "1 ratios compared, 1 regressed\n  sleep, 1 ms, 1 threads, default, × torch: " in (
+        done.stdout
+    )
+    command[command.index("faster.json")] = "report.md"
+    (folder / "report.md").write_text("{}")
+    done = run()
+    assert done.returncode != 0
+    assert "neither records nor benchmarks" in done.stdout + done.stderr
