@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -43,21 +42,3 @@ class DigitNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and filters decay; biases and norms do not, and so LAMB does not adapt them."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
-        right = (model(images).argmax(dim=1) == labels).float().mean()
-    model.train()
-    return float(right)

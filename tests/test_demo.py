@@ -1,4 +1,4 @@
-"""The digits job end to end, small; and its acceptance criteria on made-up runs."""
+"""The jobs of examples/ end to end, small; and their acceptance criteria on made-up runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 EPOCHS = 2
@@ -20,18 +21,20 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="the demo writes a plot")
 
 
+def run_job(name: str, out: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--device", "cpu", "--out", str(out)]
+    # one thread: two fight with whatever else the machine runs, and tests measure nothing
+    command += ["--epochs", str(EPOCHS), "--threads", "1", *arguments]
+    environment = {**os.environ, "MPLCONFIGDIR": str(out / "matplotlib")}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=500, cwd=out, env=environment
+    )
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(EXAMPLES / "digits.py"), "--device", "cpu"]
-    # one thread: two fight with whatever else the machine runs, and tests measure nothing
-    command += ["--epochs", str(EPOCHS), "--threads", "1"]
-    command += ["--min-accuracy", "0.8", "--out", str(out)]
-    environment = {**os.environ, "MPLCONFIGDIR": str(out / "matplotlib")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, cwd=out, env=environment
-    )
-    return done, out
+    return run_job("digits", out, "--min-accuracy", "0.8"), out
 
 
 @pytest.mark.slow
@@ -79,6 +82,56 @@ def test_plot_is_a_png(demo):
     assert len(image) > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_tokens_job(tmp_path, layout):
+    small = ["--functions", "120", "--max-bits", "6.5"]
+    done = run_job("tokens", tmp_path, "--layout", layout, *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nok  ") == 3
+    assert "test bits a byte" in done.stdout
+    data = json.loads((tmp_path / "tokens.json").read_text())
+    stock, ours = data["stock"], data["batchops_run"]
+    assert max(abs(a - b) / a for a, b in zip(stock["losses"], ours["losses"], strict=True)) <= 1e-2
+    assert ours["losses"] != stock["losses"]
+    assert ours["test_bits_per_byte"][-1] < ours["test_bits_per_byte"][0] < 8  # bits of a byte
+    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("tokens")
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_tokens_batches_of_both_sides_are_equal(tokens, layout):
+    samples, _ = tokens.load_functions(0, 20)
+    stock = {"padded": tokens.pad_stock, "packed": tokens.pack_stock}[layout]
+    want, got = stock(samples[:9]), tokens.collator(layout)(samples[:9])
+    for key in tokens.KEYS:
+        assert torch.equal(got[key], want[key]), key
+
+
+def test_tokens_packed_and_padded_losses_are_the_same(tokens):
+    """No byte sees what lies before its own function, nor any padding."""
+    samples, _ = tokens.load_functions(0, 20)
+    model = importlib.import_module("tokens_model").BytePredictor().double()
+    losses = []
+    for collate in (tokens.pad_stock, tokens.pack_stock):
+        run = types.SimpleNamespace(model=model)
+        losses.append(tokens.Training.loss(run, collate(samples[:9])).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_tokens_functions(tokens):
+    source = "import a\n\ndef f(x):\n    return x\n\nclass C:\n    def g(self):\n        pass\n"
+    assert tokens.functions_of(source) == [
+        b"def f(x):\n    return x\n",
+        b"    def g(self):\n        pass\n",
+    ]
+
+
 @pytest.fixture
 def digits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -87,7 +140,7 @@ def digits(monkeypatch: pytest.MonkeyPatch):
 
 def _run(losses: list[float], epoch_losses: list[float], accuracy: float = 0.99):
     return types.SimpleNamespace(
-        losses=losses, accuracies=[accuracy], epoch_losses=lambda: epoch_losses
+        losses=losses, scores=[accuracy], epoch_losses=lambda: epoch_losses
     )
 
 
@@ -98,7 +151,8 @@ STOCK = [[1.0, 0.10, 0.050], [1.1, 0.12, 0.060], [1.05, 0.11, 0.055]]
 
 def _judge(digits, losses=LOSSES, epochs=(1.0, 0.1, 0.05), accuracy=0.99):
     stock = [_run(LOSSES, e) for e in STOCK]
-    criteria = digits.judge(stock[0], _run(losses, list(epochs), accuracy), stock, 0.97)
+    ours = _run(losses, list(epochs), accuracy)
+    criteria = digits.judge(digits.Comparison(stock[0], ours, stock), 0.97)
     return {name for name, c in criteria.items() if not c["ok"]}, criteria
 
 
