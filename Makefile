@@ -4,12 +4,14 @@
 #   make lint        formatting and static checks
 #   make bench       benchmarks in both allocator modes, report under bench/results/
 #   make kernels     what nvcc makes of the CUDA kernels, and their passes over memory
-#   make wheel       a wheel in dist/; CUDA_ARCHS="90-real;100-real" narrows the targets
+#   make wheel       a wheel in dist/; CUDA_ARCHS="90" TORCH_VERSIONS="2.11 2.13" choose what for
+#   make check-wheel the wheels in dist/, each in an environment without compiler or toolkit
+#   make docs        the documentation in out/docs/
 #   make gpu-check   on a machine with an NVIDIA GPU: the CUDA tests and the benches
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env build test lint demo bench kernels wheel gpu-check clean
+.PHONY: help env build test lint docs demo bench kernels wheel check-wheel gpu-check clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -64,6 +66,10 @@ lint: env
 	$(BIN)/ruff format --check .
 	git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
+docs: build
+	$(say) "documentation"
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
+
 demo: build
 	$(say) "the digits job: stock and batchops, same seed"
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
@@ -89,23 +95,25 @@ kernels: build
 	$(say) "passes over memory"
 	$(BIN)/python -m tests.emulator.traffic
 
+TORCH_VERSIONS ?=
+CUDA_TOOLKIT ?= system
 wheel: env
-	$(say) "wheel (targets: $(or $(CUDA_ARCHS),all))"
-	PATH="$(abspath $(BIN)):$$PATH" $(if $(CUDA_ARCHS),CUDAARCHS="$(CUDA_ARCHS)") \
-	  $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel
-	@ls -l dist/*.whl
+	$(say) "wheel (targets: $(or $(CUDA_ARCHS),all); torch: $(or $(TORCH_VERSIONS),$(TORCH)))"
+	$(BIN)/python tools/wheels.py build --cuda-archs "$(CUDA_ARCHS)" --torch "$(TORCH_VERSIONS)" \
+	  --cuda-toolkit $(CUDA_TOOLKIT)
+
+CHECK_ARGS ?=
+check-wheel: env
+	$(say) "wheels where nothing else is installed"
+	for wheel in dist/*.whl; do $(BIN)/python tools/wheels.py check $$wheel $(CHECK_ARGS); done
 
 # Uses the environment that is active (torch with CUDA, pybind11, scikit-build-core), no network.
+# GPU_PARTS="tests memcheck" chooses some parts.
+GPU_PARTS ?=
 gpu-check:
-	$(say) "build for this machine's GPU"
-	$(PYTHON) -m pip install --no-build-isolation --no-deps . -C cmake.define.BATCHOPS_CUDA=ON \
-	  -C cmake.define.CMAKE_CUDA_ARCHITECTURES=$(or $(CUDA_ARCHS),native)
-	$(say) "CUDA tests"
-	$(PYTHON) -m pytest -m cuda
-	$(say) "benches"
-	mkdir -p $(BENCH_OUT)
-	$(PYTHON) -m pytest bench -q --device cuda --benchmark-json=$(BENCH_OUT)/cuda.json $(BENCH_ARGS)
-	$(PYTHON) bench/report.py $(BENCH_OUT)/cuda.json
+	$(say) "batchops on this machine's GPU"
+	CUDA_ARCHS="$(CUDA_ARCHS)" BENCH_ARGS="$(BENCH_ARGS)" \
+	  $(PYTHON) tools/gpu_check.py $(GPU_PARTS) --out out/gpu
 
 clean:
 	rm -rf build dist out .pytest_cache .ruff_cache

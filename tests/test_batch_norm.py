@@ -73,6 +73,7 @@ LARGE_MEAN_SHAPES = [
 ]
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1.0, 1e3, 1e4])
 @pytest.mark.parametrize("shape", LARGE_MEAN_SHAPES, ids=str)

@@ -136,6 +136,7 @@ def test_large_mean(device):
     assert norm_error(mean, to_float64(exact_mean)) <= 1e-7
 
 
+@pytest.mark.reduced
 def test_the_same_as_stock_on_each_part(device):
     x = make((12, 4, 5, 5), torch.float32, device)
     parts = [F.batch_norm(part, None, None, None, None, True) for part in x.split(4)]

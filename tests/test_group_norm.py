@@ -120,7 +120,9 @@ GPU_SHAPES = {  # N, C, H, W, G
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize(
+    "activation", ["none", pytest.param("relu", marks=pytest.mark.reduced), "silu"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)

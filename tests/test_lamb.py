@@ -135,6 +135,7 @@ def test_first_steps_from_nothing(device, fused):
             p.grad = torch.randn_like(p) * 0.01
 
 
+@pytest.mark.reduced
 @pytest.mark.cuda
 @pytest.mark.parametrize("caution", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,6 +145,7 @@ def test_tensors_that_a_gpu_holds_and_others(dtype, caution):
     check_twins(params, lambda params: LAMB(params, **options), assert_one_step)
 
 
+@pytest.mark.reduced
 @pytest.mark.cuda
 def test_two_streams_at_once():
     optimizers = []
@@ -275,6 +277,7 @@ def test_low_precision(device, fused, dtype, shape):
         p.grad = (torch.randn(shape) * 0.01).to(p)
 
 
+@pytest.mark.reduced
 @FUSED
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_masters(device, fused, dtype):

@@ -178,6 +178,7 @@ def test_dtypes_mixed_in_one_group(device, fused, master):
             LARS(params, fused=True).step()
 
 
+@pytest.mark.reduced
 @pytest.mark.cuda
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_tensors_that_a_gpu_holds_and_others(momentum):
