@@ -15,6 +15,8 @@ def recompute() -> contextlib.AbstractContextManager[None]:
     """``saved(y) → x, mean, rstd, weight, bias``: a context in which what consumers save of a
     norm's output is rebuilt in the backward.
 
+    ::
+
         with batchops.recompute():
             y = model(x)
         y.sum().backward()
