@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from . import _optimizer_plain as plain
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # What other optimizers leave in a checkpoint's groups and ours refuse or keep elsewhere.
 _FOREIGN = ("foreach", "differentiable", "step")
+# Of a group, made from its other options.
+_FOLLOWING = ("max_lr_snapshot",)
 
 
 class Stats(NamedTuple):
@@ -34,6 +38,10 @@ class _Kept:
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
+
+
+class _Lost:
+    """In the place of an ``exclude`` that a copy could not take along."""
 
 
 class FusedOptimizer(Optimizer):
@@ -82,6 +90,11 @@ class FusedOptimizer(Optimizer):
                     )
             if param_group.get("exclude") is not None:
                 exclude = param_group["exclude"]
+            elif isinstance(exclude, _Lost):
+                raise ValueError(
+                    f"{self._kind}.add_param_group: exclude was a function that a copy or a pickle "
+                    "cannot hold; expected the new group to have an exclude of its own"
+                )
             self._complete(param_group, options)
         super().add_param_group(param_group)
         self._plan = None
@@ -145,14 +158,16 @@ class FusedOptimizer(Optimizer):
                     if not entry:
                         del state[key]
                     elif "step" not in entry:
-                        entry["step"] = torch.tensor(float(count), dtype=torch.float32)
+                        step = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+                        entry["step"] = _Kept(step)
                 for name in _FOREIGN:
                     group.pop(name, None)
             for group, own in zip(groups, self.param_groups, strict=False):
                 group["fused"], group["capturable"] = own["fused"], own["capturable"]
                 # A checkpoint of another optimizer says nothing of ours.
-                for name in (*self.defaults, "exclude"):
-                    group.setdefault(name, own[name])
+                for name in (*self.defaults, "exclude", *_FOLLOWING):
+                    if name in own:
+                        group.setdefault(name, own[name])
             return {**loaded, "state": state, "param_groups": groups}
 
         # Registered last, so that it sees what the user's own hooks have made of the dict.
@@ -163,6 +178,16 @@ class FusedOptimizer(Optimizer):
             handle.remove()
 
     load_state_dict.__doc__ = Optimizer.load_state_dict.__doc__
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self._exclude is not None:
+            try:
+                pickle.dumps(self._exclude)
+                state["_exclude"] = self._exclude
+            except Exception:  # a lambda, say
+                state["_exclude"] = _Lost()
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -197,6 +222,9 @@ class FusedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        if not self.param_groups:
+            self._plan = None
+            return loss
         max_grad_norm = self.param_groups[0]["max_grad_norm"]
         for group in self.param_groups:
             self._check(group)
@@ -237,7 +265,8 @@ class FusedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             given = group.get("param_names")
             names += given or [f"{index}.{i}" for i in range(len(group["params"]))]
-        device = self.param_groups[0]["params"][0].device
+        params = (p for group in self.param_groups for p in group["params"])
+        device = next((p.device for p in params), torch.device("cpu"))
         values = torch.full((len(names), 4), math.nan, dtype=torch.float32, device=device)
         if self._plan is not None:
             for rows, part in self._plan.stats():
@@ -248,7 +277,7 @@ class FusedOptimizer(Optimizer):
 
     def _check(self, options: dict[str, Any]) -> None:
         kind, lr = self._kind, options["lr"]
-        if not isinstance(lr, (int, float, Tensor)):
+        if not isinstance(lr, (numbers.Real, Tensor)):
             raise TypeError(
                 f"{kind}: expected lr to be a number or a tensor, got {type(lr).__name__}"
             )
@@ -298,13 +327,12 @@ class _Plan:
             moments = optimizer._moments(group)
             for position, p in enumerate(group["params"]):
                 row += 1
-                name = _name_of(p, group, index, position)
                 entry = state.get(p) or {}
-                if p.grad is None:
-                    if not entry:
-                        self.stateless.append(p)
-                        continue
-                else:
+                if p.grad is None and not entry:
+                    self.stateless.append(p)  # which may have no size yet (nn.LazyLinear)
+                    continue
+                name = _name_of(p, group, index, position)
+                if p.grad is not None:
                     _check_gradient(kind, p, p.grad, name)
                 _check_state(kind, p, entry, moments, name)
                 reason = "" if group["fused"] is False else _why_not_native(optimizer, group, p)
@@ -520,7 +548,8 @@ def _complete_state(
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     if "step" not in entry:
         home = p.device if group["capturable"] else torch.device("cpu")
-        entry["step"] = torch.zeros((), dtype=torch.float32, device=home)
+        # Not torch.zeros: of this one FakeTensorMode knows the value.
+        entry["step"] = torch.tensor(0.0, dtype=torch.float32, device=home)
     for name in moments:
         if name not in entry:
             entry[name] = torch.zeros_like(p, dtype=dtype)

@@ -132,12 +132,16 @@ def lamb_step(
         g = g_i.to(s.wide) / by
         return -g if group["maximize"] else g
 
+    def agrees(m_i: Tensor, g_i: Tensor) -> Tensor:
+        # Neither sign nor product: a NaN has the sign 0, and the product may underflow.
+        return ~(m_i.to(s.wide) * gradient(g_i).sign() <= 0)
+
     def adam(m_i: Tensor, v_i: Tensor, g_i: Tensor) -> Tensor:
         root = v_i.to(s.wide) / bc2
         root = (root + eps).sqrt() if group["eps_inside_sqrt"] else root.sqrt() + eps
         a = (m_i.to(s.wide) / bc1) / root
         if caution:
-            a = torch.where(m_i.to(s.wide).sign() * gradient(g_i).sign() <= 0, 0.0, a)
+            a = torch.where(agrees(m_i, g_i), a, 0.0)
         return a
 
     def swept() -> Iterator[tuple[Tensor, ...]]:
@@ -150,7 +154,7 @@ def lamb_step(
         s.store(m_i, m_i.to(s.wide) * beta1 + g * beta3)
         s.store(v_i, v_i.to(s.wide) * beta2 + g.square() * (1 - beta2))
         if caution:
-            kept += (m_i.to(s.wide).sign() * g.sign() > 0).sum()
+            kept += agrees(m_i, g_i).sum()
     boost = 1 / (kept / max(p.numel(), 1)).clamp(min=1e-3) if caution else 1.0
 
     p_sq, u_sq = s.zero(), s.zero()

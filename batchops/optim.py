@@ -34,10 +34,10 @@ class LAMB(FusedOptimizer):
         r = clamp(‖p‖ / ‖u‖, *ratio_clamp)   where weight_decay != 0 or always_adapt, else 1
 
     ``r`` is 1 where either norm is 0. A NaN or infinite norm is not hidden: it reaches the
-    parameters. ``p.grad`` is never written, and nothing of the parameters' size is allocated
-    beyond ``exp_avg`` and ``exp_avg_sq`` (but for masters, and one copy of a gradient whose memory
-    format differs from its parameter's). Results are the same bit for bit for any number of
-    threads.
+    parameters. ``p.grad`` is never written (after ``GradScaler.step`` it holds the scale still).
+    Nothing of the parameters' size is allocated beyond ``exp_avg`` and ``exp_avg_sq`` (but for
+    masters, and one copy of a gradient whose memory format differs from its parameter's). Results
+    are the same bit for bit for any number of threads.
 
     Args:
         params: parameters, named parameters or dicts of parameter groups, as in ``torch.optim``.
@@ -71,7 +71,8 @@ class LAMB(FusedOptimizer):
         capturable: all of a step on the device, without a synchronisation: ``step``, ``lr`` as a
             tensor, GradScaler's ``found_inf``; a captured CUDA graph may replay it.
         master_weights: float16 and bfloat16 parameters get a float32 master (state ``master``),
-            which the update goes to; the parameter is its rounded copy.
+            which the update goes to; the parameter is its rounded copy, so what is written to it
+            from elsewhere after the first step is undone by the next.
         fused: ``True``: the native kernels, an error naming a parameter they cannot take;
             ``False``: torch operators on float64 pieces, within the same error bounds but not the
             same bits; ``None``: native wherever possible. Belongs to the run, not to the

@@ -1,0 +1,165 @@
+"""LAMB and LARS under what users of torch.optim do by habit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from batchops.optim import LAMB, LARS
+
+BOTH = pytest.mark.parametrize("kind", [LAMB, LARS])
+FUSED = pytest.mark.parametrize("fused", [True, False])
+
+
+def parameter(*size: int, grad: bool = True) -> torch.nn.Parameter:
+    p = torch.nn.Parameter(torch.randn(size))
+    if grad:
+        p.grad = torch.randn(size)
+    return p
+
+
+@FUSED
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_caution_hides_no_gradient_that_is_not_finite(fused, bad):
+    """The sign of a NaN is 0 in torch, as that of an element that caution masks."""
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.tensor([bad, 1.0, 1.0, 1.0])
+    optimizer = LAMB([p], caution=True, max_grad_norm=None, fused=fused)
+    optimizer.step()
+    assert p.isnan().all()
+
+
+@FUSED
+def test_caution_masks_the_same_in_both_forms(fused):
+    grad, m = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([1.0, 1.0, -1.0])
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = LAMB([p], lr=0.1, weight_decay=0.0, caution=True, max_grad_norm=None, fused=fused)
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    start = p.detach().clone()
+    optimizer.state[p]["exp_avg"].copy_(10 * m)
+    p.grad = grad
+    optimizer.step()
+    assert ((p.detach() != start).tolist()) == [True, False, False]
+
+
+@BOTH
+@FUSED
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(1)])
+def test_a_rate_may_be_a_numpy_number(kind, fused, number):
+    ours, same = parameter(3), torch.nn.Parameter(torch.zeros(3))
+    same.data.copy_(ours.data)
+    same.grad = ours.grad.clone()
+    kind([ours], lr=number, fused=fused).step()
+    kind([same], lr=float(number), fused=fused).step()
+    assert torch.equal(ours, same)
+    optimizer = kind([parameter(3)], lr=1.0, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: np.float32(0.5))
+    optimizer.step()
+    schedule.step()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [True, None, False])
+def test_a_step_count_that_a_checkpoint_lacks_is_on_the_host(fused):
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = LAMB([p], fused=fused)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}}
+    saved["param_groups"][0]["step"] = 4
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            optimizer.load_state_dict(copy.deepcopy(saved))
+        step = optimizer.state[p]["step"]
+        assert step.device.type == "cpu"
+        assert step.dtype == torch.float32
+        assert float(step) == 4
+
+
+@BOTH
+def test_parameters_without_a_size_yet_are_passed_over(kind):
+    lazy = torch.nn.LazyLinear(3)
+    p = parameter(4)
+    before = p.detach().clone()
+    optimizer = kind([*lazy.parameters(), p], lr=0.1)
+    optimizer.step()
+    assert not torch.equal(p, before)
+    lazy(torch.randn(2, 5)).sum().backward()
+    before = lazy.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(lazy.weight, before)
+
+
+def test_the_peak_of_the_rate_survives_a_checkpoint_without_it():
+    def make(p: torch.nn.Parameter) -> LAMB:
+        return LAMB([p], lr=0.1, decoupled_decay=True, corrected_weight_decay=True)
+
+    p = parameter(4)
+    optimizer = make(p)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["max_lr_snapshot"]
+    saved["param_groups"][0]["lr"] = 0.05
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["max_lr_snapshot"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def copied(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return copy.deepcopy(optimizer)
+
+
+def pickled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@BOTH
+@pytest.mark.parametrize("again", [copied, pickled])
+def test_later_groups_of_a_copy_are_excluded_by_the_same_rule(kind, again):
+    model = torch.nn.Linear(3, 2)
+    optimizer = again(kind(model.named_parameters(), exclude=["bias"]))
+    optimizer.add_param_group({"params": [("x.weight", parameter(2)), ("x.bias", parameter(2))]})
+    assert [group["exclude"] for group in optimizer.param_groups] == [[1], [1]]
+    optimizer = again(LARS.preset("mlperf", model.parameters()))  # by a function of the module
+    optimizer.add_param_group({"params": [parameter(2, 2), parameter(2)]})
+    assert optimizer.param_groups[1]["exclude"] == [1]
+
+
+@BOTH
+@pytest.mark.parametrize("again", [copied, pickled])
+def test_a_rule_that_a_copy_cannot_hold_is_asked_for(kind, again):
+    optimizer = again(kind([parameter(2, 2), parameter(2)], exclude=lambda _, p: p.ndim < 2))
+    assert optimizer.param_groups[0]["exclude"] == [1]
+    with pytest.raises(ValueError, match="exclude of its own"):
+        optimizer.add_param_group({"params": [parameter(3)]})
+    optimizer.add_param_group({"params": [parameter(3)], "exclude": True})
+    assert optimizer.param_groups[1]["exclude"] == [0]
+
+
+@BOTH
+def test_empty_groups(kind):
+    optimizer = kind([{"params": []}, {"params": [parameter(3)]}])
+    optimizer.step()
+    stats = optimizer.stats()
+    assert stats.names == ["1.0"]
+    assert stats.values.isfinite().all()
+    optimizer.param_groups.clear()
+    assert optimizer.step(lambda: torch.tensor(2.0)) == 2.0
+    assert optimizer.stats().values.shape == (0, 4)
+
+
+@BOTH
+@pytest.mark.parametrize("fused", [None, False])
+def test_under_fake_tensors(kind, fused):
+    with FakeTensorMode():
+        p = parameter(3)
+        kind([p], lr=0.1, fused=fused).step()
+        assert p.shape == (3,)
