@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import gc
 import inspect
 import multiprocessing
@@ -1442,3 +1443,87 @@ def test_concat_and_ring_refuse_nonsense() -> None:
         _C.Concat([])
     assert _C.Concat([table, table]).resolve([9, -1, 4]) is not None
     assert _C.Concat([table, table]).resolve([10]) is None
+
+
+# --- what users of torch's loader do to it -------------------------------------------------------
+
+USED = {
+    "local": lambda: DataLoader(Samples(6), 2),
+    "gathered": lambda: DataLoader(TensorDataset(torch.arange(6)), 2, shuffle=True),
+    "gathered ahead": lambda: DataLoader(TensorDataset(torch.arange(6)), 2, num_workers=2),
+    "threads": lambda: DataLoader(Samples(6), 2, threads=2),
+    "collator": lambda: DataLoader(Samples(6), 2, collator=data.Collator()),
+}
+
+
+@pytest.mark.parametrize("make", USED.values(), ids=USED)
+@pytest.mark.parametrize("when", ["during an epoch", "after one"])
+def test_a_used_loader_is_pickled_and_copied(make: Callable[[], Any], when: str) -> None:
+    loader = make()
+    iterator = iter(loader)
+    next(iterator)
+    if when == "after one":
+        list(iterator)
+    for again in (pickle.loads(pickle.dumps(loader)), copy.deepcopy(loader), copy.copy(loader)):
+        assert again.metrics["batches"] == 0
+        assert len(list(again)) == 3
+        assert again.metrics["batches"] == 3
+    assert len(list(iterator)) == (0 if when == "after one" else 2)
+    assert len(list(loader)) == 3
+
+
+def test_a_state_that_waits_to_be_resumed_is_copied() -> None:
+    loader = USED["gathered"]()
+    iterator = iter(loader)
+    next(iterator)
+    loader.load_state_dict(loader.state_dict())
+    again = pickle.loads(pickle.dumps(loader))
+    assert [b[0].tolist() for b in again] == [b[0].tolist() for b in iterator]
+
+
+def test_loaders_that_no_constructor_of_ours_made() -> None:
+    swapped = TorchLoader(list(range(6)), 2)
+    swapped.__class__ = DataLoader
+    bare = DataLoader.__new__(DataLoader)
+    bare.__dict__.update(TorchLoader(list(range(6)), 2).__dict__)
+    for loader in (swapped, bare):
+        assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
+        assert loader.metrics["batches"] == 3
+        assert loader.state_dict()["between_epochs"]
+
+
+def test_a_subclass_may_make_its_own_iterator_and_attributes() -> None:
+    class Doubled(DataLoader):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.metrics = {"mine": 1}
+
+        def _get_iterator(self) -> Any:
+            return iter([2 * batch for batch in super()._get_iterator()])  # no weak references
+
+    loader = Doubled(list(range(4)), 2)
+    assert [batch.tolist() for batch in loader] == [[0, 2], [4, 6]]
+    assert loader.metrics == {"mine": 1}
+
+
+def test_gathers_take_the_call_that_ends_worker_processes() -> None:
+    iterator = iter(USED["gathered ahead"]())
+    iterator._shutdown_workers()
+    del iterator
+
+
+def test_a_sampler_with_another_state_dict_than_ours_is_left_alone() -> None:
+    class Resumable(torch.utils.data.SequentialSampler):
+        def state_dict(self, consumed: int) -> dict[str, int]:
+            return {"consumed": consumed}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise AssertionError("it was not asked for one")
+
+    dataset = TensorDataset(torch.arange(4))
+    loader = DataLoader(dataset, 2, sampler=Resumable(dataset))
+    iterator = iter(loader)
+    next(iterator)
+    again = DataLoader(dataset, 2, sampler=Resumable(dataset))
+    again.load_state_dict(loader.state_dict())
+    assert [batch[0].tolist() for batch in again] == [[2, 3]]

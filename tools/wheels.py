@@ -27,6 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -167,6 +168,12 @@ def needed_by(library: Path) -> list[str]:
         return [tag.needed for tag in dynamic.iter_tags("DT_NEEDED")]
 
 
+def find_cuobjdump() -> str | None:
+    """Of the PATH, or of pip's package."""
+    packaged = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump")
+    return shutil.which("cuobjdump") or next(map(str, packaged), None)
+
+
 def targets_of(library: Path, cuobjdump: str) -> list[str]:
     """Machine-code targets in the library, such as sm_90, and PTX, such as compute_120."""
     elf = output(cuobjdump, "--list-elf", library)
@@ -201,7 +208,7 @@ def check_contents(wheel: Path, folder: Path) -> list[str]:
         cuda = [n for n in needed if re.match(r"lib(cu|nv)", n)]
         if cuda:
             problems.append(f"{library.name} needs {', '.join(cuda)}, which a machine may not have")
-    cuobjdump = shutil.which("cuobjdump")
+    cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         print("no cuobjdump here: machine code is not listed")
     else:

@@ -28,7 +28,7 @@ from batchops.data._tree import tensor_bytes
 _PLAIN = PlainMemory()
 
 
-class _Delivery:
+class Delivery:
     """Mixed into an iterator of torch's: memory, metrics, resumption, devices, errors.
 
     ``_index_sampler`` and ``_collate_fn`` are set by torch's constructors; here they become a
@@ -123,7 +123,7 @@ class _Delivery:
         self._num_yielded = batches
 
 
-class LocalIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
+class LocalIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
     """User code runs when and where torch would run it; its samples are collated natively."""
 
     def __init__(self, loader: Any) -> None:
@@ -157,7 +157,7 @@ class SharedFlag:
         self._up.value = True
 
 
-class ProcessIter(_Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
+class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
     """torch's worker processes, which collate natively into shared memory."""
 
     _shares_batches = True
@@ -263,7 +263,7 @@ class _Ahead(NamedTuple):
     batch: Batch
 
 
-class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
+class GatherIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
     """One batch at a time, the next ones gathered while this one is in use.
 
     ::
@@ -387,7 +387,7 @@ class GatherIter(_Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         return True
 
 
-class WorkerGatherIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
+class WorkerGatherIter(Delivery, torch_dataloader._BaseDataLoaderIter):
     """Native threads in the place of torch's worker processes.
 
     Keeps ``prefetch_factor * num_workers`` batches under way, and takes indices at the moments
@@ -457,6 +457,9 @@ class WorkerGatherIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
             data = ExceptionWrapper(where=f"in DataLoader worker process {worker}")
         self._under_way.append(data)
 
+    def _shutdown_workers(self) -> None:
+        """What users of torch's worker processes call to be rid of them; here there are none."""
+
     def _next_data(self) -> Any:
         if not self._under_way:
             raise StopIteration
@@ -475,7 +478,7 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     return empty.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())
 
 
-class ThreadIter(_Delivery, torch_dataloader._BaseDataLoaderIter):
+class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
     """``threads=k``: k Python threads fetch whole batches, native threads collate them."""
 
     def __init__(self, loader: Any) -> None:

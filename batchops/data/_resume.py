@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,9 +36,17 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def _has_state(thing: Any) -> bool:
-    return callable(getattr(thing, "state_dict", None)) and callable(
-        getattr(thing, "load_state_dict", None)
-    )
+    """Whether it has a state_dict() that takes no argument, and a load_state_dict."""
+    save = getattr(thing, "state_dict", None)
+    if not callable(save) or not callable(getattr(thing, "load_state_dict", None)):
+        return False
+    try:
+        inspect.signature(save).bind()
+    except TypeError:
+        return False
+    except ValueError:  # a builtin, which tells no signature
+        pass
+    return True
 
 
 class EpochStart:

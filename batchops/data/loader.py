@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import dataloader as torch_dataloader
 
 from batchops.data._collate import is_default
 from batchops.data._iterators import (
+    Delivery,
     GatherIter,
     LocalIter,
     ProcessIter,
@@ -24,6 +26,17 @@ from batchops.data._transfer import Transfer
 from batchops.data._tree import map_tensors
 
 _T_co = TypeVar("_T_co", covariant=True)
+
+
+class _Computed:
+    """A property that an instance may shadow, as a subclass with a name of its own for it does."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._compute(instance)
 
 
 class DataLoader(torch_dataloader.DataLoader[_T_co]):
@@ -95,6 +108,19 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     file was truncated.
     """
 
+    # Of the class, for loaders that come from a dict of attributes or from torch's class.
+    device: torch.device | str | None = None
+    threads: int | None = None
+    collator: Any = None
+    ring_bytes: int | None = None
+    checked: bool = False
+    _counts: Metrics | None = None
+    _memory: Memory | None = None
+    _epoch: EpochStart | None = None
+    _resume_at = 0
+    _pending: dict[str, Any] | None = None
+    _current: Any = None
+
     def __init__(
         self,
         dataset: Any,
@@ -158,12 +184,17 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         self.collator = collator
         self.ring_bytes = ring_bytes
         self.checked = checked
-        self._metrics = Metrics()
-        self._memory: Memory | None = None
-        self._epoch: EpochStart | None = None
-        self._resume_at = 0
-        self._pending: dict[str, Any] | None = None
-        self._current: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: slots, counts, the iterator."""
+        own = ("_counts", "_memory", "_epoch", "_current")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    @property
+    def _metrics(self) -> Metrics:
+        if self._counts is None:
+            self._counts = Metrics()
+        return self._counts
 
     # --- iteration ----------------------------------------------------------------------------
 
@@ -175,7 +206,8 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             iterator = super().__iter__()
         else:
             iterator = self._resume(state)
-        self._current = weakref.ref(iterator)
+        # What a subclass makes may be any iterator.
+        self._current = weakref.ref(iterator) if isinstance(iterator, Delivery) else None
         return iterator
 
     def _resume(self, state: dict[str, Any]) -> Any:
@@ -242,7 +274,7 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             return Transfer(device, self._memory_for_batches().hold)
         return None if device.type == "cpu" else _Moves(device)
 
-    @property
+    @_Computed
     def metrics(self) -> dict[str, Any]:
         """samples, batches, samples_per_second, wait_seconds and wait_fraction (in ``next``),
         prefetch_depth (batches under way), ring (slots, bytes, allocations ...), ring_occupancy
