@@ -6,6 +6,7 @@ The oracle is torch's DataLoader over the same dataset, seed for seed.
 from __future__ import annotations
 
 import collections
+import collections.abc
 import contextlib
 import copy
 import gc
@@ -53,9 +54,10 @@ from batchops.data._iterators import (
     WorkerGatherIter,
 )
 from batchops.data._memory import RING_BYTES, Memory
-from batchops.data._metrics import Depth
+from batchops.data._metrics import Depth, batch_length
 from batchops.data._threads import _crews
 from batchops.data._transfer import Transfer
+from batchops.data._tree import tensor_bytes
 
 from .test_collate import seen
 
@@ -1527,3 +1529,120 @@ def test_a_sampler_with_another_state_dict_than_ours_is_left_alone() -> None:
     again = DataLoader(dataset, 2, sampler=Resumable(dataset))
     again.load_state_dict(loader.state_dict())
     assert [batch[0].tolist() for batch in again] == [[2, 3]]
+
+
+class Frame(tuple):
+    """A tuple that is made another way than tuples are."""
+
+    def __new__(cls, a: Any, b: Any) -> Frame:
+        return super().__new__(cls, (a, b))
+
+    def __getnewargs__(self) -> Any:
+        return tuple(tuple.__iter__(self))
+
+    def __iter__(self) -> Any:
+        raise AssertionError("read for a metric")
+
+
+class Sealed(list):
+    def __setitem__(self, *_: Any) -> None:
+        raise AssertionError("written for a metric")
+
+
+class Lazy(collections.abc.Sequence):
+    def __len__(self) -> int:
+        raise AssertionError("asked for its length for a metric")
+
+    def __getitem__(self, _: Any) -> Any:
+        raise AssertionError("decoded for a metric")
+
+
+def _frame(_: Any) -> Any:
+    return Frame(torch.ones(2), 1)
+
+
+def _sealed(_: Any) -> Any:
+    return Sealed([torch.ones(2)])
+
+
+def _cyclic(_: Any) -> Any:
+    batch: list[Any] = [torch.ones(2)]
+    batch.insert(0, batch)
+    return batch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("collate", [_frame, _sealed, _cyclic])
+def test_counting_leaves_the_users_containers_alone(collate: Any, workers: int) -> None:
+    loader = DataLoader([0], collate_fn=collate, num_workers=workers)
+    (batch,) = list(loader)
+    assert isinstance(batch, Frame | list)
+    assert loader.metrics["batches"] == 1
+
+
+def test_counting_asks_nothing_of_what_it_does_not_know() -> None:
+    (batch,) = list(DataLoader([Lazy()], batch_size=None, collate_fn=lambda sample: sample))
+    assert type(batch) is Lazy
+
+
+def test_strided_nested_batches() -> None:
+    def nested(batch: list[int]) -> torch.Tensor:
+        return torch.nested.nested_tensor([torch.ones(n) for n in batch])
+
+    loader = DataLoader([1, 2, 3, 4], 2, collate_fn=nested)
+    assert [batch.size(0) for batch in loader] == [2, 2]
+    assert loader.metrics["samples"] == 4
+
+
+def test_samples_are_counted_in_containers() -> None:
+    mapping = collections.UserDict(a=torch.ones(3, 2))
+    for data_, want in (
+        ({"a": torch.ones(4), "b": 1}, 4),
+        ([torch.ones(5), torch.ones(5)], 5),
+        (["x", "y"], 2),
+        ({}, 0),
+        (mapping, 3),
+        (torch.tensor(1.0), 1),
+        (3, 1),
+    ):
+        assert batch_length(data_) == want
+    assert tensor_bytes([torch.ones(3), {"x": (torch.ones(2),)}, mapping]) == 12 + 8 + 24
+
+
+def test_threads_have_the_modes_of_who_began_the_epoch() -> None:
+    w = torch.ones(2, 2, requires_grad=True)
+
+    def seen_modes(_: Any) -> Any:
+        return (w @ w).dtype, (w * 2).requires_grad, torch.is_inference_mode_enabled()
+
+    def first() -> Any:
+        return next(iter(DataLoader([1], collate_fn=seen_modes, threads=1)))
+
+    assert first() == (torch.float32, True, False)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert first() == (torch.bfloat16, False, False)
+    with torch.inference_mode():
+        assert first() == (torch.float32, False, True)
+
+
+def test_an_iterable_dataset_is_begun_after_the_threads_are_set_up() -> None:
+    class Stream(IterableDataset):
+        n = 0
+
+        def __iter__(self) -> Any:
+            return iter(range(self.n))
+
+    def set_up(_: int) -> None:
+        data.get_worker_info().dataset.n = 4
+
+    loader = DataLoader(Stream(), 2, threads=1, worker_init_fn=set_up)
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
+def test_datapipes_are_shared_out_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipes = pytest.importorskip("torch.utils.data.datapipes.iter")
+    module = torch.utils.data.dataloader
+    monkeypatch.setattr(module, "_get_distributed_settings", lambda: (2, 1))
+    pipe = pipes.IterableWrapper(list(range(4))).sharding_filter()
+    for arguments in ({}, {"threads": 2}):
+        assert [int(x) for x in DataLoader(pipe, batch_size=None, **arguments)] == [1, 3]

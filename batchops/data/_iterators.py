@@ -457,8 +457,10 @@ class WorkerGatherIter(Delivery, torch_dataloader._BaseDataLoaderIter):
             data = ExceptionWrapper(where=f"in DataLoader worker process {worker}")
         self._under_way.append(data)
 
+    _workers = ()  # of torch's iterator the processes, which users count and shut down
+
     def _shutdown_workers(self) -> None:
-        """What users of torch's worker processes call to be rid of them; here there are none."""
+        pass
 
     def _next_data(self) -> Any:
         if not self._under_way:
@@ -491,6 +493,10 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
             generator = torch.Generator()
             generator.manual_seed(self._base_seed + k)
             infos.append(WorkerInfo(k, count, self._base_seed + k, self._dataset, generator))
+        if isinstance(self._dataset, torch_dataloader.IterDataPipe | torch_dataloader.MapDataPipe):
+            torch.utils.data.graph_settings.apply_sharding(
+                self._dataset, self._world_size, self._rank
+            )
         self._in_order = loader.in_order
         self._depth = Depth(count + 1, 4 * count + 1)
         self._sent = 0
@@ -581,7 +587,8 @@ class _IterableFetch:
     """One iterator for all threads: advanced in turn, collated at once."""
 
     def __init__(self, iterator: ThreadIter) -> None:
-        self._iterator = iter(iterator._dataset)
+        self._dataset = iterator._dataset
+        self._iterator: Any = None  # made by the first draw, which worker_init_fn comes before
         self._auto = iterator._auto_collation
         self._drop_last = iterator._drop_last
         self._collate = iterator._collate_fn
@@ -594,6 +601,8 @@ class _IterableFetch:
     def draw(self, index: Any) -> Any:
         if self._ended:
             raise StopIteration
+        if self._iterator is None:
+            self._iterator = iter(self._dataset)
         if not self._auto:
             try:
                 return next(self._iterator)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import UserDict
 from typing import Any
 
 import torch
 
+from batchops.data._tree import parts_of
 
-def batch_length(data: Any) -> int:
-    """Samples in a batch: the size of the first tensor or list found in it."""
+# Deeper than batches are; a list may hold itself.
+_DEEPEST = 32
+
+
+def batch_length(data: Any, depth: int = 0) -> int:
+    """Samples in a batch: the size of the first tensor or list found in it, 1 where none is."""
     if isinstance(data, torch.Tensor):
-        return data.shape[0] if data.dim() else 1
-    if isinstance(data, Mapping):
-        return next((batch_length(v) for v in data.values()), 0)
-    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
-        first = data[0] if len(data) else None
-        whole = isinstance(first, torch.Tensor | Mapping | list | tuple)
-        return batch_length(first) if whole else len(data)
-    return 1
+        return data.size(0) if data.dim() else 1  # of strided nested tensors there is no shape
+    parts = parts_of(data)
+    if parts is None or depth == _DEEPEST:
+        return 1
+    first = parts[0] if parts else None
+    if isinstance(data, dict | UserDict):
+        return batch_length(first, depth + 1) if parts else 0
+    whole = isinstance(first, torch.Tensor) or parts_of(first) is not None
+    return batch_length(first, depth + 1) if whole else len(parts)
 
 
 class Metrics:

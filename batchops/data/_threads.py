@@ -41,6 +41,29 @@ def get_worker_info() -> Any:
     return torch.utils.data.get_worker_info() if info is None else info
 
 
+class Modes(NamedTuple):
+    """torch's modes of a thread, which another one does not have by itself; a forked worker has."""
+
+    inference: bool
+    grad: bool
+    autocast: list[tuple[str, torch.dtype]]
+
+    @classmethod
+    def now(cls) -> Modes:
+        on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in on]
+        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            yield
+
+
 class End:
     """In the place of a batch: the iterable dataset is exhausted."""
 
@@ -94,11 +117,11 @@ class Crew:
         self._news = threading.Lock()  # released when there is a result that was not looked at
         self._stopped = False
         self._pid = os.getpid()
-        inference = torch.is_inference_mode_enabled()
+        modes = Modes.now()
         self._threads = [
             threading.Thread(
                 target=_serve,
-                args=(self, info, inference),
+                args=(self, info, modes),
                 name=f"batchops-data-{info.id}",
                 daemon=True,
             )
@@ -191,7 +214,7 @@ def _start(threads: list[threading.Thread], outcome: SimpleQueue[BaseException |
         outcome.put(None)
 
 
-def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
+def _serve(crew: Crew, info: WorkerInfo, modes: Modes) -> None:
     _local.info = info
     where = f"in DataLoader thread {info.id}"
     failed = None
@@ -211,7 +234,7 @@ def _serve(crew: Crew, info: WorkerInfo, inference: bool) -> None:
             return ExceptionWrapper(where=where)
 
     fetch = crew._fetch
-    with torch.inference_mode(inference):
+    with modes.entered():
         while True:
             with crew.turn():
                 taken = crew.next_task()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
@@ -42,14 +43,26 @@ def map_tensors(data: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return data
 
 
+def parts_of(data: Any) -> list[Any] | None:
+    """What a container of Python's own, or a subclass of one, holds, read without its own methods:
+    those may be slow, or fail. None for everything else."""
+    if isinstance(data, UserDict):
+        data = data.__dict__.get("data")
+    if isinstance(data, dict):
+        return list(dict.values(data))
+    if isinstance(data, tuple):
+        return list(tuple.__iter__(data))
+    return list(list.__iter__(data)) if isinstance(data, list) else None
+
+
 def tensor_bytes(data: Any) -> int:
-    """Bytes of the tensors in ``data``."""
-    total = 0
-
-    def add(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor
-
-    map_tensors(data, add)
+    """Bytes of the tensors in ``data``, as far as parts_of reaches."""
+    total, left, seen = 0, [data], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            total += value.numel() * value.element_size()
+        elif (parts := parts_of(value)) is not None and id(value) not in seen:
+            seen.add(id(value))
+            left += parts
     return total
