@@ -15,23 +15,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from digits_model import DigitNet
 from plain_lamb import PlainLAMB
-from side_by_side import (
-    Comparison,
-    Run,
-    largest,
-    parameter_groups,
-    parser_for,
-    prepare,
-    verdict,
-    write,
-)
+from side_by_side import Comparison, Job, Run, largest, parameter_groups, parser_for
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -40,7 +30,6 @@ import batchops.data
 import batchops.optim
 
 TEST_SIZE = 360
-ACCURACY = {"accuracy": "lowest test accuracy {value:.2%}, expected at least {bound:.2%}"}
 
 
 def load_digits(seed: int) -> tuple[TensorDataset, Tensor, Tensor]:
@@ -105,23 +94,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_for(__doc__.splitlines()[0], "digits", epochs=10, lr=0.01)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--min-accuracy", type=float, default=0.97)
-    options = parser.parse_args(arguments)
-    begin = time.perf_counter()
-    prepare(parser, options)
-
-    def make(side: str, seed: int) -> Training:
-        return Training(side, options, seed)
-
-    comparison = Comparison.train(make, options.seed, options.epochs)
-    criteria = judge(comparison, options.min_accuracy)
-    write("digits", comparison, options, "test_accuracy", criteria)
-
-    print(comparison.table("test accuracy", "{:.2%}"))
-    print()
-    print(verdict(criteria, ACCURACY))
-    elapsed = time.perf_counter() - begin
-    print(f"\nwritten: {options.out}/digits.png, {options.out}/digits.json ({elapsed:.0f} s)")
-    return 0 if all(c["ok"] for c in criteria.values()) else 1
+    job = Job(
+        name="digits",
+        training=Training,
+        judge=lambda comparison, options: judge(comparison, options.min_accuracy),
+        texts={"accuracy": "lowest test accuracy {value:.2%}, expected at least {bound:.2%}"},
+        score="test accuracy",
+        form="{:.2%}",
+        key="test_accuracy",
+    )
+    return job.main(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -320,28 +320,52 @@ def parser_for(description: str, name: str, epochs: int, lr: float) -> argparse.
     return parser
 
 
-def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Checks the options that every job has, and sets torch up for a comparison."""
-    if options.epochs < 1:
-        parser.error(f"--epochs: expected 1 or more, got {options.epochs}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    # Two runs can only be compared bit by bit if neither chooses its algorithms by the clock or
-    # rounds the factors of its products.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
+Criteria = dict[str, dict[str, Any]]
 
 
-def write(
-    name: str,
-    comparison: Comparison,
-    options: argparse.Namespace,
-    score: str,
-    criteria: dict[str, dict[str, Any]],
-) -> None:
-    """``name``.json and ``name``.png."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = comparison.result(options, score, criteria)
-    (options.out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    comparison.plot(options.out / f"{name}.png")
+@dataclass
+class Job:
+    """What a job's program does with its options.
+
+    name: of its files. training: makes a run of a side, options and seed. judge: the job's own
+    criteria and those of Comparison.judge. texts: of the job's own. score: what Run.score is called
+    in the table, and form: how it is shown; key: its name in JSON.
+    """
+
+    name: str
+    training: Callable[[str, argparse.Namespace, int], Run]
+    judge: Callable[[Comparison, argparse.Namespace], Criteria]
+    texts: dict[str, str]
+    score: str
+    form: str
+    key: str
+
+    def main(self, parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+        options = parser.parse_args(arguments)
+        if options.epochs < 1:
+            parser.error(f"--epochs: expected 1 or more, got {options.epochs}")
+        begin = time.perf_counter()
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        # Two runs can only be compared bit by bit if neither chooses its algorithms by the clock or
+        # rounds the factors of its products.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+
+        def make(side: str, seed: int) -> Run:
+            return self.training(side, options, seed)
+
+        comparison = Comparison.train(make, options.seed, options.epochs)
+        criteria = self.judge(comparison, options)
+        options.out.mkdir(parents=True, exist_ok=True)
+        data = comparison.result(options, self.key, criteria)
+        (options.out / f"{self.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        comparison.plot(options.out / f"{self.name}.png")
+
+        print(comparison.table(self.score, self.form))
+        print()
+        print(verdict(criteria, self.texts))
+        files = ", ".join(f"{options.out}/{self.name}.{kind}" for kind in ("png", "json"))
+        print(f"\nwritten: {files} ({time.perf_counter() - begin:.0f} s)")
+        return 0 if all(c["ok"] for c in criteria.values()) else 1

@@ -22,23 +22,13 @@ import functools
 import math
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from plain_lamb import PlainLAMB
-from side_by_side import (
-    Comparison,
-    Run,
-    largest,
-    parameter_groups,
-    parser_for,
-    prepare,
-    verdict,
-    write,
-)
+from side_by_side import Comparison, Job, Run, largest, parameter_groups, parser_for
 from tokens_model import BYTES, BytePredictor
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -51,7 +41,6 @@ TEST_FUNCTIONS = 100
 SHORTEST, LONGEST = 64, 1024  # bytes
 KEYS = ("input_ids", "position_ids", "labels")
 IGNORE = -100
-BITS = {"bits": "highest test bits a byte {value:.3f}, expected at most {bound:g}"}
 
 Sample = dict[str, Tensor]
 
@@ -180,23 +169,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--functions", type=int, default=600, help="to train on")
     parser.add_argument("--tokens", type=int, default=4096, help="budget of a batch")
     parser.add_argument("--max-bits", type=float, default=3.5)
-    options = parser.parse_args(arguments)
-    begin = time.perf_counter()
-    prepare(parser, options)
-
-    def make(side: str, seed: int) -> Training:
-        return Training(side, options, seed)
-
-    comparison = Comparison.train(make, options.seed, options.epochs)
-    criteria = judge(comparison, options.max_bits)
-    write("tokens", comparison, options, "test_bits_per_byte", criteria)
-
-    print(comparison.table("test bits a byte", "{:.4f}"))
-    print()
-    print(verdict(criteria, BITS))
-    elapsed = time.perf_counter() - begin
-    print(f"\nwritten: {options.out}/tokens.png, {options.out}/tokens.json ({elapsed:.0f} s)")
-    return 0 if all(c["ok"] for c in criteria.values()) else 1
+    job = Job(
+        name="tokens",
+        training=Training,
+        judge=lambda comparison, options: judge(comparison, options.max_bits),
+        texts={"bits": "highest test bits a byte {value:.3f}, expected at most {bound:g}"},
+        score="test bits a byte",
+        form="{:.4f}",
+        key="test_bits_per_byte",
+    )
+    return job.main(parser, arguments)
 
 
 if __name__ == "__main__":
