@@ -21,4 +21,5 @@ def main() -> int:
     return 0 if _self_test.run(arguments.device) else 1
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

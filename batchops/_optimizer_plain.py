@@ -133,7 +133,7 @@ def lamb_step(
         return -g if group["maximize"] else g
 
     def agrees(m_i: Tensor, g_i: Tensor) -> Tensor:
-        # Neither sign nor product: a NaN has the sign 0, and the product may underflow.
+        # Not by both signs, since a NaN's is 0; not by m · g, which may underflow.
         return ~(m_i.to(s.wide) * gradient(g_i).sign() <= 0)
 
     def adam(m_i: Tensor, v_i: Tensor, g_i: Tensor) -> Tensor:
