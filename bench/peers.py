@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from common import optional, reason
 
-# What a projects' kernels need, where they import without it.
+# What a project's kernels need, where they import without it.
 _CUDA_ALONE = "runs on CUDA alone"
 
 Norm = Callable[..., torch.Tensor]
@@ -34,12 +34,12 @@ def timm_optimizer(name: str) -> Any | str:
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        reason = f"timm cannot be imported: {error}"
+        missing = f"timm cannot be imported: {error}"
     for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == "timm"]:
         del sys.modules[loaded]
     spec = importlib.util.find_spec("timm")
     if spec is None or not spec.submodule_search_locations:
-        return reason
+        return missing
     root = Path(spec.submodule_search_locations[0])
     for package, folder in (("timm", root), ("timm.optim", root / "optim")):
         sys.modules[package] = types.ModuleType(package)

@@ -71,6 +71,24 @@ def stock(theirs, activation):
     return f
 
 
+def assert_right(expected, y, dy, x, w, b, r):
+    """y and the gradients of the leaves against the oracle; `dy` as it sees it."""
+    size, bound = x.shape, elementwise(x.dtype, expected.count)
+    assert y.dtype == x.dtype
+    assert_close(y, expected.y.reshape(size), bound, "y")
+    shown = to_float64(y).reshape(expected.y.shape)
+    derivative = expected.derivative_shown(shown, before_rounding(x.dtype, expected.count))
+    dx, dz, dweight, dbias = expected.backward(dy, derivative)
+    terms = 3 * max(1.0, np.abs(expected.rstd).max() * np.abs(expected.weight).max())
+    terms *= max(1.0, np.abs(dz).max())
+    assert_close(x.grad, dx.reshape(size), bound * terms, "dx")
+    if r is not None:
+        assert_close(r.grad, dz.reshape(size), bound * terms, "dresidual")
+    length = np.sqrt(x.numel() / w.numel())  # sums whose errors add up like a random walk
+    assert_close(w.grad, dweight.reshape(w.shape), bound * length * terms, "dweight")
+    assert_close(b.grad, dbias.reshape(b.shape), bound * length * terms, "dbias")
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -90,21 +108,8 @@ def test_forward_and_backward(name, dtype, layout, activation, residual, device)
     groups = oracle(to_float64(x))[1]
     parameters = (to_float64(t).reshape(-1) for t in (w, b))
     expected = GroupNormReference(flat(x), groups, *parameters, flat(r), act=activation)
-    bound = elementwise(dtype, expected.count)
-    size = x.shape
-    assert y.dtype == dtype
     assert y.is_contiguous() if name == "layer_norm" else y.stride() == x.stride()
-    assert_close(y, expected.y.reshape(size), bound, "y")
-    derivative = expected.derivative_shown(flat(y), before_rounding(dtype, expected.count))
-    dx, dz, dweight, dbias = expected.backward(flat(dy), derivative)
-    terms = 3 * max(1.0, np.abs(expected.rstd).max() * np.abs(expected.weight).max())
-    terms *= max(1.0, np.abs(dz).max())
-    assert_close(x.grad, dx.reshape(size), bound * terms, "dx")
-    if r is not None:
-        assert_close(r.grad, dz.reshape(size), bound * terms, "dresidual")
-    length = np.sqrt(x.numel() / w.numel())
-    assert_close(w.grad, dweight.reshape(w.shape), bound * length * terms, "dweight")
-    assert_close(b.grad, dbias.reshape(b.shape), bound * length * terms, "dbias")
+    assert_right(expected, y, flat(dy), x, w, b, r)
 
 
 GPU_SHAPES = {  # N, C, H, W, G
@@ -129,37 +134,19 @@ GPU_SHAPES = {  # N, C, H, W, G
 def test_paths_of_a_gpu(shape, dtype, layout, activation, residual):
     *size, groups = shape
     N, C, H, W = size
-    x, z, dy = (LAYOUTS[layout](torch.randn(size).to(dtype)) for _ in range(3))
-    w, b = torch.rand(C) + 0.5, torch.randn(C)
-    leaves = [t.cuda().requires_grad_() for t in ((x, w, b, z) if residual else (x, w, b))]
-    y = BF.group_norm(
-        leaves[0],
-        groups,
-        *leaves[1:3],
-        activation=activation_argument(activation),
-        residual=leaves[3] if residual else None,
-    )
-    grads = torch.autograd.grad(y, leaves, dy.cuda())
+    x, r, dy = (LAYOUTS[layout](torch.randn(size).to(dtype)) for _ in range(3))
+    tensors = x, torch.rand(C) + 0.5, torch.randn(C), r if residual else None
+    x, w, b, r = (t if t is None else t.cuda().requires_grad_() for t in tensors)
+    y = BF.group_norm(x, groups, w, b, activation=activation_argument(activation), residual=r)
+    y.backward(dy.cuda())
 
     def flat(t):
-        return to_float64(t).reshape(N, C, H * W)
+        return None if t is None else to_float64(t).reshape(N, C, H * W)
 
-    expected = GroupNormReference(
-        flat(x), groups, to_float64(w), to_float64(b), flat(z) if residual else None, act=activation
-    )
-    bound = elementwise(dtype, expected.count)
+    parameters = map(to_float64, (w, b))
+    expected = GroupNormReference(flat(x), groups, *parameters, flat(r), act=activation)
     assert y.stride() == x.stride()
-    assert_close(y, expected.y.reshape(size), bound, "y")
-    derivative = expected.derivative_shown(flat(y), before_rounding(dtype, expected.count))
-    dx, dz, dweight, dbias = expected.backward(flat(dy), derivative)
-    terms = 3 * max(1.0, np.abs(expected.rstd).max() * np.abs(expected.weight).max())
-    terms *= max(1.0, np.abs(dz).max())
-    assert_close(grads[0], dx.reshape(size), bound * terms, "dx")
-    if residual:
-        assert_close(grads[3], dz.reshape(size), bound * terms, "dresidual")
-    walk = bound * np.sqrt(N * H * W) * terms  # sums whose errors add up like a random walk
-    assert_close(grads[1], dweight, walk, "dweight")
-    assert_close(grads[2], dbias, walk, "dbias")
+    assert_right(expected, y, flat(dy), x, w, b, r)
 
 
 @pytest.mark.parametrize("size", [(3, 4), (3, 4, 7), (2, 4, 3, 5), (2, 4, 3, 2, 5)], ids=str)
