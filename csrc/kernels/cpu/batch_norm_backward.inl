@@ -162,8 +162,8 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
       for (; step < stop; ++step) {
         width = add_rows<1>(g, group, step, means, scales, shifts, s.at, q.at);
       }
-      in_pair_order<S>(s.at, width);
-      in_pair_order<S>(q.at, width);
+      in_element_order<S>(s.at, width);
+      in_element_order<S>(q.at, width);
       geometry.fold(group, s.at, width, row_sums.first);
       geometry.fold(group, q.at, width, row_sums.second);
       merge(0, group.channels, dz, dz_x, row_sums.first, row_sums.second);

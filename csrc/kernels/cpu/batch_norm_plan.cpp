@@ -6,7 +6,6 @@
 namespace batchops {
 namespace {
 
-constexpr int64_t kLine = 16;         // a row is aligned when it is a multiple of this
 constexpr int64_t kMinWidth = 256;    // shorter rows are repeated
 constexpr int64_t kPlaneWidth = 768;  // channels_first: columns gathered into a group
 constexpr int64_t kPlanesFrom = 256;  // HxW from which the plane kernel is the faster
@@ -14,6 +13,9 @@ constexpr int64_t kChunkElements = 32768;
 constexpr int64_t kMaxChunks = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A row is aligned when it is a multiple of so many elements.
+int64_t line_of(const BatchNormShape& shape) { return 64 / size_of(shape.dtype); }
 
 void cut_into_chunks(BatchNormPlan& plan, int64_t step_elements, int64_t least_steps) {
   plan.steps_per_chunk = std::max({ceil_div(kChunkElements, step_elements), least_steps,
@@ -39,7 +41,8 @@ BatchNormPlan samples(const BatchNormShape& shape) {
   plan.segment = shape.HxW;
   plan.row_stride = shape.C * shape.HxW;
   plan.steps = shape.N;
-  int64_t channels = kLine / std::gcd(shape.HxW, kLine);
+  const int64_t line = line_of(shape);
+  int64_t channels = line / std::gcd(shape.HxW, line);
   if (channels * shape.HxW > kMaxWidth) channels = 1;
   while (channels * shape.HxW < kPlaneWidth) channels *= 2;
   while (channels * shape.HxW > kMaxWidth) channels /= 2;
@@ -54,7 +57,7 @@ BatchNormPlan pixels(const BatchNormShape& shape) {
   BatchNormPlan plan;
   plan.by_rows = true;
   const int64_t C = shape.C, count = shape.N * shape.HxW;
-  const int64_t aligned = kLine / std::gcd(C, kLine);
+  const int64_t line = line_of(shape), aligned = line / std::gcd(C, line);
   const int64_t wanted = ceil_div(ceil_div(kMinWidth, C), aligned) * aligned;
   if (wanted * C <= kMaxWidth && count >= 8 * wanted) {
     plan.repeat = wanted;

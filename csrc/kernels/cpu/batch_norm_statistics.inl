@@ -149,8 +149,8 @@ struct Statistics {
         width = row.width;
         add_rows<1>(x + row.offset, width, shift.at, s.at, q.at);
       }
-      in_pair_order<S>(s.at, width);
-      in_pair_order<S>(q.at, width);
+      in_element_order<S>(s.at, width);
+      in_element_order<S>(q.at, width);
       geometry.fold(group, s.at, width, sums.first);
       geometry.fold(group, q.at, width, sums.second);
       const double n = values(begin, step), m = values(step, stop), inverse = 1.0 / m;

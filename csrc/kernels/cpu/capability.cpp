@@ -54,14 +54,11 @@ Isa isa() {
   return chosen;
 }
 
-bool has_avx512_bf16() {
 #if defined(__x86_64__)
-  static const bool has = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-  return has;
+const bool has_avx512_bf16 = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
 #else
-  return false;
+const bool has_avx512_bf16 = false;
 #endif
-}
 
 const char* cpu_capability() { return name_of(isa()); }
 

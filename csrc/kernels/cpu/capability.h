@@ -16,12 +16,12 @@ enum class Isa : int32_t { baseline = 0, avx2 = 1, avx512 = 2 };
 Isa isa();
 
 // Whether isa() is avx512 and the machine also converts to bfloat16 by itself.
-bool has_avx512_bf16();
+extern const bool has_avx512_bf16;
 
-// The set that kernels over elements of this dtype run with. avx512 is for what gains by it, each
-// instance costing time to compile: float, and bfloat16 where the machine converts to it by itself.
+// The set that kernels over elements of this dtype run with. avx512 is for float and bfloat16
+// alone: each instance costs time to compile.
 inline Isa isa_for(DType dtype) {
-  const bool wide = dtype == DType::f32 || (dtype == DType::bf16 && has_avx512_bf16());
+  const bool wide = dtype == DType::f32 || dtype == DType::bf16;
   return isa() == Isa::avx512 && !wide ? Isa::avx2 : isa();
 }
 

@@ -139,7 +139,7 @@ struct GroupBackwardOfKept {
           if constexpr (kOne) {
             write(load<T>(elements.dy + base + j, lanes));
           } else {
-            write(reorder<S>(load_whole(kept + (j - begin), lanes)));
+            write(pair_order<S>(load_whole(kept + (j - begin), lanes)));
           }
         });
   }
@@ -167,7 +167,7 @@ struct GroupBackwardOfKept {
     const Pair<T> zero(V(T(0)));
     const Elements elements = this->elements();
     const auto ordered = [](const T* p, auto lanes)
-                             BATCHOPS_INLINE_LAMBDA { return reorder<S>(load<T>(p, lanes)); };
+                             BATCHOPS_INLINE_LAMBDA { return pair_order<S>(load<T>(p, lanes)); };
     const auto gradient = [&](int k, int64_t j, auto lanes) BATCHOPS_INLINE_LAMBDA {
       if constexpr (kOne) {
         return load<T>(elements.dy + at + k * width + j, lanes);
@@ -196,8 +196,8 @@ struct GroupBackwardOfKept {
           const Pair<T> weight_j = ordered(weight + j, lanes);
           Pair<T> sum_j = load<T>(dz + j, lanes), product_j = load<T>(dz_xhat + j, lanes);
           if constexpr (!kWhole) {
-            sum_j = reorder<S>(sum_j);
-            product_j = reorder<S>(product_j);
+            sum_j = pair_order<S>(sum_j);
+            product_j = pair_order<S>(product_j);
           }
           for (int k = 0; k < R; ++k) {
             const Pair<T> d = gradient(k, j, lanes), weighted = d * weight_j;
@@ -208,8 +208,8 @@ struct GroupBackwardOfKept {
             product_j = fma(d, fma(centred, rstd[k], minus_low[k]), product_j);
           }
           if constexpr (!kWhole) {
-            sum_j = reorder<S>(sum_j);
-            product_j = reorder<S>(product_j);
+            sum_j = element_order<S>(sum_j);
+            product_j = element_order<S>(product_j);
           }
           put(dz + j, sum_j, lanes, false);
           put(dz_xhat + j, product_j, lanes, false);
@@ -253,7 +253,7 @@ struct GroupBackwardOfKept {
   // The columns' sums in the elements' order.
   void order_sums(T* columns) const {
     for (int64_t g = 0; g < shape.G; ++g) {
-      in_pair_order<S>(columns + g * plan.M, plan.M - plan.M % (2 * L));
+      in_element_order<S>(columns + g * plan.M, plan.M - plan.M % (2 * L));
     }
   }
 };
@@ -312,9 +312,12 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
       });
     }
   }
-  // In the order that for_run() takes values in, from the elements' order or back.
+  // In the order that for_run() takes values in, from the elements' order, and back.
   static void in_run_order(T* values, int64_t width) {
     if constexpr (!kBits) in_pair_order<S>(values, width);
+  }
+  static void from_run_order(T* values, int64_t width) {
+    if constexpr (!kBits) in_element_order<S>(values, width);
   }
 
   // ------------------------------------------------------------------- planes
@@ -348,7 +351,7 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
                      const X value = load<T>(elements.x + at + j, lanes);
                      const X g =
                          elements.derivative(at + j, lanes, bits, value, mean, scale, shift);
-                     if constexpr (!kOne) store_whole(to + j, reorder<S>(g));
+                     if constexpr (!kOne) store_whole(to + j, element_order<S>(g));
                      s[u] = s[u] + g;
                      q[u] = fma(g, value - mean, q[u]);
                    });
@@ -377,7 +380,7 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
                  const X value = load<T>(elements.x + at + j, lanes);
                  const X g = elements.derivative(at + j, lanes, bits, value, of.mean(j, lanes),
                                                  of.scale(j, lanes), of.shift(j, lanes));
-                 store_whole(to + j, reorder<S>(g));
+                 store_whole(to + j, element_order<S>(g));
                });
   }
   // The bits of a row in one string.
@@ -414,8 +417,8 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
       const int64_t width = rows.row_width(step);
       for (; together && step + 2 <= stop; step += 2) add_rows<2>(n, step, columns, flat, s, q);
       for (; step < stop; ++step) add_rows<1>(n, step, columns, flat, s, q);
-      in_run_order(s, width);
-      in_run_order(q, width);
+      from_run_order(s, width);
+      from_run_order(q, width);
       rows.fold_channels(s, width, dz);
       rows.fold_channels(q, width, dz_x);
     }

@@ -207,11 +207,11 @@ struct RowAffine {
       : hi(s.hi), rstd(s.rstd), minus_low(-s.low * s.rstd), weight(w), bias(b) {}
   BATCHOPS_INLINE Vec<T> mean(int64_t, auto) const { return hi; }
   BATCHOPS_INLINE auto scale(int64_t j, auto lanes) const {
-    return rstd * reorder<S>(load_whole(weight + j, lanes));
+    return rstd * pair_order<S>(load_whole(weight + j, lanes));
   }
   BATCHOPS_INLINE auto shift(int64_t j, auto lanes) const {
-    return fma(minus_low, reorder<S>(load_whole(weight + j, lanes)),
-               reorder<S>(load_whole(bias + j, lanes)));
+    return fma(minus_low, pair_order<S>(load_whole(weight + j, lanes)),
+               pair_order<S>(load_whole(bias + j, lanes)));
   }
 };
 

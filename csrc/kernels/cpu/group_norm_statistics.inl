@@ -102,7 +102,7 @@ struct GroupStatistics {
                        store_pair(s + j, load_pair(s + j) + load<T>(p + j, lanes));
                      });
       }
-      in_pair_order<S>(s, plan.width);
+      in_element_order<S>(s, plan.width);
       rows.fold_groups(s, plan.width, first);
       const double inverse = 1.0 / values(begin, stop);
       for (int64_t g = 0; g < G; ++g) mean[g] = first[g] * inverse;
@@ -123,8 +123,8 @@ struct GroupStatistics {
         add_rows<4>(x + rows.row_offset(n, r), width, about, s, q);
       }
       for (; r < stop; ++r) add_rows<1>(x + rows.row_offset(n, r), width, about, s, q);
-      in_pair_order<S>(s, width);
-      in_pair_order<S>(q, width);
+      in_element_order<S>(s, width);
+      in_element_order<S>(q, width);
       for (int64_t g = 0; g < 2 * G; ++g) sums[g] = 0;
       rows.fold_groups(s, width, first);
       rows.fold_groups(q, width, second);

@@ -50,7 +50,7 @@ template <class S>
 constexpr bool kOwnInstances = false;
 #else
 template <class S>
-constexpr bool kOwnInstances = std::is_same_v<S, float> || std::is_base_of_v<BFloat16, S>;
+constexpr bool kOwnInstances = std::is_same_v<S, float> || std::is_same_v<S, BFloat16>;
 #endif
 
 // Calls f(functor), with one of `Own` where S has instances of its own and that is the activation,
@@ -125,7 +125,7 @@ template <class F>
 BATCHOPS_INLINE void with_element(DType dtype, F&& f) {
 #if defined(BATCHOPS_ISA_AVX512)
   if (dtype == DType::f32) return f(static_cast<float*>(nullptr));
-  return f(static_cast<NativeBFloat16*>(nullptr));
+  return f(static_cast<BFloat16*>(nullptr));
 #else
   with_dtype(dtype, std::forward<F>(f));
 #endif

@@ -1,11 +1,13 @@
-// Two vectors of neighbouring elements at once. That is worth its own type for bfloat16 in AVX2:
-// one vector of words turns into two of floats with one instruction each, and back with half of
-// what each alone would take.
+// Two vectors of neighbouring elements at once. That is worth its own type for bfloat16 in AVX2 and
+// AVX-512: one vector of words turns into two of floats with one instruction each, and back with
+// half of what each alone would take.
 
-// Whether the first vector holds the elements of the first and third half vector in memory and the
-// second those of the second and fourth, as the instructions that interleave words leave them. Else
-// the first L elements come first.
-#if defined(BATCHOPS_ISA_AVX2)
+// Whether a pair's elements lie in its vectors in another order than in memory, where the first L
+// come first. In AVX2 the first vector has the elements of the first and third half vector and the
+// second those of the second and fourth, as the instructions that interleave words leave them. In
+// AVX-512 the first has those at even places, the lower words of 32 bits each, and the second those
+// at odd places.
+#if defined(BATCHOPS_ISA_AVX2) || defined(BATCHOPS_ISA_AVX512)
 template <class S>
 constexpr bool kSwapped = std::is_same_v<S, BFloat16>;
 #else
@@ -55,6 +57,14 @@ BATCHOPS_INLINE Pair<T> derivative_of(const Act& act, Pair<T> dy, Pair<T> z) {
 
 // ----------------------------------------------------------------------------- loads and stores
 
+#if defined(BATCHOPS_ISA_AVX512)
+BATCHOPS_INLINE Pair<float> unpack(__m512i words) {
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(words, odd))};
+}
+#endif
+
 template <class T, class S>
 BATCHOPS_INLINE Pair<T> load(const S* p, Two) {
 #if defined(BATCHOPS_ISA_AVX2)
@@ -64,12 +74,20 @@ BATCHOPS_INLINE Pair<T> load(const S* p, Two) {
     return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, words)),
             _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, words))};
   }
+#elif defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) return unpack(_mm512_loadu_si512(p));
 #endif
   return {load<T>(p), load<T>(p + Vec<T>::kLanes)};
 }
 template <class T, class S>
 BATCHOPS_INLINE Pair<T> load(const S* p, Rest part) {
   constexpr int64_t L = Vec<T>::kLanes;
+#if defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    const auto first = static_cast<__mmask32>((uint64_t{1} << part.n) - 1);
+    return unpack(_mm512_maskz_loadu_epi16(first, p));
+  }
+#endif
   if constexpr (kSwapped<S>) {
     S elements[2 * L] = {};
     for (int64_t i = 0; i < part.n; ++i) elements[i] = p[i];
@@ -94,6 +112,32 @@ BATCHOPS_INLINE __m256i pack(Pair<float> a) {
   }
   return _mm256_packus_epi32((__m256i)first, (__m256i)second);
 }
+#elif defined(BATCHOPS_ISA_AVX512)
+// Rounds as pack() does. NaN is so rare that both vectors share one test for it.
+BATCHOPS_INLINE __m512i pack(Pair<float> a) {
+  using U = Native<float>::U;
+  if (has_avx512_bf16) {
+    // In assembly because the set as a whole does not include the instruction. It takes subnormals
+    // for zero, which the other way keeps; it rounds and treats NaN alike. Its words are those of
+    // the first vector and then those of the second.
+    __m512i words;
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(a.a.v), "v"(a.b.v));
+    const U first{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return _mm512_permutexvar_epi16((__m512i)(first | (first + 16u) << 16), words);
+  }
+  const auto rounded = [](Vec<float> v) BATCHOPS_INLINE_LAMBDA {
+    const __m512i bits = _mm512_castps_si512(v.v);
+    const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    return (U)_mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+  };
+  U even = rounded(a.a), odd = rounded(a.b);
+  if (_mm512_cmp_ps_mask(a.a.v, a.b.v, _CMP_UNORD_Q) != 0) [[unlikely]] {
+    even = bf16_bits(a.a) << 16;
+    odd = bf16_bits(a.b) << 16;
+  }
+  return _mm512_mask_mov_epi16((__m512i)(even >> 16), 0xaaaaaaaa, (__m512i)odd);
+}
 #endif
 
 template <class T, class S>
@@ -110,6 +154,18 @@ BATCHOPS_INLINE void put(S* p, Pair<T> a, Two, bool past_cache) {
     }
     return;
   }
+#elif defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    const __m512i words = pack(a);
+    if (past_cache) {  // no more aligned than one vector needs it
+      auto* const to = reinterpret_cast<__m256i*>(p);
+      _mm256_stream_si256(to, _mm512_castsi512_si256(words));
+      _mm256_stream_si256(to + 1, _mm512_extracti64x4_epi64(words, 1));
+    } else {
+      _mm512_storeu_si512(p, words);
+    }
+    return;
+  }
 #endif
   put(p, a.a, All{}, past_cache);
   put(p + Vec<T>::kLanes, a.b, All{}, past_cache);
@@ -118,6 +174,13 @@ BATCHOPS_INLINE void put(S* p, Pair<T> a, Two, bool past_cache) {
 template <class T, class S>
 BATCHOPS_INLINE void put(S* p, Pair<T> a, Rest part, bool past_cache) {
   constexpr int64_t L = Vec<T>::kLanes;
+#if defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    const auto first = static_cast<__mmask32>((uint64_t{1} << part.n) - 1);
+    _mm512_mask_storeu_epi16(p, first, pack(a));
+    return;
+  }
+#endif
   if constexpr (kSwapped<S>) {
     S elements[2 * L];
     put(elements, a, Two{}, false);
@@ -150,21 +213,44 @@ BATCHOPS_INLINE void prefetch_ahead(const S* p, int64_t offset, Lanes) {
 // ------------------------------------------------------------------------- values for elements
 
 // An array of T has a value for each of a run of elements of S, and room for a pair past the end.
-// It is either in the elements' order, and reorder() makes that of a pair and the other way round,
-// or in_pair_order() has done so with all of it.
+// It is in the elements' order or, after in_pair_order(), as pairs have them.
 
+// From the elements' order to a pair's.
 template <class S, class T>
-BATCHOPS_INLINE Vec<T> reorder(Vec<T> a) {
+BATCHOPS_INLINE Vec<T> pair_order(Vec<T> a) {
   return a;
 }
 template <class S, class T>
-BATCHOPS_INLINE Pair<T> reorder(Pair<T> a) {
+BATCHOPS_INLINE Pair<T> pair_order(Pair<T> a) {
 #if defined(BATCHOPS_ISA_AVX2)
   if constexpr (kSwapped<S>) {
     return {_mm256_permute2f128_ps(a.a.v, a.b.v, 0x20), _mm256_permute2f128_ps(a.a.v, a.b.v, 0x31)};
   }
+#elif defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    const auto even =
+        (__m512i)(Native<float>::U{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 2u);
+    return {_mm512_permutex2var_ps(a.a.v, even, a.b.v),
+            _mm512_permutex2var_ps(a.a.v, (__m512i)((Native<float>::U)even + 1u), a.b.v)};
+  }
 #endif
   return a;
+}
+// And back.
+template <class S, class T>
+BATCHOPS_INLINE Vec<T> element_order(Vec<T> a) {
+  return a;
+}
+template <class S, class T>
+BATCHOPS_INLINE Pair<T> element_order(Pair<T> a) {
+#if defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    const Native<float>::U low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    return {_mm512_permutex2var_ps(a.a.v, (__m512i)low, a.b.v),
+            _mm512_permutex2var_ps(a.a.v, (__m512i)(low + 8u), a.b.v)};
+  }
+#endif
+  return pair_order<S>(a);
 }
 template <class T>
 BATCHOPS_INLINE Pair<T> load_pair(const T* p) {
@@ -195,7 +281,15 @@ template <class S, class T>
 BATCHOPS_NOINLINE void in_pair_order(T* values, int64_t width) {
   if constexpr (kSwapped<S>) {
     for (int64_t j = 0; j < width; j += 2 * Vec<T>::kLanes) {
-      store_pair(values + j, reorder<S>(load_pair(values + j)));
+      store_pair(values + j, pair_order<S>(load_pair(values + j)));
+    }
+  }
+}
+template <class S, class T>
+BATCHOPS_NOINLINE void in_element_order(T* values, int64_t width) {
+  if constexpr (kSwapped<S>) {
+    for (int64_t j = 0; j < width; j += 2 * Vec<T>::kLanes) {
+      store_pair(values + j, element_order<S>(load_pair(values + j)));
     }
   }
 }
@@ -203,9 +297,13 @@ BATCHOPS_NOINLINE void in_pair_order(T* values, int64_t width) {
 // Zero where the element is not one of the first n.
 template <class S, class T>
 BATCHOPS_INLINE Pair<T> keep_first(int64_t n, Pair<T> a) {
-  const uint64_t bits = (uint64_t{1} << n) - 1;
-  const Pair<T> in_order = reorder<S>(a);
-  return reorder<S>(Pair<T>(keep(bits, in_order.a), keep(bits >> Vec<T>::kLanes, in_order.b)));
+  const auto first = [](int64_t k) { return (uint64_t{1} << k) - 1; };
+#if defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) return {keep(first((n + 1) / 2), a.a), keep(first(n / 2), a.b)};
+#endif
+  const Pair<T> in_order = element_order<S>(a);
+  return pair_order<S>(
+      Pair<T>(keep(first(n), in_order.a), keep(first(n) >> Vec<T>::kLanes, in_order.b)));
 }
 
 template <class T>
@@ -214,6 +312,10 @@ BATCHOPS_INLINE double sum(Pair<T> a) {
 }
 
 // --------------------------------------------------------------------------------- mask bits
+
+#if defined(BATCHOPS_ISA_AVX512)
+constexpr uint64_t kEvenBits = 0x55555555;  // of a pair
+#endif
 
 // Bit i is set where element i is not <= 0.
 template <class S, class T>
@@ -226,6 +328,10 @@ BATCHOPS_INLINE uint64_t positive_bits_of(Pair<T> a) {
                            _mm256_castps_si256(_mm256_cmp_ps(a.b.v, zero, _CMP_NLE_UQ)));
     return static_cast<uint32_t>(_mm_movemask_epi8(
         _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1))));
+  }
+#elif defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    return _pdep_u64(positive_bits(a.a), kEvenBits) | _pdep_u64(positive_bits(a.b), 2 * kEvenBits);
   }
 #endif
   return positive_bits(a.a) | positive_bits(a.b) << Vec<T>::kLanes;
@@ -252,6 +358,12 @@ BATCHOPS_INLINE Pair<T> derivative_of_bits(const Act& act, Pair<T> dy, uint64_t 
     const U first = U{1, 2, 4, 8, 1 << 8, 1 << 9, 1 << 10, 1 << 11} << (2 * L * u);
     return {act.backward_bits(dy.a, SwappedBits{bits, first}),
             act.backward_bits(dy.b, SwappedBits{bits, first << 4})};
+  }
+#elif defined(BATCHOPS_ISA_AVX512)
+  if constexpr (kSwapped<S>) {
+    bits >>= 2 * L * u;
+    return {act.backward_bits(dy.a, _pext_u64(bits, kEvenBits)),
+            act.backward_bits(dy.b, _pext_u64(bits, 2 * kEvenBits))};
   }
 #endif
   bits >>= 2 * L * u;

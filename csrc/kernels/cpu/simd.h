@@ -63,8 +63,6 @@ namespace batchops {
 struct BFloat16 {
   uint16_t bits;
 };
-// The same, on a machine that has_avx512_bf16().
-struct NativeBFloat16 : BFloat16 {};
 struct Half {
   uint16_t bits;
 };

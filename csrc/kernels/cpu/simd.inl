@@ -217,13 +217,6 @@ BATCHOPS_INLINE Vec<float> load(const Half* p) {
 BATCHOPS_INLINE __m256i pack(Vec<float> a, const BFloat16*) {
   return _mm512_cvtepi32_epi16((__m512i)bf16_bits(a));
 }
-// In assembly because the set as a whole does not include the instruction. It takes subnormals for
-// zero, which the other conversion keeps; it rounds and treats NaN alike.
-BATCHOPS_INLINE __m256i pack(Vec<float> a, const NativeBFloat16*) {
-  __m256i words;
-  __asm__("vcvtneps2bf16 %1, %0" : "=v"(words) : "v"(a.v));
-  return words;
-}
 BATCHOPS_INLINE __m256i pack(Vec<float> a, const Half*) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
