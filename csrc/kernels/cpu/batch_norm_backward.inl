@@ -111,6 +111,7 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
       const auto piece = geometry.piece(c, step);
       const S* p = x + piece.offset;
       const S* gradient = dy + piece.offset;
+      const int64_t ahead = geometry.template ahead<S>(c, step, end, piece);
       uint64_t bits = 0;
       for_pair_blocks<T>(
           0, piece.length,
@@ -118,8 +119,8 @@ struct BackwardSums : BackwardResults<AccOf<S>> {
             if constexpr (kBits) bits = read_bits(args.mask + piece.mask + j / 8, bytes);
           },
           [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-            prefetch_ahead<T>(p, j, lanes);
-            prefetch_ahead<T>(gradient, j, lanes);
+            prefetch_ahead<T>(p, j, lanes, ahead);
+            prefetch_ahead<T>(gradient, j, lanes, ahead);
             const P value = load<T>(p + j, lanes);
             const P d = derivative(gradient, j, lanes, u, bits, value, means, scales, shifts);
             s[u] = s[u] + d;

@@ -107,6 +107,14 @@ struct Geometry {
             plane * ((shape.HxW + 7) / 8) + start / 8};
   }
 
+  // How far ahead of piece `step`, of those before `end`, lies what a kernel reads a kilobyte
+  // later: past the end of a short piece it is the next one.
+  template <class S>
+  BATCHOPS_INLINE int64_t ahead(int64_t c, int64_t step, int64_t end, const Piece& now) const {
+    if (now.length > kAhead<S> || step + 1 == end) return kAhead<S>;
+    return piece(c, step + 1).offset - now.offset;
+  }
+
   // Row kernel: columns of group g in row `step`, and how its mask bits are padded.
   struct Row {
     int64_t offset, width, mask, runs, run;

@@ -71,8 +71,9 @@ struct Statistics {
       const auto piece = geometry.piece(c, step);
       const S* p = x + piece.offset;
       const P about{V(shift)};
+      const int64_t ahead = geometry.template ahead<S>(c, step, end, piece);
       for_pair_blocks<T>(0, piece.length, [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
-        prefetch_ahead<T>(p, j, lanes);
+        prefetch_ahead<T>(p, j, lanes, ahead);
         P d = load<T>(p + j, lanes) - about;
         if constexpr (std::is_same_v<decltype(lanes), Rest>) {
           d = keep_first<S>(lanes.n, d);

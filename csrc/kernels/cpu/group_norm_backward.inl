@@ -120,7 +120,7 @@ struct GroupBackwardOfKept {
     const Elements elements = this->elements();
     const bool past = past_cache;
     const int64_t M = plan.M;
-    const bool asks = past && asks_for_next_group(plan);
+    const bool asks = asks_for_next_group(plan);
     for_planes_in_order<T>(
         begin, end, HxW, output + base,
         [&](int64_t d) BATCHOPS_INLINE_LAMBDA {

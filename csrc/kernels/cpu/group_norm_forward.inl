@@ -107,7 +107,7 @@ struct GroupForward : GroupStatistics<S> {
       const Elements at = elements();
       const bool past = past_cache;
       const int64_t M = plan.M;
-      const bool asks = past && asks_for_next_group(plan);
+      const bool asks = asks_for_next_group(plan);
       for_planes_in_order<T>(begin, end, HxW, y + base, enter,
                              [&](int64_t j, auto lanes, V scale, V shift) BATCHOPS_INLINE_LAMBDA {
                                if (asks) prefetch_pair<T>(at.x, base + M + j);

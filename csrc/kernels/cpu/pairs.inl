@@ -199,10 +199,10 @@ BATCHOPS_INLINE void prefetch_pair(const S* p, int64_t offset) {
   for (int i = 0; i < 2 * Vec<T>::kLanes; i += 64 / sizeof(S)) prefetch(p, offset + i);
 }
 
-// As prefetch_pair(), for the lanes that will be read kAhead elements on.
+// As prefetch_pair(), for the lanes that will be read `ahead` elements on.
 template <class T, class S, class Lanes>
-BATCHOPS_INLINE void prefetch_ahead(const S* p, int64_t offset, Lanes) {
-  offset += kAhead<S>;
+BATCHOPS_INLINE void prefetch_ahead(const S* p, int64_t offset, Lanes, int64_t ahead = kAhead<S>) {
+  offset += ahead;
   if constexpr (std::is_same_v<Lanes, Two> || std::is_same_v<Lanes, Rest>) {
     prefetch_pair<T>(p, offset);
   } else {
