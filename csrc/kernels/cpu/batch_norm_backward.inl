@@ -265,7 +265,7 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
   template <int R, class Param>
   BATCHOPS_INLINE void apply_run(int64_t offset, int64_t stride, const uint8_t* const* mask,
                                  int64_t n, Param mean, Param scale, Param shift, Param slope,
-                                 Param extra) const {
+                                 Param extra, int64_t ahead) const {
     const S* const p = x + offset;
     const S* const gradient = dy + offset;
     S* const to = dx == nullptr ? nullptr : dx + offset;
@@ -275,16 +275,15 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
     bool past_residual = past_cache;
     int64_t start = 0;
     uint64_t bits[R] = {};
-    const bool rereads = geometry.rereads();
     const bool centred = kMode == Mode::either ? training : kMode == Mode::training;
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
       const P scale_j = scale[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
-        if (rereads) prefetch_ahead<T>(gradient, at, lanes);
+        if (ahead > 0) prefetch_ahead<T>(gradient, at, lanes, ahead);
         P value(Vec<T>(T(0)));
         if (kRecomputed || centred) {
-          if (rereads) prefetch_ahead<T>(p, at, lanes);
+          if (ahead > 0) prefetch_ahead<T>(p, at, lanes, ahead);
           value = load<T>(p + at, lanes);
         }
         const P dz = this->derivative(gradient + k * stride, j, lanes, u, bits[k], value, mean,
@@ -335,7 +334,8 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
       for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
         const auto piece = geometry.piece(c, step);
         const uint8_t* mask = args.mask + (kBits ? piece.mask : 0);
-        apply_run<1>(piece.offset, 0, &mask, piece.length, means, scales, shifts, slopes, extras);
+        apply_run<1>(piece.offset, 0, &mask, piece.length, means, scales, shifts, slopes, extras,
+                     geometry.template ahead_again<S>(2, c, step, geometry.end_step(chunk), piece));
       }
     }
   }
@@ -360,7 +360,7 @@ struct BackwardPass : BackwardSums<S, Act, kDerivative> {
       const uint8_t* mask[R] = {};
       this->template masks_of<R>(g, group, step, mask, flat);
       apply_run<R>(row.offset, geometry.plan.row_stride, mask, row.width, means, scales, shifts,
-                   slopes, extras);
+                   slopes, extras, geometry.rereads() ? kAhead<S> : 0);
     };
     for (int64_t chunk = chunk_end; chunk-- > chunk_begin;) {
       const int64_t end = geometry.end_step(chunk);

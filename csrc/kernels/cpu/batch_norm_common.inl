@@ -114,6 +114,15 @@ struct Geometry {
     if (now.length > kAhead<S> || step + 1 == end) return kAhead<S>;
     return piece(c, step + 1).offset - now.offset;
   }
+  // The same for a kernel that reads a channel of so many tensors once more, or 0: longer pieces
+  // only where the core's own cache has lost the first ones.
+  template <class S>
+  BATCHOPS_INLINE int64_t ahead_again(int64_t tensors, int64_t c, int64_t step, int64_t end,
+                                      const Piece& now) const {
+    constexpr int64_t kCacheBytes = int64_t{2} << 20;
+    const int64_t bytes = tensors * shape.N * shape.HxW * static_cast<int64_t>(sizeof(S));
+    return bytes > kCacheBytes || now.length <= kAhead<S> ? ahead<S>(c, step, end, now) : 0;
+  }
 
   // Row kernel: columns of group g in row `step`, and how its mask bits are padded.
   struct Row {

@@ -23,19 +23,18 @@ struct ForwardPass : Statistics<S> {
   // R runs of n elements, `stride` apart, with the same channel values.
   template <int R, class Param>
   BATCHOPS_INLINE void apply_run(int64_t offset, int64_t stride, uint8_t* const* mask, int64_t n,
-                                 Param mean, Param scale, Param shift) const {
+                                 Param mean, Param scale, Param shift, int64_t ahead) const {
     const S* const from = x + offset;
     const S* const added = kResidual ? residual + offset : nullptr;
     S* const to = y + offset;
     int64_t start = 0;
     bool past = past_cache;
-    const bool rereads = geometry.rereads();
     uint64_t bits[R] = {};
     const auto vector = [&](int64_t j, auto lanes, int u) BATCHOPS_INLINE_LAMBDA {
       const P mean_j = mean[j], scale_j = scale[j], shift_j = shift[j];
       for (int k = 0; k < R; ++k) {
         const int64_t at = k * stride + j;
-        if (rereads) prefetch_ahead<T>(from, at, lanes);
+        if (ahead > 0) prefetch_ahead<T>(from, at, lanes, ahead);
         if constexpr (kResidual) prefetch_ahead<T>(added, at, lanes);
         P z = normalize(load<T>(from + at, lanes), mean_j, scale_j, shift_j);
         if constexpr (kResidual) z = z + load<T>(added + at, lanes);
@@ -92,7 +91,8 @@ struct ForwardPass : Statistics<S> {
       for (int64_t step = geometry.first_step(chunk); step < geometry.end_step(chunk); ++step) {
         const auto piece = geometry.piece(c, step);
         uint8_t* mask = args.mask + (kMask ? piece.mask : 0);
-        apply_run<1>(piece.offset, 0, &mask, piece.length, means, scales, shifts);
+        apply_run<1>(piece.offset, 0, &mask, piece.length, means, scales, shifts,
+                     geometry.template ahead_again<S>(1, c, step, geometry.end_step(chunk), piece));
       }
     }
   }
@@ -210,7 +210,8 @@ struct ForwardPass : Statistics<S> {
         to[k] = padded ? flat[k].at : mask[k];
       }
     }
-    apply_run<R>(row.offset, geometry.plan.row_stride, to, row.width, mean, scale, shift);
+    apply_run<R>(row.offset, geometry.plan.row_stride, to, row.width, mean, scale, shift,
+                 geometry.rereads() ? kAhead<S> : 0);
     if (padded) {
       for (int k = 0; k < R; ++k) pad_runs(mask[k], flat[k].at, row.runs, row.run);
     }
