@@ -546,6 +546,9 @@ def _complete_state(
     p: Tensor, entry: dict[str, Any], group: dict[str, Any], moments: tuple[str, ...]
 ) -> None:
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    # A buffer that is made later, for a momentum that was 0, has its first step then.
+    if entry.get("step") is not None and "momentum_buffer" in set(moments) - set(entry):
+        entry["step"].zero_()
     if "step" not in entry:
         home = p.device if group["capturable"] else torch.device("cpu")
         # Not torch.zeros: of this one FakeTensorMode knows the value.

@@ -260,8 +260,9 @@ class LARS(FusedOptimizer):
         max_grad_norm: bound on the norm of all gradients together, positive, or ``None``; one
             number for the whole optimizer.
 
-    State of each parameter: ``step`` as in :class:`LAMB`, ``momentum_buffer`` (float32, float64 for
-    float64 parameters; with a momentum), ``master``. ``load_state_dict`` takes states of timm's
+    State of each parameter: ``step`` as in :class:`LAMB` (counted from when the momentum was first
+    not 0), ``momentum_buffer`` (float32, float64 for float64 parameters; with a momentum),
+    ``master``. ``load_state_dict`` takes states of timm's
     Lars.
 
     Raises:

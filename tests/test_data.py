@@ -1050,6 +1050,36 @@ def test_iterating_after_the_pool_has_stopped() -> None:
     """)
 
 
+def test_torchs_threads_help_the_thread_that_trains_and_no_other() -> None:
+    """In another thread, and in a forked child, they would not: the pool does."""
+    assert_succeeds("""
+        import numpy as np
+        from batchops.data import collate
+        samples = [torch.randn(3, 224, 224) for _ in range(8)]
+        want = np.stack([sample.numpy() for sample in samples])
+
+        def right(pool_threads):
+            assert np.array_equal(collate(samples).numpy(), want)
+            assert _C.collate_threads() == pool_threads, _C.collate_threads()
+            done.append(pool_threads)
+
+        done = []
+        right(0)
+        thread = threading.Thread(target=right, args=(1,))
+        thread.start()
+        thread.join()
+        assert done == [0, 1]
+        child = os.fork()
+        if child == 0:
+            try:
+                right(1)
+            finally:
+                os._exit(len(done) != 3)
+        assert os.waitpid(child, 0)[1] == 0
+        right(1)
+    """)
+
+
 def test_keyboard_interrupt() -> None:
     assert_succeeds("""
         # A shell starts background jobs with the signal ignored, and children inherit that.

@@ -45,9 +45,11 @@ def oracle_of(optimizer: LARS) -> list[Tensor64]:
             own = replace(options, excluded=i in group["exclude"])
             state = optimizer.state.get(p) or {}
             m = state.get("momentum_buffer")
+            # A buffer that is not there yet has its first step when it is.
+            step = 0 if m is None and own.momentum else int(state.get("step", 0))
             m = np.zeros(p.shape) if m is None else to_extended(m)
             exact = to_extended(state.get("master", p))
-            tensors.append(Tensor64(exact, m, int(state.get("step", 0)), own))
+            tensors.append(Tensor64(exact, m, step, own))
     return tensors
 
 
@@ -420,3 +422,28 @@ def test_nothing_is_read_back_with_capturable():
     """lr, step counts, loss scale and found_inf on the device, in eager steps and in a graph."""
     params = [parameter(shape, device="cuda") for shape in ((3, 5), (70000,), (1000, 1000))]
     check_nothing_is_read_back(LARS, params, {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3})
+
+
+@FUSED
+def test_a_momentum_that_is_turned_on_later_begins_as_in_sgd(fused):
+    p = [parameter((40,)), parameter((40,))]
+    p[1].data.copy_(p[0].data)
+    ours = LARS([p[0]], lr=0.1, fused=fused)
+    sgd = torch.optim.SGD([p[1]], lr=0.1)
+    for step in range(6):
+        if step == 2:
+            for group in (ours.param_groups[0], sgd.param_groups[0]):
+                group.update(momentum=0.9, dampening=0.5)
+        p[0].grad = torch.randn(40)
+        p[1].grad = p[0].grad.clone()
+        ours.step()
+        sgd.step()
+        torch.testing.assert_close(p[0], p[1], rtol=1e-6, atol=1e-6)
+    again = LARS([p[0]], lr=0.1, momentum=0.9, dampening=0.5, fused=fused)
+    again.load_state_dict(ours.state_dict())
+    assert again.state[p[0]]["step"] == 4
+    p[0].grad = torch.randn(40)
+    p[1].grad = p[0].grad.clone()
+    again.step()
+    sgd.step()
+    torch.testing.assert_close(p[0], p[1], rtol=1e-6, atol=1e-6)

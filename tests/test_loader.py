@@ -55,7 +55,8 @@ from batchops.data._iterators import (
 )
 from batchops.data._memory import RING_BYTES, Memory
 from batchops.data._metrics import Depth, batch_length
-from batchops.data._threads import _crews
+from batchops.data._own import memory_of
+from batchops.data._threads import Modes, _crews
 from batchops.data._transfer import Transfer
 from batchops.data._tree import tensor_bytes
 
@@ -553,6 +554,81 @@ def test_errors_of_streams_name_no_index(arguments: dict[str, Any]) -> None:
     assert "dataset ind" not in text
 
 
+class Uneven(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([torch.zeros(3), torch.zeros(4)])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_collation_of_a_stream_names_the_position_alone(way: str) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(DataLoader(Uneven(), 2, **WAYS[way])))
+    assert "position 1, sample: Tensor of shape (4,)" in str(caught.value)
+    assert "dataset ind" not in str(caught.value)
+
+
+def test_explained_errors_keep_notes_and_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stack(batch: Any, **_: Any) -> Any:
+        error = RuntimeError("no such shape")
+        error.add_note("seen at noon")
+        error.code = 7
+        raise error from ZeroDivisionError("before")
+
+    monkeypatch.setitem(torch.utils.data._utils.collate.default_collate_fn_map, Tiny, stack)
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(DataLoader([Tiny(), Tiny()], 2)))
+    error = caught.value
+    assert str(error).startswith("no such shape\n  in the batch: position 0")
+    assert "dataset index 0" in str(error)
+    assert error.__notes__ == ["seen at noon"]
+    assert error.code == 7
+    assert isinstance(error.__cause__, ZeroDivisionError)
+
+
+class Tiny:
+    pass
+
+
+class Stops(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> int:
+        if i == 3:
+            raise StopIteration
+        return i
+
+
+@pytest.mark.parametrize("way", ["local", "threads", "processes"])
+def test_stop_iteration_of_a_sample_ends_the_loop_as_in_torch(way: str) -> None:
+    workers = {"num_workers": WAYS[way].get("num_workers", 0)}
+    want = [batch.tolist() for batch in TorchLoader(Stops(), 2, **workers)]
+    assert want == [[0, 1]]
+    assert [batch.tolist() for batch in DataLoader(Stops(), 2, **WAYS[way])] == want
+
+
+@pytest.mark.parametrize("arguments", [{"num_workers": 1}, {"threads": 2}], ids=str)
+def test_stop_iteration_of_a_collate_fn_ends_a_stream_as_in_torch(arguments: Any) -> None:
+    workers = {"num_workers": arguments.get("num_workers", 1)}
+    want = list(TorchLoader(Counted(12), 2, collate_fn=stops_at_four, **workers))
+    assert want == [[0, 1], [2, 3]]
+    assert list(DataLoader(Counted(12), 2, collate_fn=stops_at_four, **arguments)) == want
+
+
+class Counted(IterableDataset):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.n))
+
+
+def stops_at_four(batch: list[int]) -> list[int]:
+    if 4 in batch:
+        raise StopIteration
+    return batch
+
+
 class Failing(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         yield 1
@@ -833,7 +909,7 @@ def test_transfers_are_ordered_by_events_and_hold_their_slots() -> None:
 def test_loader_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams()
     monkeypatch.setattr("batchops.data._transfer.CudaStreams", lambda: streams)
-    monkeypatch.setattr("batchops.data.loader.CudaPages", Pages)
+    monkeypatch.setattr("batchops.data._own.CudaPages", Pages)
     for arguments in ({}, {"threads": 2}, {"num_workers": 1}):
         loader = DataLoader(TensorDataset(rows(64, 9000)), 16, device="cuda", **arguments)
         got = []
@@ -843,7 +919,7 @@ def test_loader_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             for event in streams.events[:-1]:
                 event.over = True
         assert torch.equal(torch.cat(got), rows(64, 9000))
-        assert loader._memory.pages.locked
+        assert memory_of(loader).pages.locked
     meta = DataLoader(TensorDataset(rows(4, 3)), 2, device="meta")
     assert [b[0].device.type for b in meta] == ["meta", "meta"]
 
@@ -1117,6 +1193,59 @@ def test_loaders_are_copied_and_pickled_before_use() -> None:
     loader = DataLoader(TensorDataset(rows(20, 3)), 4, collator=data.Collator())
     again = pickle.loads(pickle.dumps(loader))
     assert epoch(again) == epoch(loader)
+
+
+class Meeting(DataLoader):
+    """Two epochs begin at once, each in its thread."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.both = threading.Barrier(2, timeout=30)
+
+    def _get_iterator(self) -> Any:
+        self.both.wait()
+        return super()._get_iterator()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"threads": 1}], ids=str)
+def test_two_threads_begin_epochs_of_their_own(arguments: dict[str, Any]) -> None:
+    loader = Meeting(TensorDataset(torch.arange(500)), 500, shuffle=True, **arguments)
+    orders: list[list[int]] = []
+
+    def run() -> None:
+        ((batch,),) = list(loader)
+        orders.append(batch.tolist())
+
+    runners = [threading.Thread(target=run) for _ in range(2)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert [sorted(order) for order in orders] == [list(range(500))] * 2
+    assert orders[0] != orders[1]
+
+
+class Crowded(DataLoader):
+    """Of names that a loader of ours might want for itself."""
+
+    _epoch = _pending = _current = _memory = _transfer = _metrics = _counts = _own = "the user's"
+    _resume_at = _resume = _gather_source = _memory_for_batches = "the user's"
+
+
+@pytest.mark.parametrize("way", ["local", "threads", "processes"])
+def test_names_of_subclasses_are_their_own(way: str) -> None:
+    loader = Crowded(list(range(20)), 4, **WAYS[way])
+    first = next(iter(loader)).tolist()
+    again = Crowded(list(range(20)), 4, **WAYS[way])
+    again.load_state_dict({**loader.state_dict(), "yielded": 1})
+    assert [first, *(batch.tolist() for batch in again)] == np.arange(20).reshape(5, 4).tolist()
+    assert loader.metrics["batches"] == 1
+
+
+def test_iterators_are_made_without_iter() -> None:
+    loader = DataLoader(TensorDataset(rows(20, 3)), 4)
+    iterator = loader._get_iterator()
+    assert [seen(next(iterator)) for _ in range(5)] == epoch(loader)
 
 
 # --- failure -------------------------------------------------------------------------------------
@@ -1432,7 +1561,12 @@ def test_native_threads_are_made_late_and_bounded() -> None:
         assert _C.collate_threads() == 0
         data.collate([torch.ones(3)] * 2)
         assert _C.collate_threads() == 0
-        data.collate([torch.ones(100_000)] * 8)
+        large = [torch.ones(100_000)] * 8
+        data.collate(large)
+        assert _C.collate_threads() == 0  # torch's own threads helped
+        thread = threading.Thread(target=data.collate, args=(large,))
+        thread.start()
+        thread.join()
         assert 0 < _C.collate_threads() <= 2
         """)
 
@@ -1623,6 +1757,23 @@ def test_threads_have_the_modes_of_who_began_the_epoch() -> None:
         assert first() == (torch.bfloat16, False, False)
     with torch.inference_mode():
         assert first() == (torch.float32, False, True)
+
+
+def test_threads_make_tensors_on_the_default_device_of_who_began_the_epoch() -> None:
+    # As parts: a base seed cannot be drawn on the one other device that is everywhere.
+    with torch.device("meta"):
+        modes = Modes.now()
+    made: list[str] = []
+
+    def run() -> None:
+        with modes.entered():
+            made.append(torch.empty(2).device.type)
+        made.append(torch.empty(2).device.type)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert made == ["meta", "cpu"]
 
 
 def test_an_iterable_dataset_is_begun_after_the_threads_are_set_up() -> None:

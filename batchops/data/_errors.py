@@ -85,10 +85,7 @@ def explained(error: Exception) -> Exception:
         new = type(error)(f"{error.args[0]}{where}")
     else:
         return error
-    new.__traceback__ = error.__traceback__
-    new.__cause__ = error.__cause__
-    new._batchops_place = place
-    return new
+    return _like(error, new)
 
 
 def with_indices(error: Exception, indices: Any) -> Exception:
@@ -100,6 +97,8 @@ def with_indices(error: Exception, indices: Any) -> Exception:
     try:
         index = list(indices)[position]
     except (TypeError, IndexError):
+        return error
+    if index is None:  # a stream's samples have none
         return error
     return _with_text(error, f" (dataset index {index})")
 
@@ -129,7 +128,16 @@ def _with_text(error: Exception, text: str) -> Exception:
         new = KeyError(KeyErrorMessage(f"{error.args[0]}{text}"))
     else:
         new = type(error)(f"{error.args[0]}{text}")
+    return _like(error, new)
+
+
+def _like(error: Exception, new: Exception) -> Exception:
+    """`new` with all that `error` has besides its arguments: attributes and notes too."""
+    new.__dict__.update({**error.__dict__, **new.__dict__})
     new.__traceback__ = error.__traceback__
+    new.__context__ = error.__context__
+    new.__cause__ = error.__cause__  # which says that the context is not to be shown
+    new.__suppress_context__ = error.__suppress_context__
     return new
 
 

@@ -19,7 +19,8 @@ from batchops.data._collate import collate, collate_into, is_default
 from batchops.data._errors import raise_alone, with_indices
 from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
-from batchops.data._resume import EpochStart
+from batchops.data._own import memory_of, own, transfer_of
+from batchops.data._resume import EpochStart, beginning_of
 from batchops.data._sampling import IndexStream, RecordedSampler
 from batchops.data._source import Batch, GatherSource, collate_only_stacks
 from batchops.data._threads import Crew, End, WorkerInfo
@@ -39,20 +40,22 @@ class Delivery:
 
     def _attach(self, loader: Any) -> None:
         """Before torch's constructor runs."""
-        self._loader_metrics = loader._metrics
-        self._memory = loader._memory_for_batches()
-        self._transfer = loader._transfer()
-        self._epoch: EpochStart = loader._epoch
-        self._resumed = loader._resume_at
+        self._loader_metrics = own(loader).counts
+        self._memory = memory_of(loader)
+        self._transfer = transfer_of(loader)
+        beginning = beginning_of(loader)
+        self._epoch: EpochStart = beginning.epoch
+        self._resumed = beginning.yielded
         self._finished = False
 
     def _next_epoch(self, loader: Any) -> None:
         """Of persistent workers, whose base seed is drawn once."""
         base_seed = self._epoch.base_seed
-        self._epoch = loader._epoch
+        beginning = beginning_of(loader)
+        self._epoch = beginning.epoch
         if self._epoch.base_seed is None:
             self._epoch.base_seed = base_seed
-        self._resumed = loader._resume_at
+        self._resumed = beginning.yielded
 
     def _begin_epoch(self) -> None:
         """After torch's constructor (or _reset) drew its numbers."""
@@ -595,27 +598,26 @@ class _IterableFetch:
         self._ended = False
         self.turns = threading.Lock()
 
-    def batch(self, data: Any) -> Any:
-        return self._collate(data)
+    # StopIteration ends a stream from wherever it comes, as in torch's worker processes.
 
     def draw(self, index: Any) -> Any:
         if self._ended:
-            raise StopIteration
-        if self._iterator is None:
-            self._iterator = iter(self._dataset)
-        if not self._auto:
-            try:
-                return next(self._iterator)
-            except StopIteration:
-                self._ended = True
-                raise
+            return End
         data: list[Any] = []
-        for _ in index:
-            try:
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._dataset)
+            if not self._auto:
+                return next(self._iterator)
+            for _ in index:
                 data.append(next(self._iterator))
-            except StopIteration:
-                self._ended = True
-                break
-        if not data or (self._drop_last and len(data) < len(index)):
-            raise StopIteration
-        return data
+        except StopIteration:
+            self._ended = True
+        return End if not data or (self._drop_last and len(data) < len(index)) else data
+
+    def batch(self, data: Any) -> Any:
+        try:
+            return self._collate(data)
+        except StopIteration:
+            self._ended = True
+            return End

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data.distributed import DistributedSampler
@@ -77,6 +80,36 @@ class EpochStart:
         if any(e is not None for e in self.epochs):
             state["epochs"] = self.epochs
         return state
+
+
+class Beginning(NamedTuple):
+    """The epoch that iter(loader) is about to begin, and how many of its batches were handed out
+    before."""
+
+    loader: Any
+    epoch: EpochStart
+    yielded: int
+
+
+# Not the loader's: several threads may begin epochs of one loader.
+_beginning: ContextVar[Beginning | None] = ContextVar("batchops_beginning", default=None)
+
+
+@contextlib.contextmanager
+def begins(loader: Any, epoch: EpochStart, yielded: int) -> Iterator[None]:
+    token = _beginning.set(Beginning(loader, epoch, yielded))
+    try:
+        yield
+    finally:
+        _beginning.reset(token)
+
+
+def beginning_of(loader: Any) -> Beginning:
+    """For an iterator that is made or made ready for another epoch, by iter(loader) or without."""
+    now = _beginning.get()
+    return (
+        Beginning(loader, EpochStart(loader), 0) if now is None or now.loader is not loader else now
+    )
 
 
 def restore(loader: Any, state: dict[str, Any]) -> EpochStart:

@@ -47,12 +47,18 @@ class Modes(NamedTuple):
     inference: bool
     grad: bool
     autocast: list[tuple[str, torch.dtype]]
+    device: torch.device  # of tensors that are made without one
 
     @classmethod
     def now(cls) -> Modes:
         on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in on]
-        return cls(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast)
+        return cls(
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            autocast,
+            torch.get_default_device(),
+        )
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -61,6 +67,8 @@ class Modes(NamedTuple):
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for kind, dtype in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype))
+            if self.device.type != "cpu":
+                stack.enter_context(self.device)
             yield
 
 
@@ -227,8 +235,6 @@ def _serve(crew: Crew, info: WorkerInfo, modes: Modes) -> None:
     def attempt(call: Callable[[Any], Any], argument: Any) -> Any:
         try:
             return call(argument)
-        except StopIteration:
-            return End
         except BaseException:
             # A thread that died would leave the loop waiting; so KeyboardInterrupt travels too.
             return ExceptionWrapper(where=where)

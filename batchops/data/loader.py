@@ -18,12 +18,9 @@ from batchops.data._iterators import (
     ThreadIter,
     WorkerGatherIter,
 )
-from batchops.data._memory import CudaPages, Memory
-from batchops.data._metrics import Metrics
-from batchops.data._resume import EpochStart, checked, restore
+from batchops.data._own import NAME, Own, memory_of, own
+from batchops.data._resume import EpochStart, begins, checked, restore
 from batchops.data._source import GatherSource, collate_only_stacks
-from batchops.data._transfer import Transfer
-from batchops.data._tree import map_tensors
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -71,7 +68,8 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         ``get_worker_info`` gives None, and the global generators of torch, ``random`` and NumPy are
         those of the process: not seeded for each thread, and drawn from in no fixed order. An
         iterable dataset has one iterator, advanced by one thread at a time, in order. Gradient,
-        inference and autocast mode are those of the moment when the epoch begins. How many batches
+        inference and autocast mode and the default device are those of the moment when the epoch
+        begins. How many batches
         are under way follows from how long the last ones were waited for; so a sampler that draws
         from a generator which the loop draws from too gives another order each time.
     collator
@@ -116,12 +114,6 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     collator: Any = None
     ring_bytes: int | None = None
     checked: bool = False
-    _counts: Metrics | None = None
-    _memory: Memory | None = None
-    _epoch: EpochStart | None = None
-    _resume_at = 0
-    _pending: dict[str, Any] | None = None
-    _current: Any = None
 
     def __init__(
         self,
@@ -189,52 +181,26 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: slots, counts, the iterator."""
-        own = ("_counts", "_memory", "_epoch", "_current")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
-
-    @property
-    def _metrics(self) -> Metrics:
-        if self._counts is None:
-            self._counts = Metrics()
-        return self._counts
+        return {**self.__dict__, NAME: Own(own(self).pending)}
 
     # --- iteration ----------------------------------------------------------------------------
 
     def __iter__(self) -> Any:
-        state, self._pending = self._pending, None
+        mine = own(self)
+        state, mine.pending = mine.pending, None
         if state is None:
-            self._resume_at = 0
-            self._epoch = EpochStart(self)
-            iterator = super().__iter__()
+            with begins(self, EpochStart(self), 0):
+                iterator = super().__iter__()
         else:
-            iterator = self._resume(state)
+            iterator = _resume(self, state, super().__iter__)
         # What a subclass makes may be any iterator.
-        self._current = weakref.ref(iterator) if isinstance(iterator, Delivery) else None
-        return iterator
-
-    def _resume(self, state: dict[str, Any]) -> Any:
-        self._resume_at = state["yielded"]
-        self._epoch = restore(self, state)
-        iterable = self._dataset_kind == torch_dataloader._DatasetKind.Iterable
-        replay = self._resume_at if iterable else 0
-        if "dataset" in state:
-            self.dataset.load_state_dict(state["dataset"])
-            replay = 0
-        # The epoch's numbers were drawn when it began: nothing more is taken from the global
-        # generator, so that it may be restored before this or after.
-        rng = torch.get_rng_state()
-        try:
-            iterator = super().__iter__()
-        finally:
-            torch.set_rng_state(rng)
-        if replay:
-            iterator._replay(replay)
+        mine.current = weakref.ref(iterator) if isinstance(iterator, Delivery) else None
         return iterator
 
     def _get_iterator(self) -> torch_dataloader._BaseDataLoaderIter:
         if self.threads is not None:
             return ThreadIter(self)
-        source = self._gather_source()
+        source = _gather_source(self)
         if source is not None:
             if self.num_workers == 0:
                 return GatherIter(self, source)
@@ -245,43 +211,12 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         self.check_worker_number_rationality()
         return ProcessIter(self)
 
-    def _gather_source(self) -> GatherSource | None:
-        if (
-            self._dataset_kind != torch_dataloader._DatasetKind.Map
-            or not self._auto_collation
-            or not is_default(self.collate_fn)
-            or (self.num_workers > 0 and self.worker_init_fn is not None)
-            or not collate_only_stacks()
-        ):
-            return None
-        source = GatherSource.of(self.dataset)
-        return source if source is not None and source.may_gather() else None
-
-    # --- memory -------------------------------------------------------------------------------
-
-    def _memory_for_batches(self) -> Memory:
-        if self._memory is None:
-            device = torch.device(self.device) if self.device is not None else None
-            to_cuda = device is not None and device.type == "cuda"
-            pins = to_cuda or (self.pin_memory and torch.cuda.is_available())
-            pages = CudaPages() if pins else None
-            self._memory = Memory(self.ring_bytes, checked=self.checked, pages=pages)
-        return self._memory
-
-    def _transfer(self) -> Transfer | None:
-        if self.device is None:
-            return None
-        device = torch.device(self.device)
-        if device.type == "cuda":
-            return Transfer(device, self._memory_for_batches().hold)
-        return None if device.type == "cpu" else _Moves(device)
-
     @_Computed
     def metrics(self) -> dict[str, Any]:
         """samples, batches, samples_per_second, wait_seconds and wait_fraction (in ``next``),
         prefetch_depth (batches under way), ring (slots, bytes, allocations ...), ring_occupancy
         (bytes in use / bytes of slots), bytes_written_per_batch_byte."""
-        return self._metrics.snapshot(self._memory_for_batches())
+        return own(self).counts.snapshot(memory_of(self))
 
     # --- resumption ---------------------------------------------------------------------------
 
@@ -297,9 +232,10 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         of the user's with these two methods get their state of the beginning of the epoch; others
         must give the same order again.
         """
-        iterator = self._current() if self._current is not None else None
-        if iterator is None and self._pending is not None:
-            return dict(self._pending)
+        mine = own(self)
+        iterator = mine.current() if mine.current is not None else None
+        if iterator is None and mine.pending is not None:
+            return dict(mine.pending)
         state = None if iterator is None else iterator._state()
         if state is None:
             return {**EpochStart(self).as_dict(0), "between_epochs": True}
@@ -314,15 +250,41 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         """The next ``iter()`` goes on after the last batch that was handed out before ``state`` was
         taken. Raises ValueError for a state of another format, or of a loader with other samplers.
         """
-        self._pending = checked(state)
-        self._current = None
+        mine = own(self)
+        mine.pending = checked(state)
+        mine.current = None
 
 
-class _Moves:
-    """To a device that is no CUDA device: a plain copy."""
+def _resume(loader: Any, state: dict[str, Any], begin: Callable[[], Any]) -> Any:
+    """The iterator that goes on from `state`."""
+    yielded = state["yielded"]
+    epoch = restore(loader, state)
+    iterable = loader._dataset_kind == torch_dataloader._DatasetKind.Iterable
+    replay = yielded if iterable else 0
+    if "dataset" in state:
+        loader.dataset.load_state_dict(state["dataset"])
+        replay = 0
+    # The epoch's numbers were drawn when it began: nothing more is taken from the global generator,
+    # so that it may be restored before this or after.
+    rng = torch.get_rng_state()
+    try:
+        with begins(loader, epoch, yielded):
+            iterator = begin()
+    finally:
+        torch.set_rng_state(rng)
+    if replay:
+        iterator._replay(replay)
+    return iterator
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
 
-    def __call__(self, data: Any) -> Any:
-        return map_tensors(data, lambda tensor: tensor.to(self._device))
+def _gather_source(loader: Any) -> GatherSource | None:
+    if (
+        loader._dataset_kind != torch_dataloader._DatasetKind.Map
+        or not loader._auto_collation
+        or not is_default(loader.collate_fn)
+        or (loader.num_workers > 0 and loader.worker_init_fn is not None)
+        or not collate_only_stacks()
+    ):
+        return None
+    source = GatherSource.of(loader.dataset)
+    return source if source is not None and source.may_gather() else None

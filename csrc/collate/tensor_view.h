@@ -25,4 +25,8 @@ using CountWrites = int64_t (*)(void* object);
 // storage's.
 using PrefetchTensor = void (*)(void* object);
 
+// Calls work(argument) in `threads` threads of torch's, the caller among them, and returns when all
+// have returned.
+using RunOnTeam = void (*)(int32_t threads, void (*work)(void*), void* argument);
+
 }  // namespace batchops::collate

@@ -67,6 +67,10 @@ class ThreadPool {
   // Returns when all of `task` is done, helping with it.
   void wait(Task& task) noexcept;
 
+  // Runs chunks of a task that was never submitted until all are taken: for a team of other
+  // threads, with which the task is done when the last of them returns.
+  static void take_part(Task& task) noexcept { run_chunks(task); }
+
   // Drops the chunks that no thread has begun and returns when the begun ones are over: after it,
   // no thread touches the memory that `task` refers to. A task cancelled twice, or waited for
   // after, is done.

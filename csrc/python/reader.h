@@ -1,6 +1,8 @@
 // How the module reads tensors: functions of the torch binding, given to it when both are loaded.
 #pragma once
+#include <pthread.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include "collate/tensor_view.h"
 
@@ -16,6 +18,20 @@ struct Reader {
 };
 
 inline Reader reader;
+
+// torch's own threads, for the thread that loaded the module: usually the one that trains.
+struct Team {
+  RunOnTeam run = nullptr;
+  pid_t process = 0;
+  pthread_t thread{};
+
+  // A forked child has none of them, and each thread that asks for some would get a set of its own.
+  bool is_mine() const {
+    return run != nullptr && process == getpid() && pthread_equal(thread, pthread_self()) != 0;
+  }
+};
+
+inline Team team;
 
 constexpr int kWriteable = 0x0400;  // NPY_ARRAY_WRITEABLE
 

@@ -1,4 +1,5 @@
-// The one thing that the collator needs of torch's C++: where a Python tensor keeps its bytes.
+// What the collator needs of torch's C++: where a Python tensor keeps its bytes, and threads.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/COW.h>
@@ -87,4 +88,12 @@ extern "C" __attribute__((visibility("default"))) int64_t batchops_count_writes(
   const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
   if (c10::impl::cow::is_cow_data_ptr(storage.data_ptr())) return -1;
   return impl.version_counter().current_version();
+}
+
+extern "C" __attribute__((visibility("default"))) void batchops_run_on_team(int32_t threads,
+                                                                            void (*work)(void*),
+                                                                            void* argument) {
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(argument);
+  });
 }

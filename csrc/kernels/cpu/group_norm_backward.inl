@@ -332,8 +332,8 @@ struct GroupBackward : GroupBackwardOfKept<S, kDerivative == Derivative::one> {
     const GroupStats<T> of = stats_of(unit);
     const V mean(of.hi), zero(T(0));
     const Elements elements = this->elements();
-    for (int64_t j0 = begin; j0 < end;) {
-      const int64_t d = j0 / HxW, i = j0 % HxW;
+    int64_t d = begin / HxW, i = begin % HxW;
+    for (int64_t j0 = begin; j0 < end; ++d, i = 0) {
       const int64_t n = end - j0 < HxW - i ? end - j0 : HxW - i;
       const T scale_d = of.scale(affine.weight[first_channel + d]);
       const V scale(scale_d), shift(of.shift(scale_d, affine.bias[first_channel + d]));
