@@ -427,13 +427,15 @@ class _Plan:
                 return False
         for member in self.plain:
             member.stats = None
+        divisors: dict[torch.device, Tensor] = {}
         for member in members:
             p = member.p
-            total = plain.total(sums, p.device, plain.wide(p))
-            divisor = plain.divisor(p, total, bound, clip_eps, scale)
+            if p.device not in divisors:
+                total = plain.total(sums, p.device, plain.wide(p))
+                divisors[p.device] = plain.divisor(p, total, bound, clip_eps, scale)
             group = groups[member.group]
             step = plain.lamb_step if kind == "LAMB" else plain.lars_step
-            step(member, group, divisor, scale, optimizer._numbers(group), skip)
+            step(member, group, divisors[p.device], scale, optimizer._numbers(group), skip)
         return True
 
     def stats(self) -> list[tuple[list[int], Tensor]]:

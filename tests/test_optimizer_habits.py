@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from batchops import _optimizer_plain as plain
 from batchops.optim import LAMB, LARS
 
 BOTH = pytest.mark.parametrize("kind", [LAMB, LARS])
@@ -163,3 +164,17 @@ def test_under_fake_tensors(kind, fused):
         p = parameter(3)
         kind([p], lr=0.1, fused=fused).step()
         assert p.shape == (3,)
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_the_plain_form_forms_the_norm_of_all_gradients_once(kind, monkeypatch):
+    """Not once for each parameter: of thousands, that would take seconds."""
+    params = [torch.nn.Parameter(torch.randn(4)) for _ in range(50)]
+    for p in params:
+        p.grad = torch.randn(4)
+    optimizer = kind(params, lr=0.1, max_grad_norm=1.0, fused=False)
+    calls = []
+    total = plain.total
+    monkeypatch.setattr(plain, "total", lambda *arguments: calls.append(1) or total(*arguments))
+    optimizer.step()
+    assert len(calls) == 1
