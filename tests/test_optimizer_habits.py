@@ -178,3 +178,38 @@ def test_the_plain_form_forms_the_norm_of_all_gradients_once(kind, monkeypatch):
     monkeypatch.setattr(plain, "total", lambda *arguments: calls.append(1) or total(*arguments))
     optimizer.step()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_many_parameters_are_read_by_all_threads_as_by_one(kind):
+    """Some without a gradient, some with one in a layout of its own; errors are the first one's."""
+
+    def trained(threads: int) -> tuple[list[torch.Tensor], list[int]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(3)
+            params = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(700)]
+            optimizer = kind(params, lr=0.1, weight_decay=0.1, max_grad_norm=1.0, fused=True)
+            for step in range(3):
+                for i, p in enumerate(params):
+                    p.grad = None if (i + step) % 7 == 0 else torch.randn(6, 4)
+                if step:
+                    params[600].grad = torch.randn(4, 6).t()
+                    params[20].grad = torch._neg_view(torch.randn(6, 4))
+                optimizer.step()
+            for bad in (650, 410):
+                params[bad].grad = torch.zeros(6, 4).to_sparse()
+            saved = [p.detach().clone() for p in params]
+            with pytest.raises(RuntimeError, match=r"parameter 410 .* has a sparse gradient"):
+                optimizer.step()
+            assert all(torch.equal(p, q) for p, q in zip(params, saved, strict=True))
+            return saved, [p._version for p in params]
+        finally:
+            torch.set_num_threads(before)
+
+    one, one_versions = trained(1)
+    two, two_versions = trained(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert one_versions == two_versions
+    assert min(one_versions) >= 2

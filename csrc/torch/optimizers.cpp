@@ -5,8 +5,12 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
+#include <iterator>
+#include <utility>
 #include <vector>
 
 #include "kernels/info.h"
@@ -129,42 +133,54 @@ class OptimizerTable : public torch::CustomClassHolder {
   // Reads .grad of every parameter and checks what the step will touch. -1, or the index of a
   // parameter that these kernels cannot serve any more, since its dtype, device or strides changed.
   int64_t prepare() {
-    tensors_.clear();
-    active_.clear();
-    kept_.clear();
-    counts_.clear();
-    for (size_t i = 0; i < params_.size(); ++i) {
-      ask_ahead(i);
-      const Tensor& p = params_[i];
-      const Tensor& grad = p.grad();
-      if (!grad.defined()) continue;
-      if (p.device() != device_ ||
-          !unsupported(kind_, p, {&firsts_[i], &seconds_[i]}, masters_[i]).empty() ||
-          steps_[i].device() != counts_home_ || steps_[i].scalar_type() != at::kFloat ||
-          steps_[i].numel() != 1) {
-        return static_cast<int64_t>(i);
-      }
-      check_grad(p, grad, names_[i]);
-      add(i, p, grad);
+    // Tensors that lie all over memory are waited for rather than computed with: by all threads.
+    constexpr size_t kPart = 256;
+    const size_t count = params_.size();
+    const size_t parts =
+        std::min(static_cast<size_t>(at::get_num_threads()), std::max(count / kPart, size_t{1}));
+    std::vector<Found> found(parts);
+    const auto read_part = [&](size_t k, bool may_copy) {
+      return read(count * k / parts, count * (k + 1) / parts, may_copy, found[k]);
+    };
+    bool whole = false;
+    if (parts > 1 && !at::in_parallel_region()) {
+      std::atomic<bool> complete{true};
+      at::parallel_for(0, static_cast<int64_t>(parts), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; ++k) {
+          try {
+            if (read_part(static_cast<size_t>(k), false) >= 0) complete = false;
+          } catch (...) {
+            complete = false;
+          }
+        }
+      });
+      whole = complete;
     }
+    // One after the other it is the first one that is told of.
+    for (size_t k = 0; k < parts && !whole; ++k) {
+      found[k] = {};
+      if (const int64_t stale = read_part(k, true); stale >= 0) return stale;
+    }
+    found_ = std::move(found[0]);
+    for (size_t k = 1; k < parts; ++k) found_.append(std::move(found[k]));
     return -1;
   }
 
   // Σ grad², a 0-dim float64 tensor on the device; of what prepare() has read.
   Tensor grad_sum_sq() {
     Tensor sum = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(device_));
-    if (tensors_.empty()) return sum;
+    if (found_.tensors.empty()) return sum;
     if (device_.is_cpu()) {
-      raise_on(grad_sum_sq_cpu(tensors_.data(), static_cast<int64_t>(tensors_.size()),
+      raise_on(grad_sum_sq_cpu(found_.tensors.data(), static_cast<int64_t>(found_.tensors.size()),
                                sum.mutable_data_ptr<double>(), torch_threads()));
       return sum;
     }
     const c10::DeviceGuard guard(device_);
     upload();
-    const auto count = static_cast<int64_t>(tensors_.size());
+    const auto count = static_cast<int64_t>(found_.tensors.size());
     const Tensor workspace =
-        bytes_on_device(grad_sum_sq_workspace_bytes_cuda(tensors_.data(), count));
-    raise_on(grad_sum_sq_cuda(tensors_.data(), count, table_.const_data_ptr(),
+        bytes_on_device(grad_sum_sq_workspace_bytes_cuda(found_.tensors.data(), count));
+    raise_on(grad_sum_sq_cuda(found_.tensors.data(), count, table_.const_data_ptr(),
                               workspace.mutable_data_ptr(), sum.mutable_data_ptr<double>(),
                               device_.index(), current_stream(device_)));
     return sum;
@@ -186,9 +202,9 @@ class OptimizerTable : public torch::CustomClassHolder {
     max_grad_norm_ = max_grad_norm;
     clip_eps_ = clip_eps;
     grad_scale_ = grad_scale;
-    if (tensors_.empty()) return -1;
+    if (found_.tensors.empty()) return -1;
 
-    stats_ = at::empty({static_cast<int64_t>(tensors_.size()), 4},
+    stats_ = at::empty({static_cast<int64_t>(found_.tensors.size()), 4},
                        at::TensorOptions().dtype(at::kFloat).device(device_));
     auto* stats = reinterpret_cast<TensorStats*>(stats_.mutable_data_ptr<float>());
     if (device_.is_cpu()) {
@@ -198,26 +214,30 @@ class OptimizerTable : public torch::CustomClassHolder {
     } else {
       step_on_device(grad_sum_sq, stats);
     }
-    for (size_t k = 0; k < counts_.size(); ++k) *counts_[k] = static_cast<float>(tensors_[k].step);
+    for (size_t k = 0; k < found_.counts.size(); ++k)
+      *found_.counts[k] = static_cast<float>(found_.tensors[k].step);
     // Autograd must notice that what it may have saved has changed.
     std::vector<c10::TensorImpl*> written;
-    written.reserve(4 * active_.size());
-    for (size_t i : active_) {
+    written.reserve(4 * found_.active.size());
+    for (size_t i : found_.active) {
       written.push_back(params_[i].unsafeGetTensorImpl());
       for (const State* state : {&firsts_[i], &seconds_[i], &masters_[i]}) {
         if (*state) written.push_back((*state)->unsafeGetTensorImpl());
       }
       if (!counts_home_.is_cpu()) written.push_back(steps_[i].unsafeGetTensorImpl());
     }
-    raise_versions(written);
-    kept_.clear();
+    at::parallel_for(0, static_cast<int64_t>(written.size()), 2048,
+                     [&](int64_t begin, int64_t end) {
+                       raise_versions(written.data() + begin, static_cast<size_t>(end - begin));
+                     });
+    found_.kept.clear();
     return -1;
   }
 
   // Of the last step: the indices of the tensors that had a gradient, and for each ‖p‖, ‖g‖, ‖u‖
   // and ratio, on the device.
   std::tuple<std::vector<int64_t>, Tensor> stats() const {
-    return {std::vector<int64_t>(active_.begin(), active_.end()),
+    return {std::vector<int64_t>(found_.active.begin(), found_.active.end()),
             stats_.defined() ? stats_ : at::empty({0, 4}, at::TensorOptions().dtype(at::kFloat))};
   }
 
@@ -227,11 +247,11 @@ class OptimizerTable : public torch::CustomClassHolder {
   }
   // An increment is atomic, and nothing overlaps with its wait for memory: so counters are read a
   // batch ahead, which overlaps.
-  static void raise_versions(const std::vector<c10::TensorImpl*>& impls) {
+  static void raise_versions(c10::TensorImpl* const* impls, size_t count) {
     constexpr size_t kBatch = 32;
-    for (size_t begin = 0; begin < impls.size(); begin += kBatch) {
-      const size_t end = std::min(begin + kBatch, impls.size());
-      for (size_t k = end; k < std::min(end + kBatch, impls.size()); ++k) ask_for(impls[k]);
+    for (size_t begin = 0; begin < count; begin += kBatch) {
+      const size_t end = std::min(begin + kBatch, count);
+      for (size_t k = end; k < std::min(end + kBatch, count); ++k) ask_for(impls[k]);
       std::array<bool, kBatch> counted;
       for (size_t k = begin; k < end; ++k) {
         counted[k - begin] = !impls[k]->is_inference();
@@ -309,13 +329,56 @@ class OptimizerTable : public torch::CustomClassHolder {
     return last + 1;
   }
 
-  void add(size_t i, const Tensor& p, const Tensor& grad) {
+  // What a step has found of parameters with a gradient.
+  struct Found {
+    std::vector<OptimizerTensor> tensors;
+    std::vector<size_t> active;  // their indices
+    std::vector<float*> counts;  // their step counts, where those are on the CPU
+    std::vector<Tensor> kept;    // copies of gradients, for the duration of a step
+
+    void append(Found&& more) {
+      const auto to = [](auto& all, auto& part) {
+        all.insert(all.end(), std::make_move_iterator(part.begin()),
+                   std::make_move_iterator(part.end()));
+      };
+      to(tensors, more.tensors);
+      to(active, more.active);
+      to(counts, more.counts);
+      to(kept, more.kept);
+    }
+  };
+
+  // Parameters [begin, end). The index of one that cannot be served, or has a gradient to copy
+  // where none may be; else -1.
+  int64_t read(size_t begin, size_t end, bool may_copy, Found& found) const {
+    found.tensors.reserve(end - begin);
+    found.active.reserve(end - begin);
+    if (counts_home_.is_cpu()) found.counts.reserve(end - begin);
+    for (size_t i = begin; i < end; ++i) {
+      ask_ahead(i);
+      const Tensor& p = params_[i];
+      const Tensor& grad = p.grad();
+      if (!grad.defined()) continue;
+      if (p.device() != device_ ||
+          !unsupported(kind_, p, {&firsts_[i], &seconds_[i]}, masters_[i]).empty() ||
+          steps_[i].device() != counts_home_ || steps_[i].scalar_type() != at::kFloat ||
+          steps_[i].numel() != 1) {
+        return static_cast<int64_t>(i);
+      }
+      check_grad(p, grad, names_[i]);
+      if (!add(i, p, grad, may_copy, found)) return static_cast<int64_t>(i);
+    }
+    return -1;
+  }
+
+  bool add(size_t i, const Tensor& p, const Tensor& grad, bool may_copy, Found& found) const {
     Tensor g = grad;
     if (g.is_neg() || g._is_zerotensor() || !kernel_dtype(g) || !same_layout(g, p)) {
       // Rare: a layout of its own, or a dtype no kernel takes. One copy in the parameter's layout.
+      if (!may_copy) return false;
       const auto type = kernel_dtype(g) ? g.scalar_type() : at::kFloat;
       g = at::empty_strided(p.sizes(), p.strides(), g.options().dtype(type)).copy_(g);
-      kept_.push_back(g);
+      found.kept.push_back(g);
     }
     const auto data = [](const State& t) { return t ? t->mutable_data_ptr<float>() : nullptr; };
     OptimizerTensor x;
@@ -330,13 +393,14 @@ class OptimizerTable : public torch::CustomClassHolder {
     x.g_dtype = *dtype_of(g.scalar_type());
     x.group = static_cast<int32_t>(group_of_[i]);
     if (counts_home_.is_cpu()) {
-      counts_.push_back(steps_[i].mutable_data_ptr<float>());
-      x.step = static_cast<double>(*counts_.back()) + 1;
+      found.counts.push_back(steps_[i].mutable_data_ptr<float>());
+      x.step = static_cast<double>(*found.counts.back()) + 1;
     } else {
       x.device_step = steps_[i].mutable_data_ptr<float>();
     }
-    tensors_.push_back(x);
-    active_.push_back(i);
+    found.tensors.push_back(x);
+    found.active.push_back(i);
+    return true;
   }
 
   void set_groups(const std::vector<double>& numbers, const std::vector<int64_t>& flags) {
@@ -355,7 +419,7 @@ class OptimizerTable : public torch::CustomClassHolder {
                                 flag(3), flag(4), flag(5), flag(6)});
       }
     }
-    for (const OptimizerTensor& x : tensors_) {
+    for (const OptimizerTensor& x : found_.tensors) {
       TORCH_CHECK_INDEX(x.group >= 0 && x.group < static_cast<int64_t>(flags.size()),
                         "OptimizerTable.step: a parameter is of group ", x.group, ", got ",
                         flags.size(), " groups");
@@ -394,8 +458,8 @@ class OptimizerTable : public torch::CustomClassHolder {
 
   LambArgs lamb() const {
     LambArgs result;
-    result.tensors = tensors_.data();
-    result.tensor_count = static_cast<int64_t>(tensors_.size());
+    result.tensors = found_.tensors.data();
+    result.tensor_count = static_cast<int64_t>(found_.tensors.size());
     result.groups = lamb_groups_.data();
     result.group_count = static_cast<int32_t>(lamb_groups_.size());
     result.max_grad_norm = max_grad_norm_;
@@ -407,8 +471,8 @@ class OptimizerTable : public torch::CustomClassHolder {
 
   LarsArgs lars() const {
     LarsArgs result;
-    result.tensors = tensors_.data();
-    result.tensor_count = static_cast<int64_t>(tensors_.size());
+    result.tensors = found_.tensors.data();
+    result.tensor_count = static_cast<int64_t>(found_.tensors.size());
     result.groups = lars_groups_.data();
     result.group_count = static_cast<int32_t>(lars_groups_.size());
     result.max_grad_norm = max_grad_norm_;
@@ -441,16 +505,16 @@ class OptimizerTable : public torch::CustomClassHolder {
   // allocator hands out again in the order of the stream. A captured graph sends and reads a table
   // of its own, whenever it is replayed.
   void upload() {
-    const auto count = static_cast<int64_t>(tensors_.size());
+    const auto count = static_cast<int64_t>(found_.tensors.size());
     next_entries_.resize(optimizer_entries_bytes_cuda(count));
-    optimizer_describe_cuda(tensors_.data(), count, group_count_, next_entries_.data());
+    optimizer_describe_cuda(found_.tensors.data(), count, group_count_, next_entries_.data());
     void* stream = current_stream(device_);
     const bool captured = cuda_stream_captures(stream);
     if (!captured && table_.defined() && stream == table_stream_ && next_entries_ == entries_) {
       return;
     }
-    const Tensor table = bytes_on_device(optimizer_table_bytes_cuda(tensors_.data(), count));
-    raise_on(optimizer_send_table_cuda(tensors_.data(), count, next_entries_.data(),
+    const Tensor table = bytes_on_device(optimizer_table_bytes_cuda(found_.tensors.data(), count));
+    raise_on(optimizer_send_table_cuda(found_.tensors.data(), count, next_entries_.data(),
                                        table.mutable_data_ptr(), device_.index(), stream));
     table_ = table;
     table_stream_ = stream;
@@ -471,10 +535,7 @@ class OptimizerTable : public torch::CustomClassHolder {
   c10::Device counts_home_ = c10::Device(c10::kCPU);  // where the step counts are
   int32_t group_count_ = 0;
 
-  std::vector<OptimizerTensor> tensors_;  // of parameters with a gradient
-  std::vector<size_t> active_;            // their indices
-  std::vector<float*> counts_;            // their step counts, where those are on the CPU
-  std::vector<Tensor> kept_;              // copies of gradients, for the duration of a step
+  Found found_;
   std::vector<LambGroup> lamb_groups_;
   std::vector<LarsGroup> lars_groups_;
   double max_grad_norm_ = 0, clip_eps_ = 0, grad_scale_ = 1;
