@@ -29,7 +29,9 @@ FLOOR_SAMPLES = 3
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("batchops benches")
     group.addoption("--quick", action="store_true", help="fewer cases, shorter measurements")
-    group.addoption("--threads", default="1,2", help="CPU thread counts, comma-separated")
+    group.addoption(
+        "--threads", help="CPU thread counts, comma-separated; 1,2, or 2 alone with --quick"
+    )
     group.addoption("--device", default="cpu", help="cpu or cuda (device events, L2 defeated)")
     group.addoption("--compile", action="store_true", help="torch.compile as a peer as well")
     group.addoption("--pair-seconds", type=float, help="time for the rounds of one case")
@@ -43,7 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "threads" in metafunc.fixturenames:
         if metafunc.config.getoption("--device") == "cpu":
-            counts = [int(n) for n in metafunc.config.getoption("--threads").split(",")]
+            config = metafunc.config
+            default = "2" if config.getoption("--quick") else "1,2"
+            counts = [int(n) for n in (config.getoption("--threads") or default).split(",")]
         else:
             counts = [1]
         metafunc.parametrize("threads", counts, indirect=True, ids=lambda n: f"{n}-thread")
@@ -362,7 +366,7 @@ def pair(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, f
     config = request.config
     records = config.stash.setdefault(_RECORDS, [])
     quick = config.getoption("--quick")
-    seconds = config.getoption("--pair-seconds") or (0.4 if quick else 1.5)
+    seconds = config.getoption("--pair-seconds") or (0.2 if quick else 1.5)
     has_threads = "threads" in request.fixturenames
     threads = request.getfixturevalue("threads") if has_threads else torch.get_num_threads()
     op = request.node.originalname.removeprefix("test_").removeprefix("bench_")

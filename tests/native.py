@@ -45,7 +45,7 @@ def compile_library(folder: Path, *sources: str) -> ctypes.CDLL:
     """The sources, relative to the repository, as one shared library in `folder`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("needs g++ or clang++ on PATH, or CXX")
+        pytest.skip("needs g++ or clang++ on PATH, or CXX", allow_module_level=True)
     library = folder / (Path(sources[0]).stem + ".so")
     command = [compiler, *FLAGS, "-shared", "-fPIC", "-fvisibility=hidden"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}"]
