@@ -97,7 +97,7 @@ SANITIZED = (
 def _compiler() -> str:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
-        pytest.skip("the emulator needs g++ on PATH or in CXX")
+        pytest.skip("the emulator needs g++ on PATH or in CXX", allow_module_level=True)
     return compiler
 
 
@@ -164,7 +164,7 @@ def build(
     compiler = _compiler()
     include = toolkit.include_dir()
     if include is None:
-        pytest.skip("the emulator needs the CUDA headers: set CUDA_HOME")
+        pytest.skip("the emulator needs the CUDA headers: set CUDA_HOME", allow_module_level=True)
     flags = [*FLAGS, *(SANITIZED if sanitize else FAST), *_processor_flags()]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(include)]
     folder = CACHE / _headers_hash([*flags, *INSTRUMENTED, *FASTER, *SHARED], _version(compiler))
