@@ -98,8 +98,6 @@ def with_indices(error: Exception, indices: Any) -> Exception:
         index = list(indices)[position]
     except (TypeError, IndexError):
         return error
-    if index is None:  # a stream's samples have none
-        return error
     return _with_text(error, f" (dataset index {index})")
 
 

@@ -70,8 +70,15 @@ class Delivery:
     @_index_sampler.setter
     def _index_sampler(self, sampler: Any) -> None:
         self._recorded = RecordedSampler(sampler)
-        skip = self._resumed if self._dataset_kind == torch_dataloader._DatasetKind.Map else 0
-        self._recorded.begin(self._epoch.draws, skip)
+        self._begin_sampler()
+
+    def _begin_sampler(self) -> None:
+        """Where the epoch goes on; the way into a stream is replayed instead."""
+        self._recorded.begin(self._epoch.draws, self._resumed if self._is_map else 0)
+
+    @property
+    def _is_map(self) -> bool:
+        return self._dataset_kind == torch_dataloader._DatasetKind.Map
 
     @property
     def _base_seed(self) -> int:
@@ -139,7 +146,8 @@ class LocalIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         try:
             data = self._dataset_fetcher.fetch(index)
         except Exception as error:
-            better = with_indices(error, index)
+            # A stream's samples have no index.
+            better = with_indices(error, index) if self._is_map else error
             if better is error:
                 raise
             raise better from error.__cause__
@@ -176,14 +184,13 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
         self._sent.clear()
         if not first_iter:
             self._next_epoch(loader)
-            skip = self._resumed if self._dataset_kind == torch_dataloader._DatasetKind.Map else 0
-            self._recorded.begin(self._epoch.draws, skip)
+            self._begin_sampler()
         super()._reset(loader, first_iter)
         self._begin_epoch()
 
     def _next_index(self) -> Any:
         index = super()._next_index()
-        if self._dataset_kind == torch_dataloader._DatasetKind.Map:
+        if self._is_map:
             self._sent[self._send_idx] = index
         return index
 
@@ -419,7 +426,7 @@ class WorkerGatherIter(Delivery, torch_dataloader._BaseDataLoaderIter):
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter:
             self._next_epoch(loader)
-            self._recorded.begin(self._epoch.draws, self._resumed)
+            self._begin_sampler()
         super()._reset(loader, first_iter)
         source = self._source
         self._stream = None if source is None else _stream(self._recorded, source)
@@ -490,7 +497,6 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         self._attach(loader)
         super().__init__(loader)
         count = loader.threads
-        is_map = self._is_map = self._dataset_kind == torch_dataloader._DatasetKind.Map
         infos = []
         for k in range(count):
             generator = torch.Generator()
@@ -506,7 +512,7 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         self._exhausted = False
         self._indices: dict[int, Any] = {}  # of what was asked for and not handed out, in order
         self._last_request = time.perf_counter()
-        fetch = _MapFetch(self) if is_map else _IterableFetch(self)
+        fetch = _MapFetch(self) if self._is_map else _IterableFetch(self)
         self._crew = Crew(self, infos, fetch, loader.worker_init_fn, loader.timeout)
         self._crew.start()
         self._begin_epoch()

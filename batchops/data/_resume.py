@@ -107,9 +107,9 @@ def begins(loader: Any, epoch: EpochStart, yielded: int) -> Iterator[None]:
 def beginning_of(loader: Any) -> Beginning:
     """For an iterator that is made or made ready for another epoch, by iter(loader) or without."""
     now = _beginning.get()
-    return (
-        Beginning(loader, EpochStart(loader), 0) if now is None or now.loader is not loader else now
-    )
+    if now is not None and now.loader is loader:
+        return now
+    return Beginning(loader, EpochStart(loader), 0)
 
 
 def restore(loader: Any, state: dict[str, Any]) -> EpochStart:
