@@ -50,7 +50,14 @@ def _load_operators() -> pathlib.Path:
 def _let_the_collator_read_tensors(library: pathlib.Path) -> None:
     """How a tensor lies in memory differs from torch to torch: the operators' library knows."""
     loaded = ctypes.CDLL(str(library))
-    names = ("read_tensor", "count_writes", "prefetch_tensor", "prefetch_storage", "run_on_team")
+    names = (
+        "read_tensor",
+        "count_writes",
+        "prefetch_tensor",
+        "prefetch_storage",
+        "let_grow",
+        "run_on_team",
+    )
     functions = [getattr(loaded, f"batchops_{name}") for name in names]
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
     _C.read_tensors_by(torch.Tensor, *addresses, numpy.memmap)

@@ -55,11 +55,24 @@ class FusedOptimizer(Optimizer):
     _plan: _Plan | None = None
     _exclude: Any = None
     _step_supports_amp_scaling = True
+    _sm_margin: int = 0
 
-    def __init__(self, params: Any, options: dict[str, Any], exclude: Any) -> None:
+    def __init__(self, params: Any, options: dict[str, Any], exclude: Any, sm_margin: int) -> None:
         self._exclude = exclude
+        self.sm_margin = sm_margin
         self._check(options)
         super().__init__(params, {**options, "exclude": None})
+
+    @property
+    def sm_margin(self) -> int:
+        """Multiprocessors of a GPU that a step leaves to other kernels, see the class."""
+        return self._sm_margin
+
+    @sm_margin.setter
+    def sm_margin(self, count: int) -> None:
+        if not isinstance(count, numbers.Integral) or count < 0:
+            raise ValueError(f"{self._kind}: expected sm_margin to be an int >= 0, got {count!r}")
+        self._sm_margin = int(count)
 
     # ----------------------------------------------------------- for subclasses
 
@@ -180,7 +193,7 @@ class FusedOptimizer(Optimizer):
     load_state_dict.__doc__ = Optimizer.load_state_dict.__doc__
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state = {**super().__getstate__(), "_sm_margin": self._sm_margin}
         if self._exclude is not None:
             try:
                 pickle.dumps(self._exclude)
@@ -488,7 +501,8 @@ class _Table(NamedTuple):
             skip = None
         if skip is not None:
             skip = skip.to(**there)
-        call = (numbers, flags, bound, clip_eps, host_scale, total, scale, skip, rates)
+        margin = optimizer.sm_margin
+        call = (numbers, flags, bound, clip_eps, host_scale, total, scale, skip, rates, margin)
         return self.native.step(*call) < 0
 
     def _rates_there(self, numbers: list[Any], places: tuple[int, int]) -> Tensor | None:

@@ -77,6 +77,9 @@ class LAMB(FusedOptimizer):
             ``False``: torch operators on float64 pieces, within the same error bounds but not the
             same bits; ``None``: native wherever possible. Belongs to the run, not to the
             checkpoint, as ``capturable`` does: ``load_state_dict`` leaves both alone.
+        sm_margin: multiprocessors of a GPU that the step, one kernel of as many blocks as fit the
+            device, leaves to kernels beside it (an all-reduce, say); at least one stays its own.
+            Results are the same bits. An attribute too, which may change between steps.
 
     State of each parameter: ``step`` (float32, 0-dim, on the CPU, as torch's own unfused
     optimizers keep it; on the device with ``capturable``), ``exp_avg`` and ``exp_avg_sq`` (float32,
@@ -147,6 +150,7 @@ class LAMB(FusedOptimizer):
         capturable: bool = False,
         master_weights: bool = False,
         fused: bool | None = None,
+        sm_margin: int = 0,
     ) -> None:
         options = {
             "lr": lr,
@@ -170,7 +174,7 @@ class LAMB(FusedOptimizer):
             "master_weights": master_weights,
             "fused": fused,
         }
-        super().__init__(params, options, exclude)
+        super().__init__(params, options, exclude, sm_margin)
 
     @classmethod
     def preset(cls, name: str, params: Any, **overrides: Any) -> LAMB:
@@ -241,7 +245,7 @@ class LARS(FusedOptimizer):
     needs a momentum. Results are the same bit for bit for any number of threads.
 
     Args:
-        params, lr, maximize, capturable, master_weights, fused: as in :class:`LAMB`.
+        params, lr, maximize, capturable, master_weights, fused, sm_margin: as in :class:`LAMB`.
         momentum: μ, at least 0.
         dampening: of the gradient in the buffer, but for the first step.
         weight_decay: λ; 0 also turns ``λ_l`` off.
@@ -332,6 +336,7 @@ class LARS(FusedOptimizer):
         capturable: bool = False,
         master_weights: bool = False,
         fused: bool | None = None,
+        sm_margin: int = 0,
     ) -> None:
         options = {
             "lr": lr,
@@ -353,7 +358,7 @@ class LARS(FusedOptimizer):
             "master_weights": master_weights,
             "fused": fused,
         }
-        super().__init__(params, options, exclude)
+        super().__init__(params, options, exclude, sm_margin)
 
     @classmethod
     def preset(cls, name: str, params: Any, **overrides: Any) -> LARS:

@@ -11,7 +11,7 @@ import torch
 
 from . import lamb_reference as reference
 from . import last_places
-from .emulator import build, optimizers
+from .emulator import build, emulator, optimizers
 from .emulator.optimizer_checks import (
     LARGE,
     PLACES,
@@ -206,6 +206,20 @@ def test_blocks_that_a_device_has_room_for(library, place, blocks):
     """Two a multiprocessor. For the clip each adds 1 to the workspace's first counter."""
     placed = optimizers.Placed(library, Problem([Parameter(8 * CHUNK)]))
     with optimizers.device(library, place):
+        optimizers.step(library, placed)
+    assert placed.workspace.bytes[:4].view(np.uint32) == blocks
+
+
+@pytest.mark.parametrize(("margin", "blocks"), [(1, 6), (3, 2), (4, 2), (2**30, 2)])
+def test_multiprocessors_left_to_other_kernels(library, margin, blocks):
+    """At least one is the step's own. The same bits come of it, from chip and in two sweeps."""
+    problem = Problem([Parameter(n) for n in LARGE])
+    four = emulator.schedule(library, "random", 7, 4)
+    with optimizers.device(library, "Hopper"), four:
+        want = run(library, problem)
+        problem.sm_margin = margin
+        assert same_bits(want, run(library, problem))
+        placed = optimizers.Placed(library, problem)
         optimizers.step(library, placed)
     assert placed.workspace.bytes[:4].view(np.uint32) == blocks
 

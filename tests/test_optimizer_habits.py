@@ -146,6 +146,21 @@ def test_a_rule_that_a_copy_cannot_hold_is_asked_for(kind, again):
 
 
 @BOTH
+def test_multiprocessors_for_others_belong_to_the_run(kind):
+    optimizer = kind([parameter(3)], sm_margin=8)
+    assert copied(optimizer).sm_margin == pickled(optimizer).sm_margin == 8
+    optimizer.step()
+    other = kind([parameter(3)])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.sm_margin == 0
+    for wrong in (-1, 0.5, None):
+        with pytest.raises(ValueError, match=f"expected sm_margin to be an int >= 0, got {wrong}"):
+            other.sm_margin = wrong
+        with pytest.raises(ValueError, match="sm_margin"):
+            kind([parameter(3)], sm_margin=wrong)
+
+
+@BOTH
 def test_empty_groups(kind):
     optimizer = kind([{"params": []}, {"params": [parameter(3)]}])
     optimizer.step()

@@ -86,7 +86,9 @@ class Memory:
             if lease is not None:
                 # resize_ to as many items moves nothing; unlike view, it leaves no base behind.
                 flat = torch.frombuffer(lease, dtype=dtype, count=count)
-                return flat.resize_(tuple(shape))
+                flat.resize_(tuple(shape))
+                _C.let_grow(flat)
+                return flat
             self._warn_of_capacity(nbytes)
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 

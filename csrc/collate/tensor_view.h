@@ -25,6 +25,9 @@ using CountWrites = int64_t (*)(void* object);
 // storage's.
 using PrefetchTensor = void (*)(void* object);
 
+// A tensor on memory that is not torch's, of its type exactly: may be resized as torch's own.
+using LetGrow = void (*)(void* object);
+
 // Calls work(argument) in `threads` threads of torch's, the caller among them, and returns when all
 // have returned.
 using RunOnTeam = void (*)(int32_t threads, void (*work)(void*), void* argument);

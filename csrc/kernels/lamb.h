@@ -54,6 +54,7 @@ struct LambArgs {
   double clip_eps = 0;
   double grad_scale = 1;
   DeviceNumbers device;
+  int32_t sm_margin = 0;  // CUDA: multiprocessors that the step leaves to other kernels
 };
 
 // One step. `grad_sum_sq` is Σ grad² over every tensor the clip is to count, also those of other

@@ -49,6 +49,7 @@ struct LarsArgs {
   double max_grad_norm = 0;  // 0: no clip
   double grad_scale = 1;
   DeviceNumbers device;
+  int32_t sm_margin = 0;  // CUDA: multiprocessors that the step leaves to other kernels
 };
 
 // As lamb_step_cpu. u of the stats is g + λ·p, before λ_l.

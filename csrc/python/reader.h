@@ -13,6 +13,7 @@ struct Reader {
   CountWrites count_writes = nullptr;
   PrefetchTensor prefetch_tensor = nullptr;
   PrefetchTensor prefetch_storage = nullptr;
+  LetGrow let_grow = nullptr;
   PyTypeObject* tensor_type = nullptr;  // torch.Tensor itself
   PyTypeObject* memmap_type = nullptr;  // numpy.memmap
 };

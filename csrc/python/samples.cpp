@@ -383,17 +383,21 @@ void bind_samples(py::module_& m) {
   m.def(
       "read_tensors_by",
       [](const py::object& type, uintptr_t read, uintptr_t count_writes, uintptr_t prefetch_tensor,
-         uintptr_t prefetch_storage, uintptr_t run_on_team, const py::object& memmap) {
+         uintptr_t prefetch_storage, uintptr_t let_grow, uintptr_t run_on_team,
+         const py::object& memmap) {
         reader.tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
         reader.memmap_type = reinterpret_cast<PyTypeObject*>(memmap.inc_ref().ptr());
         reader.count_writes = reinterpret_cast<CountWrites>(count_writes);
         reader.prefetch_tensor = reinterpret_cast<PrefetchTensor>(prefetch_tensor);
         reader.prefetch_storage = reinterpret_cast<PrefetchTensor>(prefetch_storage);
+        reader.let_grow = reinterpret_cast<LetGrow>(let_grow);
         reader.read = reinterpret_cast<ReadTensor>(read);
         team = {reinterpret_cast<RunOnTeam>(run_on_team), getpid(), pthread_self()};
       },
       py::arg("tensor_type"), py::arg("read"), py::arg("count_writes"), py::arg("prefetch_tensor"),
-      py::arg("prefetch_storage"), py::arg("run_on_team"), py::arg("memmap_type"));
+      py::arg("prefetch_storage"), py::arg("let_grow"), py::arg("run_on_team"), py::arg("memmap_type"));
+
+  m.def("let_grow", [](const py::object& tensor) { reader.let_grow(tensor.ptr()); });
 
   m.def("column", &column, py::arg("batch"), py::arg("key"),
         "tuple(sample[key] for sample in batch) for plain dicts, or None");

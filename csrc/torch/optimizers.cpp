@@ -190,11 +190,12 @@ class OptimizerTable : public torch::CustomClassHolder {
   // group's in their order, the flags as bits. max_grad_norm 0 is no clip; grad_sum_sq counts
   // gradients that other tables hold as well. What follows it is on the device of a GPU, and none
   // elsewhere: the loss scale in place of grad_scale and, with step counts there, found_inf, and
-  // for each group two numbers in place of its own or none (DeviceNumbers, device_rates).
+  // for each group two numbers in place of its own or none (DeviceNumbers, device_rates); and how
+  // many of its multiprocessors the step leaves to other kernels.
   int64_t step(const std::vector<double>& numbers, const std::vector<int64_t>& flags,
                double max_grad_norm, double clip_eps, double grad_scale,
                const std::optional<Tensor>& grad_sum_sq, const State& device_grad_scale,
-               const State& found_inf, const States& rates) {
+               const State& found_inf, const States& rates, int64_t sm_margin) {
     const int64_t stale = prepare();
     if (stale >= 0) return stale;
     set_groups(numbers, flags);
@@ -202,6 +203,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     max_grad_norm_ = max_grad_norm;
     clip_eps_ = clip_eps;
     grad_scale_ = grad_scale;
+    sm_margin_ = static_cast<int32_t>(std::min<int64_t>(sm_margin, 1 << 30));
     if (found_.tensors.empty()) return -1;
 
     stats_ = at::empty({static_cast<int64_t>(found_.tensors.size()), 4},
@@ -466,6 +468,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     result.clip_eps = clip_eps_;
     result.grad_scale = grad_scale_;
     result.device = device_numbers_;
+    result.sm_margin = sm_margin_;
     return result;
   }
 
@@ -478,6 +481,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     result.max_grad_norm = max_grad_norm_;
     result.grad_scale = grad_scale_;
     result.device = device_numbers_;
+    result.sm_margin = sm_margin_;
     return result;
   }
 
@@ -539,6 +543,7 @@ class OptimizerTable : public torch::CustomClassHolder {
   std::vector<LambGroup> lamb_groups_;
   std::vector<LarsGroup> lars_groups_;
   double max_grad_norm_ = 0, clip_eps_ = 0, grad_scale_ = 1;
+  int32_t sm_margin_ = 0;
   DeviceNumbers device_numbers_;
   Tensor stats_;
 

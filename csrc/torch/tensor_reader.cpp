@@ -1,6 +1,7 @@
 // What the collator needs of torch's C++: where a Python tensor keeps its bytes, and threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -88,6 +89,15 @@ extern "C" __attribute__((visibility("default"))) int64_t batchops_count_writes(
   const c10::StorageImpl& storage = *impl.unsafe_storage().unsafeGetStorageImpl();
   if (c10::impl::cow::is_cow_data_ptr(storage.data_ptr())) return -1;
   return impl.version_counter().current_version();
+}
+
+// Memory that is not torch's becomes torch's when it has to be larger, as that of its own tensors.
+extern "C" __attribute__((visibility("default"))) void batchops_let_grow(void* object) {
+  const at::Tensor& tensor = THPVariable_Unpack(static_cast<PyObject*>(object));
+  c10::StorageImpl& storage =
+      *tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  storage.set_allocator(c10::GetCPUAllocator());
+  storage.set_resizable(true);
 }
 
 extern "C" __attribute__((visibility("default"))) void batchops_run_on_team(int32_t threads,

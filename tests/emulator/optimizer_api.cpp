@@ -25,6 +25,7 @@ struct Call {
   double max_grad_norm, clip_eps, grad_scale;
   const float* device_grad_scale;
   const float* found_inf;
+  int64_t sm_margin;
 };
 
 std::vector<OptimizerTensor> tensors_of(const Call& call) {
@@ -67,6 +68,7 @@ struct Unpacked {
     args.max_grad_norm = call.max_grad_norm;
     args.grad_scale = call.grad_scale;
     args.device = {call.device_grad_scale, call.found_inf};
+    args.sm_margin = static_cast<int32_t>(call.sm_margin);
   }
   void add(const Call& call, int64_t i);
 };

@@ -39,6 +39,7 @@ class Call(ctypes.Structure):
         ("grad_scale", ctypes.c_double),
         ("device_grad_scale", ctypes.c_void_p),
         ("found_inf", ctypes.c_void_p),
+        ("sm_margin", ctypes.c_int64),
     )
 
 
@@ -86,6 +87,7 @@ class Problem:
     # Step counts, learning rates and the loss scale on the device: the host does not know them.
     on_device: bool = False
     found_inf: float | None = None
+    sm_margin: int = 0
 
     kind: ClassVar[str] = "lamb"
     rates: ClassVar[tuple[int, int]] = (0, 5)  # of numbers(), those that may be on the device
@@ -230,7 +232,8 @@ class Placed:
         self.scale = scalar(problem.grad_scale, "scale") if away else None
         self.found = None if problem.found_inf is None else scalar(problem.found_inf, "found")
         device = (None if memory is None else memory.pointer for memory in (self.scale, self.found))
-        self.call = ctypes.pointer(Call(*fields, nan if away else problem.grad_scale, *device))
+        scale = nan if away else problem.grad_scale
+        self.call = ctypes.pointer(Call(*fields, scale, *device, problem.sm_margin))
         self.table = emulator.Memory(lib.emulated_table_bytes(self.call), name="table")
         needed = getattr(lib, f"emulated_{problem.kind}_workspace_bytes")(self.call)
         self.workspace = emulator.Memory(needed, name="workspace")

@@ -115,7 +115,7 @@ void run(const Algorithm& algorithm, const Parallel& par) {
   if (algorithm.stats != nullptr) {  // of tensors without elements too
     std::fill_n(algorithm.stats, algorithm.tensor_count, TensorStats{0, 0, 0, 1});
   }
-  TwoSweeps<Algorithm>(algorithm).run(par);
+  TwoSweeps<Algorithm>(algorithm, par).run();
 }
 
 constexpr const char* kNoMemory = "out of memory for the list of tasks";

@@ -339,9 +339,9 @@ BATCHOPS_INLINE void prefetch(const S* p, int64_t offset) {
   __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
 // The hardware's prefetchers stop at the end of a page. So who reads from memory asks for what lies
-// so many elements ahead: a kilobyte, which one or two more were not better than.
+// so many elements ahead: two kilobytes, which one was 2-10 % slower than and four no better.
 template <class S>
-constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(S));
+constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(S));
 
 // ------------------------------------------------------------------------ reductions and bits
 

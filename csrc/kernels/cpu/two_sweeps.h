@@ -29,25 +29,36 @@ inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk
 //   outcome(index, sums)
 //   second(chunk, index, outcome)
 //
-// Tasks are taken in order from a counter; the second sweep of a tensor waits for its first. That
-// cannot hang for any number of threads, one included: when somebody waits, all tasks of the first
-// sweep have been taken before, and who works on one waits for nothing.
+// Large tensors go through in stages of one or a few. In a stage each thread has a share of the
+// chunks, for both sweeps: what the first has read is in the thread's own cache when the second
+// comes back through it, last chunk first. A thread whose share is taken goes on with another's.
+//
+// The second sweep of a tensor waits for its first. That cannot hang for any number of threads, one
+// included: who waits has seen all chunks of the stage's first sweep taken, and who works on one
+// waits for nothing.
 template <class Algorithm>
 class TwoSweeps {
   using Sums = typename Algorithm::Sums;
   using Outcome = typename Algorithm::Outcome;
 
  public:
-  explicit TwoSweeps(const Algorithm& algorithm) : algorithm_(algorithm) { plan(); }
+  TwoSweeps(const Algorithm& algorithm, const Parallel& par) : algorithm_(algorithm), par_(par) {
+    plan();
+  }
 
-  void run(const Parallel& par) {
+  void run() {
     std::atomic<size_t> next{0};
-    const auto worker = [&](int64_t, int64_t) {
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks_.size();) {
-        perform(tasks_[i]);
+    par_(workers_, [&](int64_t worker, int64_t) {
+      for (const Stage& stage : stages_) {
+        for_shares(stage, worker, &Share::first_taken,
+                   [&](const Share& share, int64_t i) { first(chunks_[share.begin + i]); });
+        for_shares(stage, worker, &Share::second_taken,
+                   [&](const Share& share, int64_t i) { second(chunks_[share.end - 1 - i]); });
       }
-    };
-    par(std::min<int64_t>(par.threads, static_cast<int64_t>(tasks_.size())), worker);
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < grabs_.size();) {
+        for (int64_t k = grabs_[i].begin; k < grabs_[i].end; ++k) whole(small_[k]);
+      }
+    });
   }
 
  private:
@@ -56,89 +67,114 @@ class TwoSweeps {
     std::atomic<int64_t> pending{0};
     std::atomic<bool> ready{false};
     Outcome outcome;                // once ready
-    int64_t first = 0, chunks = 0;  // slots of the partial sums
+    int64_t first = 0, chunks = 0;  // of chunks_ and sums_
   };
-  struct Task {
-    enum Kind : int32_t { first, second, whole } kind;
-    int32_t split;       // first, second
-    int64_t slot;        // first: where the partial sums go
-    int64_t begin, end;  // elements of the tensor; whole: tensors, in the order of small_
-    int32_t tensor;
+  struct Chunk {
+    int32_t split, tensor;
+    int64_t begin, end;  // elements of the tensor
+  };
+  // Chunks of a stage that one thread begins with.
+  struct alignas(64) Share {
+    std::atomic<int64_t> first_taken{0}, second_taken{0};
+    int64_t begin = 0, end = 0;
+    int64_t size() const { return end - begin; }
+  };
+  struct Stage {
+    int64_t begin, shares;  // of shares_
+  };
+  // Small tensors, in the order of small_.
+  struct Grab {
+    int64_t begin, end;
   };
 
   int64_t numel(int64_t i) const { return algorithm_.tensors[i].numel; }
 
   void plan() {
     std::vector<int32_t> large;
-    int64_t slots = 0;
+    int64_t chunks = 0;
     for (int64_t i = 0; i < algorithm_.tensor_count; ++i) {
       if (numel(i) > kWhole) {
         large.push_back(static_cast<int32_t>(i));
-        slots += chunk_count(numel(i));
+        chunks += chunk_count(numel(i));
       } else if (numel(i) > 0) {
         small_.push_back(static_cast<int32_t>(i));
       }
     }
     splits_ = std::vector<Split>(large.size());
-    sums_.resize(slots);
-    tasks_.reserve(2 * slots + small_.size());
-
-    slots = 0;
+    sums_.resize(chunks);
+    chunks_.reserve(chunks);
+    const int64_t threads = std::max(par_.threads, 1);
+    std::vector<std::pair<int64_t, int64_t>> ranges;
     for (size_t begin = 0, end; begin < large.size(); begin = end) {
       int64_t elements = 0;
+      const auto stage_begin = static_cast<int64_t>(chunks_.size());
       for (end = begin; end < large.size(); ++end) {
         const int64_t count = numel(large[end]);
         if (elements > 0 && elements + count > kGroup) break;
         Split& split = splits_[end];
-        split.first = slots;
+        split.first = static_cast<int64_t>(chunks_.size());
         split.chunks = chunk_count(count);
         split.pending = split.chunks;
         for (int64_t at = 0; at < count; at += kChunk) {
-          tasks_.push_back({Task::first, static_cast<int32_t>(end), slots++, at,
-                            std::min(at + kChunk, count), large[end]});
+          chunks_.push_back(
+              {static_cast<int32_t>(end), large[end], at, std::min(at + kChunk, count)});
         }
         elements += count;
       }
-      // Back to front: what was touched last is the likeliest to be cached.
-      for (size_t k = end; k-- > begin;) {
-        const int64_t count = numel(large[k]);
-        for (int64_t at = (chunk_count(count) - 1) * kChunk; at >= 0; at -= kChunk) {
-          tasks_.push_back({Task::second, static_cast<int32_t>(k), 0, at,
-                            std::min(at + kChunk, count), large[k]});
-        }
+      const int64_t size = static_cast<int64_t>(chunks_.size()) - stage_begin;
+      const int64_t shares = std::min(threads, size);
+      stages_.push_back({static_cast<int64_t>(ranges.size()), shares});
+      for (int64_t k = 0; k < shares; ++k) {
+        ranges.emplace_back(stage_begin + size * k / shares, stage_begin + size * (k + 1) / shares);
       }
+    }
+    shares_ = std::vector<Share>(ranges.size());
+    for (size_t k = 0; k < ranges.size(); ++k) {
+      shares_[k].begin = ranges[k].first;
+      shares_[k].end = ranges[k].second;
     }
     for (size_t begin = 0, end; begin < small_.size(); begin = end) {
       int64_t elements = 0;
       for (end = begin; end < small_.size() && elements < kGrab; ++end) {
         elements += numel(small_[end]);
       }
-      tasks_.push_back(
-          {Task::whole, -1, 0, static_cast<int64_t>(begin), static_cast<int64_t>(end), -1});
+      grabs_.push_back({static_cast<int64_t>(begin), static_cast<int64_t>(end)});
+    }
+    workers_ = std::min(threads, static_cast<int64_t>(chunks_.size() + grabs_.size()));
+  }
+
+  // Calls f(share, i) for what is left of the worker's share, then of the others'.
+  template <class F>
+  void for_shares(const Stage& stage, int64_t worker, std::atomic<int64_t> Share::*taken, F&& f) {
+    for (int64_t k = 0; k < stage.shares; ++k) {
+      Share& share = shares_[stage.begin + (worker + k) % stage.shares];
+      std::atomic<int64_t>& next = share.*taken;
+      while (next.load(std::memory_order_relaxed) < share.size()) {
+        const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+        if (i < share.size()) f(share, i);
+      }
     }
   }
 
-  void perform(const Task& task) {
-    if (task.kind == Task::whole) {
-      for (int64_t i = task.begin; i < task.end; ++i) whole(small_[i]);
-      return;
+  OptimizerChunk elements(const Chunk& chunk) const {
+    return {&algorithm_.tensors[chunk.tensor], chunk.begin, chunk.end - chunk.begin};
+  }
+  void first(const Chunk& chunk) {
+    Split& split = splits_[chunk.split];
+    algorithm_.first(elements(chunk), chunk.tensor, sums_[&chunk - chunks_.data()]);
+    if (split.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      Sums total;
+      for (int64_t k = 0; k < split.chunks; ++k) total += sums_[split.first + k];
+      split.outcome = algorithm_.outcome(chunk.tensor, total);
+      split.ready.store(true, std::memory_order_release);
     }
-    const OptimizerChunk chunk{&algorithm_.tensors[task.tensor], task.begin, task.end - task.begin};
-    Split& split = splits_[task.split];
-    if (task.kind == Task::first) {
-      algorithm_.first(chunk, task.tensor, sums_[task.slot]);
-      if (split.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        Sums total;
-        for (int64_t k = 0; k < split.chunks; ++k) total += sums_[split.first + k];
-        split.outcome = algorithm_.outcome(task.tensor, total);
-        split.ready.store(true, std::memory_order_release);
-      }
-    } else {
-      for (int spins = 0; !split.ready.load(std::memory_order_acquire); ++spins) {
-        if (spins > 1000) std::this_thread::yield();
-      }
-      algorithm_.second(chunk, task.tensor, split.outcome);
+  }
+  void second(const Chunk& chunk) {
+    const Split& split = splits_[chunk.split];
+    for (int spins = 0; !split.ready.load(std::memory_order_acquire); ++spins) {
+      if (spins > 1000) std::this_thread::yield();
     }
+    algorithm_.second(elements(chunk), chunk.tensor, split.outcome);
   }
 
   void whole(int32_t tensor) const {
@@ -159,10 +195,15 @@ class TwoSweeps {
   }
 
   const Algorithm& algorithm_;
+  const Parallel& par_;
   std::vector<int32_t> small_;
+  std::vector<Grab> grabs_;
   std::vector<Split> splits_;
-  std::vector<Sums> sums_;
-  std::vector<Task> tasks_;
+  std::vector<Chunk> chunks_;
+  std::vector<Sums> sums_;  // of the chunks
+  std::vector<Stage> stages_;
+  std::vector<Share> shares_;
+  int64_t workers_ = 0;
 };
 
 }  // namespace batchops

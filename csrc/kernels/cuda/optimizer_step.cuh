@@ -475,9 +475,10 @@ struct StepPlan {
   std::vector<typename SetsToMake<Algorithm>::Seed> seeds;  // in place of sets
   Set* stored_sets = nullptr;                               // where they are not arguments
   size_t counter_bytes = 0, bytes = 0;
+  int32_t sm_margin;
 
   template <class Args>
-  StepPlan(const Args& given, const void* table, void* workspace) {
+  StepPlan(const Args& given, const void* table, void* workspace) : sm_margin(given.sm_margin) {
     const auto make = [&](auto& made, auto&& one) {
       optimizer_sets(given.tensors, given.tensor_count, given.group_count, made, one);
     };
@@ -586,6 +587,8 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
     return error;
   }
   if (blocks == 0) return message("%s: the device has no room for a block", kernels.name);
+  blocks -= blocks / found.multiprocessors *
+            std::clamp(plan.sm_margin, 0, found.multiprocessors - 1);
   shape.blocks.x = static_cast<unsigned>(std::min<int64_t>(blocks, items));
   if (const char* error = check(kernels.name, "cudaMemsetAsync",
                                 cudaMemsetAsync(args.arrived, 0, plan.counter_bytes,
