@@ -31,8 +31,8 @@ SHAPES = {
     "below a vector": (3,),
     "vectors and a tail": (37, 5),
     "several chunks, one thread": (5, 8191),
-    "largest done whole": (64, 1024),
-    "smallest split": (65537,),
+    "largest done whole": (96, 1024),
+    "smallest split": (98305,),
     "split, ragged last chunk": (3, 16384 * 3 + 11),
 }
 

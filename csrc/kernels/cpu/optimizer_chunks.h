@@ -14,6 +14,23 @@ struct OptimizerChunk {
   int64_t count = 0;
 };
 
+// What a thread reads next, to be on its way while the caches have all it works on.
+struct Ahead {
+  const char* p = nullptr;
+  const char* g = nullptr;
+  int64_t p_bytes = 0, g_bytes = 0;  // an element
+  int64_t count = 0;
+
+  Ahead() = default;
+  explicit Ahead(const OptimizerChunk& chunk) : count(chunk.count) {
+    const OptimizerTensor& x = *chunk.tensor;
+    p_bytes = x.master != nullptr ? 4 : size_of(x.p_dtype);
+    g_bytes = size_of(x.g_dtype);
+    p = static_cast<const char*>(x.master != nullptr ? x.master : x.p) + chunk.begin * p_bytes;
+    g = static_cast<const char*>(x.g) + chunk.begin * g_bytes;
+  }
+};
+
 #define BATCHOPS_OPTIMIZER_CHUNK_FUNCTIONS                                                  \
   double grad_sq(const OptimizerChunk& chunk);                                              \
   /* m, v = …; the sums are added to norms */                                               \
@@ -21,7 +38,7 @@ struct OptimizerChunk {
                     LambNorms& norms);                                                      \
   /* p -= …, u formed from the stored m and v */                                            \
   void lamb_apply(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,    \
-                  const LambStepFactors& step);                                             \
+                  const LambStepFactors& step, const Ahead& ahead);                         \
   /* of g times `scale` */                                                                  \
   void lars_norms(const OptimizerChunk& chunk, float scale, float decay, LarsNorms& norms); \
   void lars_apply(const OptimizerChunk& chunk, const LarsFactors& factors);

@@ -10,11 +10,12 @@ namespace batchops {
 namespace {
 
 double sum_of_squares(const OptimizerTensor* tensors, int64_t tensor_count, const Parallel& par) {
+  constexpr int64_t kPart = 64 * 1024;
   std::vector<OptimizerChunk> chunks;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const OptimizerTensor& x = tensors[i];
-    for (int64_t at = 0; at < x.numel; at += kWhole) {
-      chunks.push_back({&x, at, std::min(kWhole, x.numel - at)});
+    for (int64_t at = 0; at < x.numel; at += kPart) {
+      chunks.push_back({&x, at, std::min(kPart, x.numel - at)});
     }
   }
   // Back to front, so that the gradients the step begins with are the last ones read.
@@ -40,6 +41,7 @@ double divisor_of(const Args& args, double clip_eps, const double* grad_sum_sq,
 struct Lamb {
   using Sums = LambNorms;
   using Outcome = LambStepFactors;
+  static constexpr int64_t kWhole = 96 * 1024;
 
   Lamb(const LambArgs& args, double C, TensorStats* stats)
       : tensors(args.tensors),
@@ -60,9 +62,10 @@ struct Lamb {
     if (stats != nullptr) stats[i] = outcome.stats;
     return outcome.step;
   }
-  void second(const OptimizerChunk& chunk, int32_t i, const LambStepFactors& step) const {
+  void second(const OptimizerChunk& chunk, int32_t i, const LambStepFactors& step,
+              const Ahead& ahead) const {
     const int32_t set = set_of[i];
-    BATCHOPS_ISA_CALL(lamb_apply, chunk, factors[set], sets[set].caution != 0, step);
+    BATCHOPS_ISA_CALL(lamb_apply, chunk, factors[set], sets[set].caution != 0, step, ahead);
   }
 
   const OptimizerTensor* tensors;
@@ -77,6 +80,7 @@ struct Lamb {
 struct Lars {
   using Sums = LarsNorms;
   using Outcome = LarsFactors;
+  static constexpr int64_t kWhole = 192 * 1024;
 
   Lars(const LarsArgs& args, double C, TensorStats* stats)
       : tensors(args.tensors),
@@ -98,7 +102,9 @@ struct Lars {
     if (stats != nullptr) stats[i] = outcome.stats;
     return outcome.factors;
   }
-  void second(const OptimizerChunk& chunk, int32_t, const LarsFactors& factors) const {
+  // Its second sweep waits for memory itself.
+  void second(const OptimizerChunk& chunk, int32_t, const LarsFactors& factors,
+              const Ahead&) const {
     BATCHOPS_ISA_CALL(lars_apply, chunk, factors);
   }
 

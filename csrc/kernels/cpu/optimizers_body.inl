@@ -237,7 +237,8 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
 
 template <bool kCaution, class P, class G>
 BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int64_t count,
-                           const LambFactors& factors, const LambStepFactors& step_factors) {
+                           const LambFactors& factors, const LambStepFactors& step_factors,
+                           Ahead ahead) {
   const lamb::Constants c(factors);
   const lamb::StepConstants step(step_factors);
   const F decay = (F(1.0f) - step.keep.high) - step.keep.low;
@@ -248,6 +249,10 @@ BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
         const F p_i = load_part(p + i, n), m_i = load_part(m + i, n), v_i = load_part(v + i, n);
         prefetch_ahead(i, p, m, v);
+        if (i < ahead.count) {
+          prefetch(ahead.p, i * ahead.p_bytes);
+          prefetch(ahead.g, i * ahead.g_bytes);
+        }
         F agreement(1.0f);
         if constexpr (kCaution) agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
         F rough = lamb::rough_quotient(m_i, v_i, c);
@@ -275,16 +280,17 @@ void lamb_moments(const OptimizerChunk& chunk, const LambFactors& factors, bool 
 }
 
 void lamb_apply(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,
-                const LambStepFactors& step) {
+                const LambStepFactors& step, const Ahead& ahead) {
   const OptimizerTensor& x = *chunk.tensor;
   const float *m = x.m + chunk.begin, *v = x.v + chunk.begin;
   if (caution) {
-    with_parameter_and_gradient(
-        chunk, [&](auto* p, auto* g) { apply<true>(p, g, m, v, chunk.count, factors, step); });
+    with_parameter_and_gradient(chunk, [&](auto* p, auto* g) {
+      apply<true>(p, g, m, v, chunk.count, factors, step, ahead);
+    });
   } else {
     with_element(x.master ? DType::f32 : x.p_dtype, [&](auto* type) {
       auto* p = static_cast<decltype(type)>(x.master ? x.master : x.p) + chunk.begin;
-      apply<false>(p, p, m, v, chunk.count, factors, step);
+      apply<false>(p, p, m, v, chunk.count, factors, step, ahead);
     });
   }
   if (x.master) publish(chunk);

@@ -11,23 +11,27 @@ namespace batchops {
 
 // A chunk's p, g, m and v (256 KB in float32) stay in a core's second-level cache.
 constexpr int64_t kChunk = 16 * 1024;
-// A tensor up to here is one thread's work from the norms to the update, so nobody waits.
-constexpr int64_t kWhole = 64 * 1024;
 // Small tensors are handed out together until they are worth a thread's trip to the counter.
 constexpr int64_t kGrab = 32 * 1024;
 // Larger tensors take their two sweeps together up to this size: what the first one has read is
 // still in the cores' caches for the second.
 constexpr int64_t kGroup = 128 * 1024;
 
+// Chunks that a core's second-level cache holds all of: while they go through the second sweep, the
+// memory has nothing to do.
+constexpr int64_t kCached = 6;
+
 inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // Algorithm gives
+//   kWhole                        elements up to which a tensor is one thread's work from the norms
+//                                 to the update: nobody waits, and its cache holds what comes again
 //   tensors, tensor_count
 //   Sums                          of a chunk, zero by default, with +=
 //   Outcome                       what the second sweep needs of a tensor
 //   first(chunk, index, sums)     adds to sums
 //   outcome(index, sums)
-//   second(chunk, index, outcome)
+//   second(chunk, index, outcome, ahead)
 //
 // Large tensors go through in stages of one or a few. In a stage each thread has a share of the
 // chunks, for both sweeps: what the first has read is in the thread's own cache when the second
@@ -52,11 +56,23 @@ class TwoSweeps {
       for (const Stage& stage : stages_) {
         for_shares(stage, worker, &Share::first_taken,
                    [&](const Share& share, int64_t i) { first(chunks_[share.begin + i]); });
-        for_shares(stage, worker, &Share::second_taken,
-                   [&](const Share& share, int64_t i) { second(chunks_[share.end - 1 - i]); });
+        const Share* const later = next_share(stage, worker);
+        for_shares(stage, worker, &Share::second_taken, [&](const Share& share, int64_t i) {
+          const bool asks = later != nullptr && share.size() <= kCached && i < later->size();
+          second(chunks_[share.end - 1 - i],
+                 asks ? Ahead(elements(chunks_[later->begin + i])) : Ahead());
+        });
       }
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < grabs_.size();) {
-        for (int64_t k = grabs_[i].begin; k < grabs_[i].end; ++k) whole(small_[k]);
+      const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+      for (size_t i = take(), later; i < grabs_.size(); i = later) {
+        later = take();  // now, so that it can be asked for
+        const Grab& grab = grabs_[i];
+        for (int64_t k = grab.begin; k < grab.end; ++k) {
+          const int64_t after = k + 1 < grab.end        ? k + 1
+                                : later < grabs_.size() ? grabs_[later].begin
+                                                        : -1;
+          whole(small_[k], after < 0 ? -1 : small_[after]);
+        }
       }
     });
   }
@@ -93,7 +109,7 @@ class TwoSweeps {
     std::vector<int32_t> large;
     int64_t chunks = 0;
     for (int64_t i = 0; i < algorithm_.tensor_count; ++i) {
-      if (numel(i) > kWhole) {
+      if (numel(i) > Algorithm::kWhole) {
         large.push_back(static_cast<int32_t>(i));
         chunks += chunk_count(numel(i));
       } else if (numel(i) > 0) {
@@ -145,7 +161,7 @@ class TwoSweeps {
 
   // Calls f(share, i) for what is left of the worker's share, then of the others'.
   template <class F>
-  void for_shares(const Stage& stage, int64_t worker, std::atomic<int64_t> Share::*taken, F&& f) {
+  void for_shares(const Stage& stage, int64_t worker, std::atomic<int64_t> Share::* taken, F&& f) {
     for (int64_t k = 0; k < stage.shares; ++k) {
       Share& share = shares_[stage.begin + (worker + k) % stage.shares];
       std::atomic<int64_t>& next = share.*taken;
@@ -154,6 +170,14 @@ class TwoSweeps {
         if (i < share.size()) f(share, i);
       }
     }
+  }
+
+  // The share that the worker begins the next stage with; null where it has none.
+  const Share* next_share(const Stage& stage, int64_t worker) const {
+    const Stage* const next = &stage + 1;
+    return next < stages_.data() + stages_.size() && worker < next->shares
+               ? &shares_[next->begin + worker]
+               : nullptr;
   }
 
   OptimizerChunk elements(const Chunk& chunk) const {
@@ -169,19 +193,21 @@ class TwoSweeps {
       split.ready.store(true, std::memory_order_release);
     }
   }
-  void second(const Chunk& chunk) {
+  void second(const Chunk& chunk, const Ahead& ahead) {
     const Split& split = splits_[chunk.split];
     for (int spins = 0; !split.ready.load(std::memory_order_acquire); ++spins) {
       if (spins > 1000) std::this_thread::yield();
     }
-    algorithm_.second(elements(chunk), chunk.tensor, split.outcome);
+    algorithm_.second(elements(chunk), chunk.tensor, split.outcome, ahead);
   }
 
-  void whole(int32_t tensor) const {
+  // `later` is the thread's next tensor, or -1.
+  void whole(int32_t tensor, int32_t later) const {
     const int64_t count = numel(tensor);
-    const auto chunk_at = [&](int64_t at) {
-      return OptimizerChunk{&algorithm_.tensors[tensor], at, std::min(count - at, kChunk)};
+    const auto chunk_of = [&](int32_t i, int64_t at) {
+      return OptimizerChunk{&algorithm_.tensors[i], at, std::min(numel(i) - at, kChunk)};
     };
+    const auto chunk_at = [&](int64_t at) { return chunk_of(tensor, at); };
     Sums total;
     for (int64_t at = 0; at < count; at += kChunk) {
       Sums sums;
@@ -189,8 +215,11 @@ class TwoSweeps {
       total += sums;
     }
     const Outcome outcome = algorithm_.outcome(tensor, total);
-    for (int64_t at = (chunk_count(count) - 1) * kChunk; at >= 0; at -= kChunk) {
-      algorithm_.second(chunk_at(at), tensor, outcome);
+    for (int64_t at = (chunk_count(count) - 1) * kChunk, done = 0; at >= 0;
+         at -= kChunk, done += kChunk) {
+      const bool asks = later >= 0 && done < numel(later);
+      algorithm_.second(chunk_at(at), tensor, outcome,
+                        asks ? Ahead(chunk_of(later, done)) : Ahead());
     }
   }
 
