@@ -8,9 +8,9 @@ from __future__ import annotations
 import collections
 import collections.abc
 import contextlib
+import contextvars
 import copy
 import gc
-import inspect
 import multiprocessing
 import os
 import pickle
@@ -527,6 +527,39 @@ def test_errors_name_the_dataset_index(way: str) -> None:
         assert text.startswith("Caught KeyError in DataLoader ")
 
 
+class CollatesItself(Odd):
+    """Views of a sample, made one tensor; of the third that fails at position 1."""
+
+    def __getitem__(self, i: int) -> Any:
+        views = [torch.ones(3), torch.ones(4 if i == 2 else 3)]
+        return data.collate(views)
+
+
+def _without_nothing(batch: list[Any]) -> Any:
+    return data.collate([sample for sample in batch if sample is not None])
+
+
+class Holes(Odd):
+    def __getitem__(self, i: int) -> Any:
+        return None if i == 0 else torch.ones(i)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("dataset", "collate_fn"),
+    [(CollatesItself(""), None), (Holes(""), _without_nothing)],
+    ids=["in the dataset", "after samples were left out"],
+)
+def test_positions_in_other_lists_are_no_index(way: str, dataset: Any, collate_fn: Any) -> None:
+    loader = DataLoader(
+        dataset, batch_sampler=[[0, 1, 2, 3]] * 3, collate_fn=collate_fn, **WAYS[way]
+    )
+    text = str(_error(loader))
+    assert "position 1, sample: Tensor" in text
+    assert "(dataset index" not in text
+    assert way == "local" or text.endswith("dataset indices 0, 1, 2, 3")
+
+
 @pytest.mark.parametrize("kind", ["fails", "KeyError"])
 @pytest.mark.parametrize("way", WAYS)
 def test_errors_of_samples_name_their_batch(way: str, kind: str) -> None:
@@ -785,6 +818,32 @@ def test_slots_of_other_sizes_make_room() -> None:
         tensor.fill_(1)
         assert memory.stats()["bytes"] <= 8 << 20
         del tensor
+
+
+@pytest.mark.parametrize("width", [9, 9000], ids=["small", "in a slot"])
+@pytest.mark.parametrize("way", ["local", "gather", "threads"])
+def test_batches_can_be_resized_as_torchs(way: str, width: int) -> None:
+    dataset: Any = TensorDataset(rows(32, width)) if way == "gather" else list(rows(32, width))
+    loader = DataLoader(dataset, 8, **WAYS.get(way, {}))
+    iterator = iter(loader)
+    batch = next(iterator)
+    batch = batch[0] if way == "gather" else batch
+    other = next(iterator)
+    batch.resize_(16, width)[8:] = 7
+    assert torch.equal(batch[:8], rows(32, width)[:8])
+    assert (batch[8:] == 7).all()
+    batch.untyped_storage().resize_(0)
+    del batch
+    other = other[0] if way == "gather" else other
+    assert torch.equal(other, rows(32, width)[8:16])
+    assert loader.metrics["ring"]["leased"] <= 4, "what it does not need any more is free"
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    loader = DataLoader(TensorDataset(rows(32, 9000)), 8, ring_bytes=0)
+    with pytest.warns(UserWarning, match="no slot for a batch") as caught:
+        next(iter(loader))
+    assert caught[0].filename == __file__
 
 
 def test_checked_slots_are_poisoned_and_watched() -> None:
@@ -1136,57 +1195,7 @@ def test_states_that_do_not_fit() -> None:
         iter(loader)
 
 
-# --- frameworks make loaders anew ----------------------------------------------------------------
-
-
-def _like_lightning(loader: Any, sampler: Any) -> Any:
-    """Arguments from the attributes of the same names, checked against the signature."""
-    attributes = {k: v for k, v in vars(loader).items() if not k.startswith("_")}
-    parameters = dict(inspect.signature(type(loader).__init__).parameters)
-    parameters.pop("self")
-    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    arguments = {k: v for k, v in attributes.items() if k in parameters}
-    missing = {
-        name for name, p in parameters.items() if p.default is p.empty and name not in arguments
-    }
-    assert not missing
-    arguments.update(sampler=sampler, shuffle=False, batch_sampler=None)
-    if "multiprocessing_context" in arguments and not loader.num_workers:
-        arguments.pop("multiprocessing_context")
-    return type(loader)(**arguments)
-
-
-def _like_accelerate(loader: Any, sampler: Any) -> Any:
-    """A subclass of the loader's own class, made from torch's keywords read off the loader."""
-    keywords = (
-        *("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout"),
-        *("worker_init_fn", "multiprocessing_context", "generator", "prefetch_factor"),
-        *("persistent_workers", "pin_memory_device", "in_order"),
-    )
-    given = {k: getattr(loader, k) for k in keywords if k not in ("batch_size", "drop_last")}
-    batches = BatchSampler(sampler, loader.batch_size, loader.drop_last)
-    made = type("Shard", (type(loader),), {})(loader.dataset, batch_sampler=batches, **given)
-    made.__class__ = type("Wrapped", (type(made),), {"total_batch_size": property(lambda s: 7)})
-    return made
-
-
-@pytest.mark.parametrize("remake", [_like_lightning, _like_accelerate])
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"threads": 2}, {"num_workers": 1, "prefetch_factor": 3}, {"collator": data.Collator()}],
-    ids=["plain", "threads", "workers", "collator"],
-)
-def test_reinstantiation(remake: Any, arguments: dict[str, Any]) -> None:
-    dataset = TensorDataset(rows(60, 5))
-    loader = DataLoader(dataset, 7, shuffle=True, drop_last=True, **arguments)
-    sampler = DistributedSampler(dataset, 2, 0, shuffle=False)
-    again = remake(loader, sampler)
-    want = TorchLoader(dataset, 7, sampler=sampler, drop_last=True)
-    assert epoch(again) == epoch(want)
-    assert len(again) == len(want)
-    if remake is _like_lightning:
-        for name in ("threads", "device", "collator", "ring_bytes", "checked"):
-            assert getattr(again, name) == getattr(loader, name)
+# --- copies, and several threads ------------------------------------------------------------------
 
 
 def test_loaders_are_copied_and_pickled_before_use() -> None:
@@ -1774,6 +1783,40 @@ def test_threads_make_tensors_on_the_default_device_of_who_began_the_epoch() -> 
     thread.start()
     thread.join()
     assert made == ["meta", "cpu"]
+
+
+def test_threads_have_the_context_of_who_began_the_epoch() -> None:
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="nobody")
+
+    class Samples(Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, _: int) -> str:
+            found = tenant.get()
+            tenant.set("changed in a thread")
+            return found
+
+    loader = DataLoader(Samples(), 6, threads=2)
+    token = tenant.set("someone")
+    iterator = iter(loader)
+    tenant.reset(token)
+    assert next(iterator)[0] == "someone"
+    assert tenant.get() == "nobody"
+    (batch,) = list(loader)
+    assert batch[0] == "nobody"
+
+
+def test_threads_do_not_keep_the_loader() -> None:
+    """Not by the context that they were given a copy of."""
+    loader = DataLoader(list(range(64)), 2, threads=2)
+    gone = weakref.ref(loader)
+    iterator = iter(loader)
+    next(iterator)
+    del loader
+    gc.collect()
+    assert gone() is None
+    assert next(iterator).tolist() == [2, 3]
 
 
 def test_an_iterable_dataset_is_begun_after_the_threads_are_set_up() -> None:

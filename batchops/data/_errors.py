@@ -44,6 +44,34 @@ class Place:
         self.path: list[Any] = []
         self.position: int | None = None
         self.text = ""
+        self.of_whole_batch = False  # the position is one in the loader's own batch
+
+
+class WholeBatch:
+    """The collation of a loader's batch, as it came from the dataset.
+
+    Only of an error in here is the position that of an index: a dataset may collate in
+    ``__getitem__``, and a function of the user's may leave samples out. A worker process hands on
+    no more than text: there this method's name in the traceback tells.
+    """
+
+    def __init__(self, collate: Any) -> None:
+        self._collate = collate
+
+    def __call__(self, batch: Any) -> Any:
+        return self.collate_whole_batch(batch)
+
+    def collate_whole_batch(self, batch: Any) -> Any:
+        try:
+            return self._collate(batch)
+        except Exception as error:
+            place = noted(error)
+            if place is not None:
+                place.of_whole_batch = True
+            raise
+
+
+_IN_WHOLE_BATCH = f", in {WholeBatch.collate_whole_batch.__name__}\n"
 
 
 def noted(error: Exception) -> Place | None:
@@ -90,8 +118,7 @@ def explained(error: Exception) -> Exception:
 
 def with_indices(error: Exception, indices: Any) -> Exception:
     """The error with the dataset's index of the sample that caused it."""
-    place = noted(error)
-    position = place.position if place is not None else position_in(str(error))
+    position = _position(error)
     if position is None:
         return error
     try:
@@ -103,13 +130,22 @@ def with_indices(error: Exception, indices: Any) -> Exception:
 
 def with_batch(error: Exception, indices: Any) -> Exception:
     """An error that was handed on, with the dataset's indices: of its sample, or of its batch."""
-    if position_in(str(error)) is not None:
+    if _position(error) is not None:
         return with_indices(error, indices)
     if isinstance(indices, list | tuple):
         shown = ", ".join(map(repr, indices[:_SHOWN]))
         more = f", and {len(indices) - _SHOWN} more" if len(indices) > _SHOWN else ""
         return _with_text(error, f"{_MARK}dataset indices {shown}{more}")
     return _with_text(error, f"{_MARK}dataset index {indices!r}")
+
+
+def _position(error: Exception) -> int | None:
+    """In the loader's batch, of the sample that caused the error, where that is known."""
+    place = noted(error)
+    if place is not None:
+        return place.position if place.of_whole_batch else None
+    text = str(error)
+    return position_in(text) if _IN_WHOLE_BATCH in text else None
 
 
 def _with_text(error: Exception, text: str) -> Exception:

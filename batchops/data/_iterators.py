@@ -16,11 +16,11 @@ from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from batchops import _C
 from batchops.data._collate import collate, collate_into, is_default
-from batchops.data._errors import raise_alone, with_indices
+from batchops.data._errors import WholeBatch, raise_alone, with_indices
 from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
 from batchops.data._own import memory_of, own, transfer_of
-from batchops.data._resume import EpochStart, beginning_of
+from batchops.data._resume import EpochStart, beginning_of, users_context
 from batchops.data._sampling import IndexStream, RecordedSampler
 from batchops.data._source import Batch, GatherSource, collate_only_stacks
 from batchops.data._threads import Crew, End, WorkerInfo
@@ -97,15 +97,15 @@ class Delivery:
     def _collate_fn(self, fn: Any) -> None:
         if not is_default(fn):
             into = getattr(fn, "collate_into", None)
-            memory = self._memory
-            self._collates = fn
-            if into is not None and not self._shares_batches:
-                self._collates = lambda batch: into(batch, memory)
-        elif self._shares_batches:
-            self._collates = collate
+            if into is None:
+                self._collates = fn
+                return
         else:
-            memory = self._memory
-            self._collates = lambda batch: collate_into(batch, memory)
+            fn, into = collate, collate_into
+        memory = self._memory
+        self._collates = WholeBatch(
+            fn if self._shares_batches else lambda batch: into(batch, memory)
+        )
 
     def __next__(self) -> Any:
         begun = self._loader_metrics.begin()
@@ -513,7 +513,8 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         self._indices: dict[int, Any] = {}  # of what was asked for and not handed out, in order
         self._last_request = time.perf_counter()
         fetch = _MapFetch(self) if self._is_map else _IterableFetch(self)
-        self._crew = Crew(self, infos, fetch, loader.worker_init_fn, loader.timeout)
+        init, timeout = loader.worker_init_fn, loader.timeout
+        self._crew = Crew(self, infos, fetch, init, timeout, users_context)
         self._crew.start()
         self._begin_epoch()
         self._fill()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +23,19 @@ def _system_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return 8 << 30
+
+
+_OURS = tuple(
+    f"{pathlib.Path(file).parent}{os.sep}" for file in (__file__, torch.utils.data.__file__)
+)
+
+
+def _users_level() -> int:
+    """For a warning's stacklevel: the caller's first frame that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def default_capacity() -> int:
@@ -110,7 +125,7 @@ class Memory:
             f"{self.capacity} bytes are in use by batches that are still alive, or the system gave "
             f"no more. Memory from torch's allocator is used instead ({kind}); raise "
             "ring_bytes, or let go of batches sooner",
-            stacklevel=3,
+            stacklevel=_users_level(),
         )
 
     def stats(self) -> dict[str, int]:

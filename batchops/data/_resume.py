@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +110,13 @@ def beginning_of(loader: Any) -> Beginning:
     if now is not None and now.loader is loader:
         return now
     return Beginning(loader, EpochStart(loader), 0)
+
+
+def users_context() -> Context:
+    """The current context but for what begins, which would keep the loader alive."""
+    context = copy_context()
+    context.run(_beginning.set, None)
+    return context
 
 
 def restore(loader: Any, state: dict[str, Any]) -> EpochStart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
+import contextvars
 import os
 import threading
 import time
@@ -112,6 +113,7 @@ class Crew:
         fetch: Fetch,
         init: Callable[[int], Any] | None,
         timeout: float,
+        new_context: Callable[[], contextvars.Context],
     ) -> None:
         self._orphaned: list[Any] = []
         # Who asks the reference whether it is alive holds the owner for that moment, and may be
@@ -128,8 +130,8 @@ class Crew:
         modes = Modes.now()
         self._threads = [
             threading.Thread(
-                target=_serve,
-                args=(self, info, modes),
+                target=new_context().run,
+                args=(_serve, self, info, modes),
                 name=f"batchops-data-{info.id}",
                 daemon=True,
             )

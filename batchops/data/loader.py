@@ -68,10 +68,10 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         ``get_worker_info`` gives None, and the global generators of torch, ``random`` and NumPy are
         those of the process: not seeded for each thread, and drawn from in no fixed order. An
         iterable dataset has one iterator, advanced by one thread at a time, in order. Gradient,
-        inference and autocast mode and the default device are those of the moment when the epoch
-        begins. How many batches are under way follows from how long the last ones were waited for;
-        so a sampler that draws from a generator which the loop draws from too gives another order
-        each time.
+        inference and autocast mode, the default device and ``contextvars`` are those of the moment
+        when the epoch begins. How many batches are under way follows from how long the last ones
+        were waited for; so a sampler that draws from a generator which the loop draws from too
+        gives another order each time.
     collator
         A :class:`batchops.data.Collator`, in the place of ``collate_fn``.
     ring_bytes
