@@ -18,8 +18,10 @@ import torch
 T = TypeVar("T")
 
 # Rotated inputs together are this many times the last-level cache, so that none of it survives
-# from one use of a buffer to the next.
+# from one use of a buffer to the next. Filling them takes most of the time of a short run: there
+# it is QUICK_CACHE_MULTIPLE, which is enough where the cache drops what was used least recently.
 CACHE_MULTIPLE = 4
+QUICK_CACHE_MULTIPLE = 2
 # Below this threshold glibc takes memory from the heap and keeps it; the design value for
 # "recycled pages" is far above any tensor of the benches.
 RECYCLED_THRESHOLD = 1 << 30

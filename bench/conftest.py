@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import common
 import pytest
 import torch
 from common import allocator, machine, reason
@@ -394,6 +395,8 @@ def accuracy(request: pytest.FixtureRequest, benchmark: Any, device: torch.devic
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: kept when --quick is given")
+    if config.getoption("--quick"):
+        common.CACHE_MULTIPLE = common.QUICK_CACHE_MULTIPLE
     if path := config.getoption("--compare"):
         from comparison import saved_records
 

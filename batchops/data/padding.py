@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,11 @@ def _refuse(sequences: Sequence[Any], name: str) -> None:
 
 def _item(value: Any, dtype: torch.dtype, name: str) -> bytes:
     """One value of `dtype`, as bytes."""
+    # Other numbers may be equal and differ in their bytes, as 0.0 and -0.0.
+    return _known_item(value, dtype, name) if type(value) is int else _new_item(value, dtype, name)
+
+
+def _new_item(value: Any, dtype: torch.dtype, name: str) -> bytes:
     try:
         item = torch.tensor([value], dtype=dtype)
         fits = dtype.is_floating_point or dtype.is_complex or item.item() == value
@@ -113,6 +119,9 @@ def _item(value: Any, dtype: torch.dtype, name: str) -> bytes:
     if not fits:
         raise ValueError(f"{name}: expected a value of {dtype}, got {value!r}")
     return item.view(torch.uint8).numpy().tobytes()
+
+
+_known_item = functools.lru_cache(256)(_new_item)
 
 
 def pad(
