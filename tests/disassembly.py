@@ -159,9 +159,8 @@ def demangle(found: Kernels) -> None:
         ["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True
     ).stdout
     for mangled, demangled in zip(found, text.splitlines(), strict=True):
-        namespaces = (
-            r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|batchops::(cuda::)?(optimizer::)?"
-        )
+        unnamed = r"\(anonymous namespace\)::|_GLOBAL__N__\w+::"
+        namespaces = unnamed + r"|batchops::(cuda::)?(optimizer::)?(\w+_cu::)?"
         short = re.sub(namespaces, "", demangled)
         short = short.removeprefix("void ")
         short = short.replace("(Layout)0", "channels_first").replace("(Layout)1", "channels_last")

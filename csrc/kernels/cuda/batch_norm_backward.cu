@@ -10,7 +10,7 @@
 #include "kernels/cuda/batch_norm_backward.cuh"
 
 namespace batchops::cuda {
-namespace {
+inline namespace batch_norm_backward_cu {
 
 BATCHOPS_DEVICE void store_direction(const Direction& d, float4* direction, float* shift,
                                      int64_t column) {
@@ -281,7 +281,7 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
   });
 }
 
-}  // namespace
+}  // namespace batch_norm_backward_cu
 
 const char* backward_finish(const GradientFinishArguments& args, int device, void* stream) {
   const int64_t pieces = ceil_divide<int64_t>(args.gradients.C, kThreads / kWarp);

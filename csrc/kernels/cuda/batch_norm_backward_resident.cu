@@ -5,7 +5,7 @@
 #include "kernels/cuda/batch_norm_residency.cuh"
 
 namespace batchops::cuda {
-namespace {
+inline namespace batch_norm_backward_resident_cu {
 
 struct ResidentArguments {
   Tensors tensors;
@@ -161,7 +161,7 @@ size_t columns_bytes(const Plan& plan) {
   return plan.ghosts > 1 ? static_cast<size_t>(plan.columns()) * sizeof(float2) : 0;
 }
 
-}  // namespace
+}  // namespace batch_norm_backward_resident_cu
 
 size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,
                                    const Device& device) {

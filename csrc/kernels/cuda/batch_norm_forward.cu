@@ -7,7 +7,7 @@
 #include "kernels/cuda/batch_norm_forward.cuh"
 
 namespace batchops::cuda {
-namespace {
+inline namespace batch_norm_forward_cu {
 
 struct PartialArguments {
   const void* x;
@@ -234,7 +234,7 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
   });
 }
 
-}  // namespace
+}  // namespace batch_norm_forward_cu
 
 const char* forward_finish(const FinishArguments& args, int device, void* stream) {
   const int64_t pieces = ceil_divide<int64_t>(args.statistics.C, kThreads / kWarp);

@@ -7,7 +7,7 @@
 #include "kernels/cuda/batch_norm_residency.cuh"
 
 namespace batchops::cuda {
-namespace {
+inline namespace batch_norm_forward_resident_cu {
 
 struct ResidentArguments {
   const void* x;
@@ -113,7 +113,7 @@ size_t columns_bytes(const Plan& plan) {
   return plan.ghosts > 1 ? static_cast<size_t>(plan.columns()) * sizeof(Moments) : 0;
 }
 
-}  // namespace
+}  // namespace batch_norm_forward_resident_cu
 
 bool keep_on_chip = [] {
   const char* said = std::getenv("BATCHOPS_CUDA_RESIDENT");

@@ -12,7 +12,7 @@
 #include "kernels/cuda/group_norm_walks.cuh"
 
 namespace batchops::cuda {
-namespace {
+inline namespace group_norm_backward_cu {
 
 using namespace group;  // NOLINT: all of this file is its
 
@@ -590,7 +590,7 @@ const char* backward(const GroupNormBackward& args, void* workspace, int device,
                   {args.dy, args.x, residual, args.dx, args.dresidual}, run);
 }
 
-}  // namespace
+}  // namespace group_norm_backward_cu
 }  // namespace batchops::cuda
 
 namespace batchops {

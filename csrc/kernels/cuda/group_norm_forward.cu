@@ -5,7 +5,7 @@
 #include "kernels/cuda/group_norm_walks.cuh"
 
 namespace batchops::cuda {
-namespace {
+inline namespace group_norm_forward_cu {
 
 using namespace group;  // NOLINT: all of this file is its
 
@@ -246,7 +246,7 @@ const char* forward(const GroupNormForward& args, void* workspace, int device, v
   return dispatch(kOperation, shape, args.mask != nullptr, {args.x, args.residual, args.y}, run);
 }
 
-}  // namespace
+}  // namespace group_norm_forward_cu
 }  // namespace batchops::cuda
 
 namespace batchops {

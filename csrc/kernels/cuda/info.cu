@@ -10,7 +10,7 @@
 #endif
 
 namespace batchops {
-namespace {
+inline namespace info_cu {
 
 // The oldest driver that runs programs of the toolkit this is built with (CUDA compatibility table:
 // minor versions of one major share it).
@@ -29,7 +29,7 @@ std::string driver_release() {
   return "";
 }
 
-}  // namespace
+}  // namespace info_cu
 
 bool built_with_cuda() { return true; }
 

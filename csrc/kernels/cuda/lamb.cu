@@ -4,7 +4,7 @@
 
 namespace batchops {
 namespace cuda::optimizer {
-namespace {
+inline namespace lamb_cu {
 
 #define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
 #include "kernels/lamb_math.inl"
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMaxSets)
   make_sets(args);
 }
 
-}  // namespace
+}  // namespace lamb_cu
 }  // namespace cuda::optimizer
 
 using namespace cuda::optimizer;

@@ -4,7 +4,7 @@
 
 namespace batchops {
 namespace cuda::optimizer {
-namespace {
+inline namespace lars_cu {
 
 #define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
 #include "kernels/lars_math.inl"
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kMaxSets)
   make_sets(args);
 }
 
-}  // namespace
+}  // namespace lars_cu
 }  // namespace cuda::optimizer
 
 using namespace cuda::optimizer;

@@ -8,7 +8,7 @@
 
 namespace batchops {
 namespace cuda::optimizer {
-namespace {
+inline namespace optimizers_cu {
 
 __global__ void __launch_bounds__(kThreads)
     optimizer_grad_squares(const __grid_constant__ Table table,
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace
+}  // namespace optimizers_cu
 }  // namespace cuda::optimizer
 
 using namespace cuda::optimizer;

@@ -6,6 +6,9 @@
 //   BATCHOPS_SHARED(partial, float[8][32]);                                      static shared
 //   BATCHOPS_DYNAMIC_SHARED(tile, float);                                        dynamic shared
 //
+// What a source has for itself is in an inline namespace of the source's name: nvcc calls unnamed
+// ones after the folder, and the same source would be another binary in another place.
+//
 // Clusters and cooperative grids are a LaunchShape. Intrinsics or runtime calls that are new to the
 // project get a line in the emulator too. Host functions return null or a message (valid until the
 // thread's next failure).
