@@ -210,6 +210,13 @@ def test_blocks_that_a_device_has_room_for(library, place, blocks):
     assert placed.workspace.bytes[:4].view(np.uint32) == blocks
 
 
+def test_no_more_blocks_than_items(library):
+    placed = optimizers.Placed(library, Problem([Parameter(2 * CHUNK), Parameter(70)]))
+    with optimizers.device(library, "Hopper"):
+        optimizers.step(library, placed)
+    assert placed.workspace.bytes[:4].view(np.uint32) == 3
+
+
 @pytest.mark.parametrize(("margin", "blocks"), [(1, 6), (3, 2), (4, 2), (2**30, 2)])
 def test_multiprocessors_left_to_other_kernels(library, margin, blocks):
     """At least one is the step's own. The same bits come of it, from chip and in two sweeps."""

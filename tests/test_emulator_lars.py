@@ -21,8 +21,10 @@ VARIANTS = {
     "momentum": MOMENTUM,
     "dampening": replace(MOMENTUM, dampening=0.3),
     "nesterov": replace(MOMENTUM, nesterov=True),
+    "nesterov without decay": replace(MOMENTUM, nesterov=True, weight_decay=0.0),
     "always adapted": Options(momentum=0.5, always_adapt=True),
     "clip": replace(MOMENTUM, trust_clip=True, lr=1e-4),
+    "clip, lr above 1": replace(MOMENTUM, trust_clip=True, lr=7.0),
     "lr in the momentum": replace(MOMENTUM, lr_in_momentum=True, lr=7.0),
     "momentum correction": replace(MOMENTUM, momentum_correction=True, last_lr=0.1),
     "both": replace(MOMENTUM, nesterov=True, momentum_correction=True, last_lr=0.1),
@@ -74,7 +76,11 @@ def test_rates_between_two_floats(library):
     check(problem, run(library, problem), 1.0)
 
 
-@pytest.mark.parametrize("options", [MOMENTUM, Options(weight_decay=0.01)], ids=["m", "no m"])
+@pytest.mark.parametrize(
+    "options",
+    [MOMENTUM, Options(weight_decay=0.01), replace(MOMENTUM, maximize=True)],
+    ids=["m", "no m", "uphill"],
+)
 def test_tensors_larger_than_what_all_blocks_hold(library, options):
     problem = Lars([Parameter(n) for n in LARGE], [options])
     check_everywhere(library, problem)
@@ -105,19 +111,29 @@ def test_more_small_tensors_and_step_counts_than_fit_at_once(library, place):
     check(problem, results, 1.0)
 
 
-def test_numbers_on_the_device(library):
+def test_tensors_of_a_group_and_step_share_what_the_workspace_has_of_them(library):
+    one_step, many = (
+        optimizers.Placed(library, Lars([Parameter(40, step=1 + t * apart) for t in range(40)]))
+        for apart in (0, 1)
+    )
+    assert len(one_step.workspace.bytes) < len(many.workspace.bytes)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
+def test_numbers_on_the_device(library, clip):
     groups = [replace(o, lr=o.lr * (1 + i)) for i in range(3) for o in VARIANTS.values()]
     parameters = [Parameter(30 * i, group=i, step=1 + i % 3) for i in range(len(groups))]
-    parameters += [Parameter(5 * CHUNK, step=3), Parameter(9, excluded=True)]
-    problem = Lars(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
+    parameters += [Parameter(5 * CHUNK, step=3), Parameter(9, group=2, excluded=True)]
+    problem = Lars(parameters, groups, clip, grad_scale=8.0, on_device=True, found_inf=0.0)
     check_everywhere(library, problem)
     results = run(library, problem)
     assert [r["step"].item() for r in results] == [x.step for x in parameters]
 
 
-def test_a_skipped_step_changes_nothing(library):
+@pytest.mark.parametrize("found_inf", [1.0, 2.0], ids=["found", "found on two devices"])
+def test_a_skipped_step_changes_nothing(library, found_inf):
     parameters = [Parameter(5 * CHUNK + 3), Parameter(70)]
-    results = run(library, Lars(parameters, [MOMENTUM], on_device=True, found_inf=1.0))
+    results = run(library, Lars(parameters, [MOMENTUM], on_device=True, found_inf=found_inf))
     for x, after in zip(parameters, results, strict=True):
         assert all(torch.equal(after[name], x.start[name]) for name in "pm")
         assert after["step"].item() == x.step - 1
@@ -132,3 +148,21 @@ def test_non_finite_norms_are_not_hidden(library):
     assert results[1]["p"].isfinite().all()
     problem.max_grad_norm = 1.0
     assert all(r["p"].isnan().all() for r in run(library, problem))
+
+
+def test_a_ratio_of_zero_does_not_hide_an_infinite_gradient(library):
+    """Of a tensor without momentum, whose norm makes the ratio 0."""
+    bad = Parameter(600)
+    bad.start["g"][5] = float("inf")
+    (after,) = run(library, Lars([bad], [Options(weight_decay=0.01)], None))
+    assert after["p"].isnan().nonzero().flatten().tolist() == [5]
+
+
+def test_an_infinite_clip_makes_zeros_of_finite_gradients(library):
+    bad, sound, still = Parameter(600), Parameter(600), Parameter(600)
+    bad.start["g"][5] = float("inf")
+    still.start |= sound.start | {"g": torch.zeros(600)}
+    *_, one, other = run(library, Lars([bad, sound, still], [MOMENTUM], 1.0))
+    assert all(torch.equal(one[name], other[name]) for name in "pm")
+    assert one["p"].isfinite().all()
+    assert one["stats"][2] == other["stats"][2] > 0  # norm of the decay alone
