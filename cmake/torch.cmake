@@ -51,7 +51,8 @@ function(batchops_add_torch_binding root result)
   # that its symbols come from the very runtime libtorch_cpu has loaded: one pool of threads.
   # The messages of torch's checks name their files: not where those were on the building machine.
   target_compile_options(${_target} PRIVATE ${BATCHOPS_WARNINGS} -fopenmp
-    "-ffile-prefix-map=${root}/include/=" "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+    # The last that fits is taken, and the environment may lie in the source folder.
+    "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=" "-ffile-prefix-map=${root}/include/=")
   target_link_libraries(${_target} PRIVATE batchops_core
     "${root}/lib/libtorch_cpu.so" "${root}/lib/libc10.so" ${CMAKE_DL_LIBS})
   target_link_options(${_target} PRIVATE -Wl,--as-needed -Wl,--allow-shlib-undefined)
