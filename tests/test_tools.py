@@ -58,15 +58,15 @@ def test_other_torches_and_the_toolkit_are_fetched_once(wheel, monkeypatch, tmp_
             (target / name).touch()
 
     monkeypatch.setattr(wheel, "run", run)
-    wanted = options(torch="2.11 2.12.1", cuda_toolkit="pip", into=tmp_path)
+    wanted = options(torch="1.98 1.99.1", cuda_toolkit="pip", into=tmp_path)
     found = wheel.parts(wanted)
     assert found["BATCHOPS_TORCH_ROOTS"] == (
-        f"{tmp_path}/torch-2.11/torch;{tmp_path}/torch-2.12.1/torch"
+        f"{tmp_path}/torch-1.98/torch;{tmp_path}/torch-1.99.1/torch"
     )
     assert found["CUDACXX"] == f"{tmp_path}/cuda-13.0/nvidia/cu13/bin/nvcc"
     assert [command[-1] for command in fetched] == [
-        "torch==2.11.*",
-        "torch==2.12.1",
+        "torch==1.98.*",
+        "torch==1.99.1",
         "nvidia-nvvm==13.0.*",
     ]
     assert wheel.parts(wanted) == found
