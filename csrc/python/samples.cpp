@@ -395,7 +395,8 @@ void bind_samples(py::module_& m) {
         team = {reinterpret_cast<RunOnTeam>(run_on_team), getpid(), pthread_self()};
       },
       py::arg("tensor_type"), py::arg("read"), py::arg("count_writes"), py::arg("prefetch_tensor"),
-      py::arg("prefetch_storage"), py::arg("let_grow"), py::arg("run_on_team"), py::arg("memmap_type"));
+      py::arg("prefetch_storage"), py::arg("let_grow"), py::arg("run_on_team"),
+      py::arg("memmap_type"));
 
   m.def("let_grow", [](const py::object& tensor) { reader.let_grow(tensor.ptr()); });
 

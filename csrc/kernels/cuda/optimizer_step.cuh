@@ -587,8 +587,8 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
     return error;
   }
   if (blocks == 0) return message("%s: the device has no room for a block", kernels.name);
-  blocks -= blocks / found.multiprocessors *
-            std::clamp(plan.sm_margin, 0, found.multiprocessors - 1);
+  blocks -=
+      blocks / found.multiprocessors * std::clamp(plan.sm_margin, 0, found.multiprocessors - 1);
   shape.blocks.x = static_cast<unsigned>(std::min<int64_t>(blocks, items));
   if (const char* error = check(kernels.name, "cudaMemsetAsync",
                                 cudaMemsetAsync(args.arrived, 0, plan.counter_bytes,
