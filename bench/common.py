@@ -9,7 +9,7 @@ import importlib
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,17 +111,20 @@ def close_to(reference: Callable[[int], Any], rtol: float, atol: float) -> Calla
             if got is None or want is None:
                 assert got is want, f"output {position}: {got}, expected {want}"
                 continue
-            _assert_close(got.detach(), want.detach().double(), rtol, atol, position)
+            assert_close(got.detach(), want.detach().double(), rtol, atol, position)
 
     return check
 
 
-def _assert_close(
+def assert_close(
     got: torch.Tensor, want: torch.Tensor, rtol: float, atol: float, position: int
 ) -> None:
-    """torch.testing.assert_close in fewer passes, since the benches' tensors are large."""
+    """|got − want| ≤ atol + rtol·|want| of output `position`, in `want`'s float64.
+
+    torch.testing.assert_close in fewer passes, since the benches' tensors are large.
+    """
     assert got.shape == want.shape, f"output {position}: {got.shape}, expected {want.shape}"
-    difference = torch.sub(got, want).abs_()
+    difference = torch.sub(want, got.detach()).abs_()
     bound = want.abs().mul_(rtol).add_(atol)
     if not (difference <= bound).all():  # a NaN fails as well
         wrong = ~(difference <= bound)
@@ -129,6 +132,17 @@ def _assert_close(
             f"output {position}: {int(wrong.sum())} of {wrong.numel()} elements differ by up to "
             f"{float(difference[wrong].max()):.3g}, expected at most {atol:.3g} + {rtol:.3g} × |y|"
         )
+
+
+# What is checked at a time: a few tensors of so many elements in float64 stay in the caches.
+PART_ELEMENTS = 1 << 18
+
+
+def parts_of(count: int, elements_each: int) -> Iterator[slice]:
+    """[0, count) in slices of about PART_ELEMENTS elements."""
+    step = max(1, PART_ELEMENTS // max(elements_each, 1))
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
 
 
 def equal_to(reference: Callable[[int], Any]) -> Callable[..., None]:

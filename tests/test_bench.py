@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -296,3 +298,44 @@ def test_compare_names_regressions_and_fails(folder):
     done = run()
     assert done.returncode != 0
     assert "neither records nor benchmarks" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(("bench", "variant"), [("batch", "add_relu"), ("group", "silu")])
+def test_norms_are_checked_to_the_last_element(monkeypatch, bench, variant, phase, layout):
+    """What is checked in parts is checked whole: one wrong element anywhere is found."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCH))
+    for name in ("common", "peers", f"bench_{bench}_norm"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(f"bench_{bench}_norm")
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common, "PART_ELEMENTS", 1000)
+    monkeypatch.setattr(common, "rotation_length", lambda *_: 1)
+    problem = module.Problem(
+        (3, 64, 5, 7), torch.float32, layout, variant, phase, torch.device("cpu")
+    )
+    activation = variant.removeprefix("add_")
+    if bench == "batch":
+        call = problem.side(module._ours(activation))
+    else:
+        call = problem.side(functools.partial(module._ours, activation=activation))
+    check = problem.check(ours=True)
+
+    def detached() -> list[torch.Tensor]:
+        outputs = call(0) if phase == "backward" else [call(0)]
+        return [t.detach().clone() for t in outputs]
+
+    def given(outputs: list[torch.Tensor]) -> object:
+        return outputs if phase == "backward" else outputs[0]
+
+    check(given(detached()), 0)
+    for position, output in enumerate(detached()):
+        for element in (0, output.numel() // 2, -1):
+            outputs = detached()
+            flat = outputs[position].flatten()
+            flat[element] += 1.0
+            outputs[position] = flat.view(output.shape)
+            with pytest.raises(AssertionError, match=f"output {position}"):
+                check(given(outputs), 0)
