@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
@@ -32,6 +33,7 @@ _WHOLE = 2**62  # ghost batches larger than any batch
 _CPU_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _CUDA_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _CUDA = _binding.core.built_with_cuda()
+_runs_on: dict[int, bool] = {}  # the CUDA devices that have been met
 
 
 def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
@@ -43,8 +45,23 @@ def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
     if input.is_cpu:
         return input.dtype in _CPU_DTYPES
     if input.is_cuda:
-        return _CUDA and input.dtype in _CUDA_DTYPES
+        return _CUDA and input.dtype in _CUDA_DTYPES and _has_code_for(input.device.index)
     return input.is_meta and input.dtype in _CPU_DTYPES
+
+
+def _has_code_for(device: int) -> bool:
+    """Whether this build runs on the device: the driver is new enough, and there is code for it."""
+    known = _runs_on.get(device)
+    if known is not None:
+        return known
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return True  # there is no more than the description of a tensor
+    with torch.cuda.device(device):
+        problem = _binding.core.cuda_problem(device)
+    _runs_on[device] = problem is None
+    if problem is not None:
+        warnings.warn(f"torch's own norms serve CUDA device {device}: {problem}", stacklevel=4)
+    return problem is None
 
 
 def _activation_of(activation: Activation) -> tuple[str, float]:
@@ -435,7 +452,8 @@ def instance_norm(
         weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
         momentum: weight of the new batch in the running statistics, no unit, 0 to 1.
         eps: added to the variance, in squared units of ``input``.
-        activation, residual, cast_output: as for :func:`group_norm`.
+        activation, residual: as for :func:`group_norm`.
+        cast_output: of no effect: autocast leaves torch's instance norm in ``input``'s dtype.
 
     Returns:
         Tensor of ``input``'s size, dtype and layout. Differentiable as :func:`group_norm` is.
@@ -472,7 +490,6 @@ def instance_norm(
     if use_input_stats:
         F._verify_spatial_size(input.size())
     name, slope = _activation_of(activation)
-    input, residual = _cast(cast_output, input, residual)
     if not _has_kernel(input, residual):
         y = F.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps

@@ -151,6 +151,7 @@ LIMITS = {
     "optimizer_index": Limits(4),
     "optimizer_grad_squares": Limits(4, reads=2),
     "optimizer_grad_total": Limits(4),
+    "code_probe": Limits(0, threads=0),  # never launched
 }
 
 
@@ -185,6 +186,8 @@ def residency(kernel: Kernel, limit: Limits) -> list[str]:
         return [
             f"{_of(kernel)}: expected launch bounds of {limit.threads}, got {kernel.threads or '-'}"
         ]
+    if limit.blocks == 0:
+        return []
     fits = machine_code.residency(kernel, limit.dynamic_shared)
     if fits.blocks >= limit.blocks:
         return []

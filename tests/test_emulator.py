@@ -100,7 +100,7 @@ def test_names_kernel_block_thread_and_line(library, name, message, marker, orde
         ("static_shared_too_large", "too much shared memory: 53248 bytes static"),
         (
             "dynamic_shared_too_large",
-            "cudaFuncSetAttribute: too much shared memory: 232464 bytes, the limit is 232448",
+            "too much shared memory: 232464 bytes dynamic, the limit is 232448",
         ),
         ("block_too_large", r"bad block size \(1025, 1, 1\)"),
     ],

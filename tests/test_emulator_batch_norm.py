@@ -298,6 +298,53 @@ def test_a_team_without_room_is_streamed(library):
         np.testing.assert_array_equal(got[name], value, name)
 
 
+def test_a_team_that_is_refused_is_streamed(library):
+    # As under MPS, or in a stream that has some of the multiprocessors.
+    problem = Problem(5, 3, 4096, activation="relu")
+    with batch_norm.device(library, "streams"):
+        streamed = run(library, problem)
+    with batch_norm.device(library, "small"):
+        library.emulator_set_cooperative_blocks(1)
+        try:
+            got = run(library, problem)
+        finally:
+            library.emulator_set_cooperative_blocks(0)
+    for name, value in streamed.items():
+        np.testing.assert_array_equal(got[name], value, name)
+
+
+@pytest.mark.parametrize(("version", "clusters"), [(80, False), (90, True), (0, True)])
+def test_clusters_are_for_code_that_knows_of_them(library, watched, version, clusters):
+    """Not for what a device makes of code for an older one, whatever it can do itself."""
+    problem = Problem(5, 3, 4096, activation="relu")
+    for lib in (library, watched):
+        lib.emulator_set_code_version(version)
+    try:
+        check_under_all_schedules(library, problem, "Hopper")
+        forward, backward = recorded(watched, problem, "Hopper")
+    finally:
+        for lib in (library, watched):
+            lib.emulator_set_code_version(0)
+    sizes = {launch.cluster for one in (forward, backward) for launch in one.launches}
+    assert (max(sizes) > 1) is clusters
+
+
+@pytest.mark.parametrize(("spared", "blocks"), [(0, 10), (2, 6), (3, 4)])
+def test_teams_leave_multiprocessors_to_others(watched, spared, blocks):
+    problem = Problem(5, 3, 4096, activation="relu")
+    watched.emulated_batch_norm_spare(spared)
+    try:
+        check_under_all_schedules(watched, problem, "Turing")
+        forward, backward = recorded(watched, problem, "Turing")
+    finally:
+        watched.emulated_batch_norm_spare(0)
+    for recording in (forward, backward):
+        resident = [x for x in recording.launches if x.kernel.endswith("_resident")]
+        assert resident, "a team of some size"
+        assert all(x.blocks <= blocks for x in resident)
+    assert any(x.blocks > blocks - 3 for x in forward.launches)
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -256,6 +256,19 @@ def test_launches_that_cannot_be_meant(library, name, message, marker):
     assert f"block_faults.cu:{line_of(SOURCE, marker)} (forward schedule" in text
 
 
+def test_static_shared_memory_counts_with_what_was_not_asked_for(library):
+    first = error_of(library, "static_and_dynamic_not_asked_for")
+    assert re.search(
+        "too much shared memory: 16 bytes static and 49152 dynamic, cudaFuncSetAttribute has "
+        "allowed 49152 together",
+        first,
+    ), first
+    assert f"block_faults.cu:{line_of(SOURCE, 'static and dynamic')}" in first
+    again = error_of(library, "static_and_dynamic_not_asked_for")
+    assert "49152 bytes dynamic, cudaFuncSetAttribute has allowed 49136" in again
+    np.testing.assert_array_equal(run(library, "static_and_dynamic_asked_for")[:4], 0)
+
+
 def test_launch_bounds_are_kept(library):
     np.testing.assert_array_equal(run(library, "bounded"), VALUES)
 

@@ -134,6 +134,20 @@ def test_many_small_tensors(library, place):
     check(problem, results, 1.0)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_part_of_the_device_does_as_well(library, blocks):
+    """As under MPS, or in a stream that has some of the multiprocessors."""
+    problem = Problem([Parameter(n) for n in (*LARGE, SMALL)])
+    with optimizers.device(library, "Hopper"):
+        expected = run(library, problem)
+        library.emulator_set_cooperative_blocks(blocks)
+        try:
+            got = run(library, problem)
+        finally:
+            library.emulator_set_cooperative_blocks(0)
+    assert same_bits(expected, got)
+
+
 def test_the_sum_is_that_of_the_clip_inside(library):
     """To the last bit: no order of blocks or launches is in it."""
     problem = Problem([Parameter(n, g_dtype=g) for n in LARGE for g in DTYPES])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,3 +160,35 @@ def test_backward_operator_checks_what_it_is_given():
         backward(x, x, None, None, None, stats, mask, True, 1e-5, "relu", 0.01, wanted)
     with pytest.raises(RuntimeError, match="contiguous Byte"):
         backward(x, x, None, None, None, stats, mask.float(), True, 1e-5, "relu", 0.01, wanted)
+
+
+def test_a_device_without_code_is_left_to_torch_with_a_warning(monkeypatch):
+    asked = []
+
+    def problem(device: int) -> str | None:
+        asked.append(device)
+        return "this build has no code for CUDA device 1" if device == 1 else None
+
+    class Somewhere:
+        """What the norms look at of a tensor on a device that is not here."""
+
+        layout, dtype, is_cpu, is_cuda = torch.strided, torch.float32, False, True
+
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    monkeypatch.setattr(BF, "_CUDA", True)
+    monkeypatch.setattr(BF, "_runs_on", {})
+    monkeypatch.setattr(BF._binding, "core", types.SimpleNamespace(cuda_problem=problem))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    assert BF._has_kernel(Somewhere(1)), "a description of a tensor is no reason to begin with CUDA"
+    assert asked == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.warns(UserWarning, match="torch's own norms serve CUDA device 1: this build has"):
+        assert not BF._has_kernel(Somewhere(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not BF._has_kernel(Somewhere(1))
+        assert BF._has_kernel(Somewhere(0))
+        assert BF._has_kernel(Somewhere(0))
+    assert asked == [1, 0]

@@ -14,8 +14,15 @@ BATCHOPS_API int cuda_driver_version();
 // Devices the statically linked runtime sees; 0 with `message` set when it cannot be used, the
 // text saying what is needed (a CUDA 13 runtime wants driver 580 or newer).
 BATCHOPS_API int cuda_device_count(const char** message);
+// Null where this build's kernels run on the device, which becomes current; else why they do not.
+BATCHOPS_API const char* cuda_problem(int device);
 // "avx512", "avx2" or "default": chosen once, BATCHOPS_CPU_CAPABILITY lowers it.
 BATCHOPS_API const char* cpu_capability();
+
+// Locks pages for copies to any device, and unlocks them; `device` becomes current. False where that
+// fails, with nothing left behind.
+BATCHOPS_API bool cuda_lock_pages(void* data, size_t bytes, int device);
+BATCHOPS_API bool cuda_unlock_pages(void* data, int device);
 
 // Whether what is put in the stream goes to a graph rather than to the device.
 BATCHOPS_API bool cuda_stream_captures(void* stream);

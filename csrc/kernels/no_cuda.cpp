@@ -28,6 +28,12 @@ int cuda_device_count(const char** message) {
   return 0;
 }
 
+const char* cuda_problem(int) { return kNoCuda; }
+
+bool cuda_lock_pages(void*, size_t, int) { return false; }
+
+bool cuda_unlock_pages(void*, int) { return false; }
+
 bool cuda_stream_captures(void*) { return false; }
 
 size_t batch_norm_forward_workspace_cuda(const BatchNormShape&, int) { return 0; }

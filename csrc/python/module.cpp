@@ -23,6 +23,19 @@ PYBIND11_MODULE(_C, m) {
     const int count = batchops::cuda_device_count(&message);
     return py::make_tuple(count, message ? py::cast(message) : py::none());
   });
+  m.def("cuda_problem", &batchops::cuda_problem, py::arg("device"));
+  m.def(
+      "cuda_lock_pages",
+      [](uintptr_t address, size_t bytes, int device) {
+        return batchops::cuda_lock_pages(reinterpret_cast<void*>(address), bytes, device);
+      },
+      py::arg("address"), py::arg("bytes"), py::arg("device"));
+  m.def(
+      "cuda_unlock_pages",
+      [](uintptr_t address, int device) {
+        return batchops::cuda_unlock_pages(reinterpret_cast<void*>(address), device);
+      },
+      py::arg("address"), py::arg("device"));
   m.def("cpu_capability", &batchops::cpu_capability);
   bind_collate(m);
   bind_columns(m);

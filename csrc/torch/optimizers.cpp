@@ -62,7 +62,10 @@ std::string unsupported(const Kind& kind, const Tensor& p,
     return "expected a plain strided tensor";
   }
   if (!p.is_cpu() && !p.is_cuda()) return text("expected a CPU or CUDA tensor, got ", p.device());
-  if (p.is_cuda() && !built_with_cuda()) return "batchops was built without CUDA";
+  if (p.is_cuda()) {
+    const c10::DeviceGuard guard(p.device());
+    if (const char* problem = cuda_problem(p.device().index())) return problem;
+  }
   if (!kernel_dtype(p)) {
     return text("expected float32, float16 or bfloat16, got ", p.scalar_type());
   }

@@ -6,7 +6,8 @@ using namespace batchops;
 
 namespace batchops::cuda {
 extern bool keep_on_chip;
-}
+extern int spared_multiprocessors;
+}  // namespace batchops::cuda
 
 EMULATOR_EXPORT size_t emulated_batch_norm_forward_workspace(const BatchNormShape* shape) {
   return batch_norm_forward_workspace_cuda(*shape, 0);
@@ -30,6 +31,11 @@ EMULATOR_EXPORT int emulated_batch_norm_backward(const BatchNormBackward* args, 
 
 // As BATCHOPS_CUDA_RESIDENT in the environment of a process does.
 EMULATOR_EXPORT void emulated_batch_norm_keep(bool on_chip) { cuda::keep_on_chip = on_chip; }
+
+// As BATCHOPS_CUDA_SM_MARGIN does.
+EMULATOR_EXPORT void emulated_batch_norm_spare(int multiprocessors) {
+  cuda::spared_multiprocessors = multiprocessors;
+}
 
 // So that the structures mirrored in Python can be checked against these.
 EMULATOR_EXPORT size_t emulated_size_of(int which) {

@@ -301,6 +301,30 @@ const char* shared_not_asked_for(float* out) {
   return check("plain", "launch", error);
 }
 
+__global__ void both_kinds_of_shared(const float*, float* out, unsigned*) {
+  BATCHOPS_SHARED(kept, float[4]);  // fault: static and dynamic
+  BATCHOPS_DYNAMIC_SHARED(tile, float);
+  if (threadIdx.x < 4) kept[threadIdx.x] = tile[threadIdx.x] = 0;
+  out[threadIdx.x] = 0;
+}
+
+// What is static counts as well; the first launch and the second.
+const char* static_and_dynamic_not_asked_for(float* out) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(kBlock);
+  config.dynamicSmemBytes = 48 * 1024;
+  unsigned* words = nullptr;
+  const cudaError_t error = cudaLaunchKernelEx(&config, both_kinds_of_shared, out, out, words);
+  return check("both_kinds_of_shared", "launch", error);
+}
+
+const char* static_and_dynamic_asked_for(float* out) {
+  unsigned* words = nullptr;
+  return launch("both_kinds_of_shared", both_kinds_of_shared, 1, kBlock, 48 * 1024, nullptr, out,
+                out, words);
+}
+
 const char* occupancy_of_no_threads(float*) {
   int64_t blocks = 0;
   return resident_blocks("plain", plain, shape(1, 0), 0, &blocks);  // fault: no threads
@@ -336,6 +360,8 @@ struct HostEntry {
 
 constexpr HostEntry kHostEntries[] = {
     {"shared_not_asked_for", shared_not_asked_for},
+    {"static_and_dynamic_not_asked_for", static_and_dynamic_not_asked_for},
+    {"static_and_dynamic_asked_for", static_and_dynamic_asked_for},
     {"occupancy_of_no_threads", occupancy_of_no_threads},
     {"occupancy_of_wide_clusters", occupancy_of_wide_clusters},
     {"unknown_attribute", unknown_attribute},

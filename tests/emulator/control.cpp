@@ -34,6 +34,15 @@ void emulator_set_device(size_t shared_limit, int compute_major) {
   cuda_emulator::settings().compute_major = compute_major;
 }
 
+// The architecture that its code was compiled for, as 80; 0: its own.
+void emulator_set_code_version(int version) { cuda_emulator::settings().code_version = version; }
+
+// Multiprocessors that have been set apart, of which the occupancy calls know nothing: blocks that
+// run together in a cooperative launch; 0: as many as the device holds.
+void emulator_set_cooperative_blocks(int count) {
+  cuda_emulator::settings().cooperative_blocks = count;
+}
+
 // What the occupancy calls answer; 0: what the kernel's threads, registers and shared memory allow.
 void emulator_set_blocks_per_multiprocessor(int count) {
   cuda_emulator::settings().blocks_per_multiprocessor = count;

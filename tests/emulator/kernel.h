@@ -25,9 +25,15 @@ struct Kernel {
   // A thread's. Set by name (set_registers), else what launch bounds leave: 0 without any.
   int registers = 0;
   size_t static_shared = 0;  // the most that a run has used
-  // What cudaFuncSetAttribute has asked for.
-  size_t max_dynamic_shared = kSharedWithoutAsking;
+  // What cudaFuncSetAttribute has asked for; else static and dynamic together have
+  // kSharedWithoutAsking.
+  size_t asked_shared = 0;
   bool wide_clusters = false;
+
+  size_t most_shared() const {
+    const size_t asked = static_shared + asked_shared;
+    return asked > kSharedWithoutAsking ? asked : kSharedWithoutAsking;
+  }
 };
 
 // By the address of its function, for as long as the process lives.

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <string>
 
 #include "host_call.h"
@@ -56,10 +57,10 @@ void check_shared(const Grid& grid, const Kernel& kernel) {
                               " bytes dynamic, the limit is " +
                               std::to_string(settings().shared_limit));
   }
-  if (grid.dynamic_shared > kernel.max_dynamic_shared) {
+  if (kernel.static_shared + grid.dynamic_shared > kernel.most_shared()) {
     refuse(grid.function, "too much shared memory: " + std::to_string(grid.dynamic_shared) +
                               " bytes dynamic, cudaFuncSetAttribute has allowed " +
-                              std::to_string(kernel.max_dynamic_shared));
+                              std::to_string(kernel.most_shared() - kernel.static_shared));
   }
 }
 
@@ -80,7 +81,10 @@ cudaError_t check_fit(const Grid& grid, const Kernel& kernel) {
   if (!grid.cooperative) return cudaSuccess;
   const int threads = static_cast<int>(grid.block_threads());
   const int each = blocks_per_multiprocessor(kernel, threads, grid.dynamic_shared);
-  const auto resident = static_cast<uint64_t>(each) * settings().multiprocessors;
+  auto resident = static_cast<uint64_t>(each) * settings().multiprocessors;
+  if (const int most = settings().cooperative_blocks; most > 0) {
+    resident = std::min(resident, static_cast<uint64_t>(most));
+  }
   if (grid.block_count() <= resident) return cudaSuccess;
   return refuse_call(cudaErrorCooperativeLaunchTooLarge, kCall,
                      grid.kernel + ": " + std::to_string(grid.block_count()) +

@@ -146,6 +146,8 @@ DEVICES = {
     "Hopper": Device(2),  # 4 blocks of 7 slots: what most tests have stays on the chip
     "small": Device(1, 40 * 1024),  # 2 blocks of 1 slot
     "alone": Device(1, 88 * 1024, blocks=1),  # one block of 2 slots
+    # 2 blocks of 3 slots, which are 48 KB: with what is static more than a kernel has unasked
+    "Ada": Device(1, 99 * 1024),
 }
 
 

@@ -74,7 +74,7 @@ void Recorder::touch_atomic(const AtomicEvent& event) {
 void Recorder::grid_starts(const GridEvent& grid) {
   kernel_ = grid.kernel;
   threads_ = grid.threads;
-  if (count_traffic_) traffic_.begin(grid.kernel, grid.blocks, grid.threads);
+  if (count_traffic_) traffic_.begin(grid);
   if (find_races_) races_.begin(grid);
 }
 
@@ -279,6 +279,8 @@ std::string Recorder::report() const {
   for (const Launch& launch : traffic_.launches()) {
     json.open('{');
     json.field("kernel", launch.kernel);
+    json.field("blocks", launch.blocks);
+    json.field("cluster", launch.cluster);
     json.key("buffers");
     json.open('[');
     for (const Launch::Buffer& buffer : launch.buffers) {

@@ -54,6 +54,8 @@ class Flow:
 @dataclass
 class Launch:
     kernel: str
+    blocks: int  # 0 where no thread runs, as for a memset
+    cluster: int
     read: dict[str, Flow] = field(default_factory=dict)
     written: dict[str, Flow] = field(default_factory=dict)
 
@@ -194,7 +196,7 @@ def _fill(recording: Recording, library: ctypes.CDLL) -> None:
 
         recording.buffers[buffer["name"]] = Buffer(nbytes, times(False), times(True))
     for launch in said["launches"]:
-        mine = Launch(launch["kernel"])
+        mine = Launch(launch["kernel"], launch["blocks"], launch["cluster"])
         for buffer in launch["buffers"]:
             mine.read[name_of[buffer["region"]]] = Flow(*buffer["read"])
             mine.written[name_of[buffer["region"]]] = Flow(*buffer["written"])

@@ -105,12 +105,14 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   cuda_emulator::Kernel& kernel = cuda_emulator::kernel_of(function);
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
-      if (value < 0 || static_cast<size_t>(value) > settings().shared_limit) {
+      if (value < 0 ||
+          kernel.static_shared + static_cast<size_t>(value) > settings().shared_limit) {
         cuda_emulator::refuse(
             function, "cudaFuncSetAttribute: too much shared memory: " + std::to_string(value) +
-                          " bytes, the limit is " + std::to_string(settings().shared_limit));
+                          " bytes beside " + std::to_string(kernel.static_shared) +
+                          " static, the limit is " + std::to_string(settings().shared_limit));
       }
-      kernel.max_dynamic_shared = static_cast<size_t>(value);
+      kernel.asked_shared = static_cast<size_t>(value);
       return cudaSuccess;
     case cudaFuncAttributePreferredSharedMemoryCarveout:
       return cudaSuccess;
@@ -131,8 +133,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   attributes->maxThreadsPerBlock = kernel.max_threads > 0 ? kernel.max_threads : 1024;
   attributes->numRegs = kernel.registers;
   attributes->sharedSizeBytes = kernel.static_shared;
-  attributes->maxDynamicSharedSizeBytes = static_cast<int>(kernel.max_dynamic_shared);
-  attributes->ptxVersion = attributes->binaryVersion = 90;
+  attributes->maxDynamicSharedSizeBytes =
+      static_cast<int>(kernel.most_shared() - kernel.static_shared);
+  const int device = settings().compute_major * 10;
+  attributes->ptxVersion = settings().code_version > 0 ? settings().code_version : device;
+  attributes->binaryVersion = device;
   return cudaSuccess;
 }
 

@@ -582,6 +582,15 @@ void* Block::static_shared(SharedKey& key, size_t bytes, size_t alignment, const
     for (Block* block : now.active) block->shared_.admit(variable);
     Kernel& kernel = kernel_of(grid_->function);
     kernel.static_shared = std::max(kernel.static_shared, layout.static_bytes());
+    // As the launch would have been refused, where this is known before.
+    if (kernel.static_shared + layout.dynamic() > kernel.most_shared()) {
+      fail(current(),
+           "too much shared memory: " + std::to_string(kernel.static_shared) +
+               " bytes static and " + std::to_string(layout.dynamic()) +
+               " dynamic, cudaFuncSetAttribute has allowed " +
+               std::to_string(kernel.most_shared()) + " together",
+           site);
+    }
   }
   if (shared_.first_use(i)) {
     if (Observer* o = observer()) {

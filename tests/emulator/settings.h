@@ -29,11 +29,15 @@ struct Settings {
   // cluster is in flight as a whole, however many blocks it has.
   int resident_blocks = 1;
   int multiprocessors = 2;
+  int cooperative_blocks = 0;         // what a process may have of them at once; 0: all
   int blocks_per_multiprocessor = 0;  // what the occupancy calls answer; 0: computed (kernel.h)
   bool registers_required = false;    // a kernel must be in the table of set_registers
   size_t static_shared_limit = 48 * 1024;
   size_t shared_limit = 227 * 1024;
   int compute_major = 9;  // what cudaDevAttrComputeCapabilityMajor answers
+  // The architecture that the kernels were compiled for, as 80; 0: the device's. An older one is
+  // what a device makes its machine code from.
+  int code_version = 0;
   // Rounds in which threads only spin and nothing changes, after which their wait counts as a
   // deadlock. A spin that meets barriers on the way, or looks at several places, gets a hundred
   // times as many: what goes on around it may be work.

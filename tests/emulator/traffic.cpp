@@ -21,11 +21,11 @@ Launch::Buffer& Launch::of(unsigned region) {
   return buffers.emplace_back(Buffer{region, {}, {}});
 }
 
-void Traffic::begin(const std::string& kernel, uint64_t blocks, unsigned threads) {
-  launches_.push_back({kernel, {}});
-  threads_ = threads;
+void Traffic::begin(const GridEvent& grid) {
+  launches_.push_back({grid.kernel, grid.blocks, grid.cluster_blocks});
+  threads_ = grid.threads;
   blocks_.clear();
-  blocks_.resize(blocks);
+  blocks_.resize(grid.blocks);
 }
 
 void Traffic::end() {
@@ -113,7 +113,7 @@ void Traffic::count_sectors(BlockState& block) {
 
 void Traffic::operation(const std::string& name, Region* region, size_t offset, size_t bytes,
                         bool write) {
-  if (launches_.empty() || launches_.back().kernel != name) launches_.push_back({name, {}});
+  if (launches_.empty() || launches_.back().kernel != name) launches_.push_back({name});
   Launch::Buffer& buffer = launches_.back().of(region->index);
   Flow& flow = write ? buffer.written : buffer.read;
   const uintptr_t at = region->begin + offset;

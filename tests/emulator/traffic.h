@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "access.h"
+#include "observer.h"
 
 namespace cuda_emulator {
 
@@ -23,18 +24,20 @@ struct Flow {
 
 struct Launch {
   std::string kernel;
+  uint64_t blocks = 0;  // 0 where no thread runs
+  unsigned cluster = 1;
   struct Buffer {
     unsigned region;
     Flow read, written;
   };
-  std::vector<Buffer> buffers;
+  std::vector<Buffer> buffers = {};
 
   Buffer& of(unsigned region);
 };
 
 class Traffic {
  public:
-  void begin(const std::string& kernel, uint64_t blocks, unsigned threads);
+  void begin(const GridEvent& grid);
   void end();
   void block_ends(uint64_t block) { count_sectors(blocks_[block]); }
   void lanes_met(uint64_t block, unsigned warp, unsigned lanes);

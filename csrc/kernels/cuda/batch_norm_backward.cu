@@ -313,8 +313,8 @@ size_t batch_norm_backward_workspace_cuda(const BatchNormShape& shape, int devic
 const char* batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, int device,
                                      void* stream) {
   if (args.shape.numel() == 0) return nullptr;
+  if (const char* error = cuda::use_device(cuda::kBackward, device)) return error;
   if (const char* error = cuda::validate(args, workspace)) return error;
-  if (const char* error = cuda::set_device(cuda::kBackward, device)) return error;
   return cuda::backward(args, workspace, device, stream);
 }
 

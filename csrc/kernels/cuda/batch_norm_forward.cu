@@ -263,8 +263,8 @@ size_t batch_norm_forward_workspace_cuda(const BatchNormShape& shape, int device
 const char* batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, int device,
                                     void* stream) {
   if (args.shape.numel() == 0) return nullptr;
+  if (const char* error = cuda::use_device(cuda::kForward, device)) return error;
   if (const char* error = cuda::validate(args, workspace)) return error;
-  if (const char* error = cuda::set_device(cuda::kForward, device)) return error;
   return cuda::forward(args, workspace, device, stream);
 }
 

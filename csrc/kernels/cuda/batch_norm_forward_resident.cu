@@ -1,5 +1,6 @@
 // Batch norm forward with x kept on the chip between the statistics and the normalisation: one read
 // of x, one write of y (+ 1 read of the residual, + the mask).
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -118,6 +119,11 @@ size_t columns_bytes(const Plan& plan) {
 bool keep_on_chip = [] {
   const char* said = std::getenv("BATCHOPS_CUDA_RESIDENT");
   return said == nullptr || std::strcmp(said, "0") != 0;
+}();
+
+int spared_multiprocessors = [] {
+  const char* said = std::getenv("BATCHOPS_CUDA_SM_MARGIN");
+  return said == nullptr ? 0 : std::max(0, std::atoi(said));
 }();
 
 size_t forward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool mask,

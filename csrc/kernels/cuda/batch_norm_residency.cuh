@@ -28,6 +28,13 @@ constexpr int64_t kTileBytes = 256;  // channels_last: of a row
 // Whether anything is kept at all: BATCHOPS_CUDA_RESIDENT=0 in the environment of the process says
 // no, for timing the one against the other.
 extern bool keep_on_chip;
+// Multiprocessors that teams, which all wait until the last block has come, leave to kernels that
+// run beside them (a reduction of gradients): BATCHOPS_CUDA_SM_MARGIN, 0 without it.
+extern int spared_multiprocessors;
+
+inline int for_teams(const Device& device) {
+  return clamp(device.multiprocessors - spared_multiprocessors, 1, device.multiprocessors);
+}
 
 // What a kernel keeps of the tensors.
 struct Keeping {
@@ -173,8 +180,9 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
 }  // namespace residency
 
 // The widest tiles that fit; where none does, the narrowest in part, if that is at least half.
-inline Residency make_residency(const Plan& plan, const Keeping& keeping, const Device& device) {
+inline Residency make_residency(const Plan& plan, const Keeping& keeping, Device device) {
   using residency::Way;
+  device.multiprocessors = for_teams(device);
   Residency found;
   if (!keep_on_chip) return found;
   const int64_t narrowest = plan.channels_last() ? kSector / keeping.size : 1;
@@ -274,8 +282,9 @@ const char* dispatch_resident(const char* operation, const BatchNormShape& shape
   });
 }
 
-// Launches `kernel`, which takes `args` with a Team in it, and `act`. Leaves `done` alone where the
-// device has no room for a team.
+// Launches `kernel`, which takes `args` with a Team in it, and `act`. Leaves `done` alone where
+// there is no room for a team: on the device, or in what a process or a stream may have of it,
+// which is less than the device where multiprocessors have been set apart.
 template <class Arguments, class Act>
 const char* launch_team(const char* operation, const char* name,
                         void (*kernel)(const Arguments, const Act), const Residency& found,
@@ -285,8 +294,10 @@ const char* launch_team(const char* operation, const char* name,
   int64_t blocks = 0;
   if (found.team()) {
     shape.cooperative = true;
+    Device on;
+    if (const char* error = query(operation, device, on)) return error;
     if (const char* error = resident_blocks(name, kernel, shape, device, &blocks)) return error;
-    const int64_t teams = blocks / found.parts;
+    const int64_t teams = blocks / on.multiprocessors * for_teams(on) / found.parts;
     if (teams == 0) return nullptr;
     blocks = (teams < found.sets ? teams : found.sets) * found.parts;
     if (const char* error =
@@ -303,8 +314,13 @@ const char* launch_team(const char* operation, const char* name,
     if (found.cluster) shape.cluster = static_cast<unsigned>(found.parts);
   }
   shape.blocks.x = static_cast<unsigned>(blocks);
+  const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
+  if (found.team() && lacks_room(error)) {
+    static_cast<void>(cudaGetLastError());
+    return nullptr;
+  }
   done = true;
-  return launch(name, kernel, shape, stream, args, act);
+  return check(name, "launch", error);
 }
 
 // The units that a thread keeps between its two sweeps over a part.

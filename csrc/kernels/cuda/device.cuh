@@ -1,5 +1,9 @@
 // What host code asks of a device before it plans a launch.
 #pragma once
+#include <map>
+#include <mutex>
+#include <string>
+
 #include "kernels/cuda/runtime.cuh"
 
 namespace batchops::cuda {
@@ -11,7 +15,13 @@ struct Device {
   bool clusters = false;
 };
 
-inline const char* query(const char* operation, int device, Device& found) {
+// Never launched: asked what its code was made from.
+template <int>
+__global__ void code_probe() {}
+
+// Makes `device` current. Fails where it cannot be used, or has no code in this build.
+inline const char* ask(const char* operation, int device, Device& found) {
+  if (const char* error = set_device(operation, device)) return error;
   int major = 0;
   const struct {
     cudaDeviceAttr attribute;
@@ -26,8 +36,44 @@ inline const char* query(const char* operation, int device, Device& found) {
       return error;
     }
   }
-  found.clusters = major >= 9;
+  cudaFuncAttributes attributes{};
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(code_probe<0>));
+  if (error != cudaSuccess) {
+    int minor = 0;
+    static_cast<void>(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    const char* why = check(operation, "cudaFuncGetAttributes", error);
+    return message("%s: this build has no code for CUDA device %d (compute capability %d.%d): %s",
+                   operation, device, major, minor, std::string(why).c_str());
+  }
+  // What the device itself makes of older code has none.
+  found.clusters = major >= 9 && attributes.ptxVersion >= 90;
   return nullptr;
+}
+
+// The same, asked once for each device.
+inline const char* query(const char* operation, int device, Device& found) {
+#ifdef BATCHOPS_CUDA_EMULATOR  // whose device tests change
+  return ask(operation, device, found);
+#else
+  static std::mutex mutex;
+  static auto* const known = new std::map<int, Device>;  // until the process has ended
+  if (const char* error = set_device(operation, device)) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto place = known->find(device); place != known->end()) {
+    found = place->second;
+    return nullptr;
+  }
+  const char* error = ask(operation, device, found);
+  if (error == nullptr) known->emplace(device, found);
+  return error;
+#endif
+}
+
+// What each entry point does first.
+inline const char* use_device(const char* operation, int device) {
+  Device unused;
+  return query(operation, device, unused);
 }
 
 }  // namespace batchops::cuda

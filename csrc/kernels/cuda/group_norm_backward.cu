@@ -613,13 +613,13 @@ size_t group_norm_backward_workspace_cuda(const GroupNormShape& shape, int devic
 const char* group_norm_backward_cuda(const GroupNormBackward& args, void* workspace, int device,
                                      void* stream) {
   if (args.shape.numel() == 0) return nullptr;
+  if (const char* error = cuda::use_device(cuda::kOperation, device)) return error;
   if (const char* error = cuda::group::validate(cuda::kOperation, args.shape, args.mask)) {
     return error;
   }
   if (args.dy == nullptr || args.x == nullptr || args.stats == nullptr || workspace == nullptr) {
     return cuda::message("%s: dy, x, stats and workspace must not be null", cuda::kOperation);
   }
-  if (const char* error = cuda::set_device(cuda::kOperation, device)) return error;
   return cuda::backward(args, workspace, device, stream);
 }
 

@@ -266,13 +266,13 @@ size_t group_norm_forward_workspace_cuda(const GroupNormShape& shape, int device
 const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspace, int device,
                                     void* stream) {
   if (args.shape.numel() == 0) return nullptr;
+  if (const char* error = cuda::use_device(cuda::kOperation, device)) return error;
   if (const char* error = cuda::group::validate(cuda::kOperation, args.shape, args.mask)) {
     return error;
   }
   if (args.x == nullptr || args.y == nullptr || args.stats == nullptr || workspace == nullptr) {
     return cuda::message("%s: x, y, stats and workspace must not be null", cuda::kOperation);
   }
-  if (const char* error = cuda::set_device(cuda::kOperation, device)) return error;
   return cuda::forward(args, workspace, device, stream);
 }
 

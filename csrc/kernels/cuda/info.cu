@@ -3,7 +3,7 @@
 #include <fstream>
 #include <string>
 
-#include "kernels/cuda/runtime.cuh"
+#include "kernels/cuda/device.cuh"
 
 #ifndef BATCHOPS_CUDA_TARGETS
 #error "the build passes the machine-code targets: -DBATCHOPS_CUDA_TARGETS=\"sm_90,sm_120\""
@@ -28,6 +28,23 @@ std::string driver_release() {
   }
   return "";
 }
+
+// While it lives, calls of this thread do not break off what another one captures.
+class BesideCaptures {
+ public:
+  BesideCaptures() { exchange(); }
+  ~BesideCaptures() { exchange(); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  void exchange() {
+    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+    }
+  }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 }  // namespace info_cu
 
@@ -78,6 +95,28 @@ int cuda_device_count(const char** message) {
                              cudaGetErrorString(error), what, driver / 1000, driver % 1000 / 10);
   }
   return 0;
+}
+
+const char* cuda_problem(int device) {
+  const char* const error = cuda::use_device("batchops", device);
+  if (error == nullptr) return nullptr;
+  const char* message = nullptr;
+  return cuda_device_count(&message) == 0 ? message : error;
+}
+
+bool cuda_lock_pages(void* data, size_t bytes, int device) {
+  constexpr const char* kOp = "batchops";
+  const BesideCaptures guard;
+  return cuda::set_device(kOp, device) == nullptr &&
+         cuda::check(kOp, "cudaHostRegister",
+                     cudaHostRegister(data, bytes, cudaHostRegisterPortable)) == nullptr;
+}
+
+bool cuda_unlock_pages(void* data, int device) {
+  constexpr const char* kOp = "batchops";
+  const BesideCaptures guard;
+  return cuda::set_device(kOp, device) == nullptr &&
+         cuda::check(kOp, "cudaHostUnregister", cudaHostUnregister(data)) == nullptr;
 }
 
 bool cuda_stream_captures(void* stream) {

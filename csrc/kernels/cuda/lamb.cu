@@ -204,7 +204,7 @@ size_t lamb_workspace_bytes_cuda(const LambArgs& args) {
 const char* lamb_step_cuda(const LambArgs& args, const void* table, void* workspace,
                            const double* grad_sum_sq, TensorStats* stats, int device,
                            void* stream) {
-  if (const char* error = cuda::set_device("lamb", device)) return error;
+  if (const char* error = cuda::use_device("lamb", device)) return error;
   StepPlan<Lamb> plan(args, table, workspace);
   plan.args.clip_eps = args.clip_eps;
   plan.args.grad_sum_sq = grad_sum_sq;

@@ -164,7 +164,7 @@ size_t lars_workspace_bytes_cuda(const LarsArgs& args) {
 const char* lars_step_cuda(const LarsArgs& args, const void* table, void* workspace,
                            const double* grad_sum_sq, TensorStats* stats, int device,
                            void* stream) {
-  if (const char* error = cuda::set_device("lars", device)) return error;
+  if (const char* error = cuda::use_device("lars", device)) return error;
   StepPlan<Lars> plan(args, table, workspace);
   plan.args.grad_sum_sq = grad_sum_sq;
   plan.args.stats = stats;

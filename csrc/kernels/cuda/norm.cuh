@@ -38,11 +38,9 @@ __host__ __device__ constexpr T clamp(T value, T low, T high) {
 // Blocks for `pieces` of work; a block takes every gridDim.x-th piece.
 inline const char* grid_size(const char* operation, int device, int64_t pieces, int64_t& blocks) {
   constexpr int64_t kBlocksPerMultiprocessor = 64;  // 8 fit at once: the last wave stays short
-  int multiprocessors = 0;
-  const char* error =
-      check(operation, "cudaDeviceGetAttribute",
-            cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  blocks = clamp<int64_t>(pieces, 1, kBlocksPerMultiprocessor * multiprocessors);
+  Device found;
+  const char* error = query(operation, device, found);
+  blocks = clamp<int64_t>(pieces, 1, kBlocksPerMultiprocessor * found.multiprocessors);
   return error;
 }
 

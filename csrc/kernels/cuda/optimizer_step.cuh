@@ -595,7 +595,13 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
                                                 static_cast<cudaStream_t>(stream)))) {
     return error;
   }
-  return launch(kernels.name, kernels.step, shape, stream, args);
+  // A process or a stream may have fewer multiprocessors than the device. The step runs on any.
+  while (true) {
+    const cudaError_t error = try_launch(kernels.name, kernels.step, shape, stream, args);
+    if (!lacks_room(error) || shape.blocks.x == 1) return check(kernels.name, "launch", error);
+    static_cast<void>(cudaGetLastError());
+    shape.blocks.x /= 2;
+  }
 }
 
 }  // namespace batchops::cuda::optimizer

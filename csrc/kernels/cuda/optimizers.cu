@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/grad_squares.cuh"
 #include "kernels/optimizer_factors.h"
 
@@ -95,7 +96,7 @@ void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_coun
 
 const char* optimizer_send_table_cuda(const OptimizerTensor* tensors, int64_t tensor_count,
                                       const void* entries, void* table, int device, void* stream) {
-  if (const char* error = cuda::set_device("optimizer table", device)) return error;
+  if (const char* error = cuda::use_device("optimizer table", device)) return error;
   if (tensor_count == 0) return nullptr;
   EntriesToSend some{};
   for (int64_t first = 0; first < tensor_count; first += kSent) {
@@ -121,7 +122,7 @@ const char* grad_sum_sq_cuda(const OptimizerTensor* tensors, int64_t tensor_coun
                              const void* table, void* workspace, double* sum_sq, int device,
                              void* stream) {
   constexpr const char* kOp = "grad_sum_sq";
-  if (const char* error = cuda::set_device(kOp, device)) return error;
+  if (const char* error = cuda::use_device(kOp, device)) return error;
   const Table shape(tensors, tensor_count, table);
   const GradSquares squares(shape, static_cast<double*>(workspace));
   if (squares.pieces > 0) {

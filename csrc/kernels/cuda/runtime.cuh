@@ -24,6 +24,9 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <mutex>
+#include <set>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -76,8 +79,13 @@ inline const char* check(const char* operation, const char* call, cudaError_t er
 // This runtime is linked statically and keeps a current device of its own, beside the framework's.
 // So each entry point sets the device that the caller has made current there. It is not put back
 // afterwards: both runtimes share the driver's current context, and restoring what this one
-// remembers could pull the context from under the framework.
+// remembers could pull the context from under the framework. Where the device is current already,
+// its context may be another than the primary one (a green context), which setting it would
+// replace.
 inline const char* set_device(const char* operation, int device) {
+  int current = -1;
+  if (const char* error = check(operation, "cudaGetDevice", cudaGetDevice(&current))) return error;
+  if (current == device) return nullptr;
   return check(operation, "cudaSetDevice", cudaSetDevice(device));
 }
 
@@ -94,24 +102,74 @@ struct LaunchShape {
   bool cooperative = false;
 };
 
-// Sets what the runtime wants to be told of a kernel before its first such launch.
+// What the runtime keeps of a kernel on a device, and wants to be told before the first launch that
+// goes past it. It is told once, and all there is: another thread may be about to launch the same
+// kernel, which must not find less than it asked for.
+//
+//   shared    dynamic shared memory beyond 48 KB, less what the kernel declares as static
+//   clusters  of more than eight blocks
+class Allowances {
+ public:
+  static Allowances& instance() {
+    static Allowances* const all = new Allowances;  // until the process has ended
+    return *all;
+  }
+  cudaError_t shared(const void* kernel) {
+    return once({kernel, current(), false}, [&] {
+      int most = 0;
+      cudaFuncAttributes attributes{};
+      cudaError_t error =
+          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current());
+      if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+      if (error != cudaSuccess) return error;
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes));
+    });
+  }
+  cudaError_t clusters(const void* kernel) {
+    return once({kernel, current(), true}, [&] {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    });
+  }
+
+ private:
+  using Key = std::tuple<const void*, int, bool>;
+
+  static int current() {
+    int device = 0;
+    return cudaGetDevice(&device) == cudaSuccess ? device : 0;
+  }
+  template <class Tell>
+  cudaError_t once(const Key& key, Tell&& tell) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+#ifndef BATCHOPS_CUDA_EMULATOR  // whose device tests change
+    if (told_.count(key) != 0) return cudaSuccess;
+#endif
+    const cudaError_t error = tell();
+    if (error == cudaSuccess) told_.insert(key);
+    return error;
+  }
+
+  std::mutex mutex_;
+  std::set<Key> told_;
+};
+
 template <class... Params>
-const char* allow(const char* name, void (*kernel)(Params...), const LaunchShape& shape) {
+cudaError_t allow(const char* name, void (*kernel)(Params...), const LaunchShape& shape) {
 #ifdef BATCHOPS_CUDA_EMULATOR
   ::cuda_emulator::name_kernel(reinterpret_cast<const void*>(kernel), name);
+#else
+  static_cast<void>(name);
 #endif
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
   constexpr unsigned kClusterWithoutAsking = 8;
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
-  }
+  // However little it is: static shared memory counts as well.
+  cudaError_t error =
+      shape.shared_bytes > 0 ? Allowances::instance().shared(function) : cudaSuccess;
   if (error == cudaSuccess && shape.cluster > kClusterWithoutAsking) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    error = Allowances::instance().clusters(function);
   }
-  return check(name, "cudaFuncSetAttribute", error);
+  return error;
 }
 
 // The launch's configuration; `attributes` has room for two.
@@ -137,16 +195,29 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, void* stream,
   return config;
 }
 
-// Launches on `stream` and checks that the launch was accepted; does not wait.
+// Launches on `stream`; does not wait. What the runtime says of it stays with the runtime too.
+template <class... Params, class... Args>
+cudaError_t try_launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
+                       void* stream, Args&&... args) {
+  cudaError_t error = allow(name, kernel, shape);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  const cudaLaunchConfig_t config = launch_config(shape, stream, attributes);
+  error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  return error == cudaSuccess ? cudaPeekAtLastError() : error;
+}
+
+// Whether a cooperative launch was refused because its blocks do not run together.
+inline bool lacks_room(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+}
+
+// The same, and checks that the launch was accepted.
 template <class... Params, class... Args>
 const char* launch(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                    void* stream, Args&&... args) {
-  if (const char* error = allow(name, kernel, shape)) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  const cudaLaunchConfig_t config = launch_config(shape, stream, attributes);
-  cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-  if (error == cudaSuccess) error = cudaPeekAtLastError();
-  return check(name, "launch", error);
+  return check(name, "launch",
+               try_launch(name, kernel, shape, stream, std::forward<Args>(args)...));
 }
 
 // The common case: one dimension, nothing special.
@@ -167,13 +238,13 @@ const char* launch(const char* name, void (*kernel)(Params...), int64_t blocks, 
 template <class... Params>
 const char* resident_blocks(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                             int device, int64_t* blocks) {
-  if (const char* error = allow(name, kernel, shape)) return error;
+  const char* error = check(name, "cudaFuncSetAttribute", allow(name, kernel, shape));
+  if (error != nullptr) return error;
   int each = 0, multiprocessors = 0;
   const dim3 t = shape.threads;
-  const char* error =
-      check(name, "cudaOccupancyMaxActiveBlocksPerMultiprocessor",
-            cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                &each, kernel, static_cast<int>(t.x * t.y * t.z), shape.shared_bytes));
+  error = check(name, "cudaOccupancyMaxActiveBlocksPerMultiprocessor",
+                cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &each, kernel, static_cast<int>(t.x * t.y * t.z), shape.shared_bytes));
   if (error != nullptr) return error;
   error = check(name, "cudaDeviceGetAttribute",
                 cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
@@ -185,7 +256,8 @@ const char* resident_blocks(const char* name, void (*kernel)(Params...), const L
 template <class... Params>
 const char* resident_clusters(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                               int* clusters) {
-  if (const char* error = allow(name, kernel, shape)) return error;
+  const char* error = check(name, "cudaFuncSetAttribute", allow(name, kernel, shape));
+  if (error != nullptr) return error;
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config = launch_config(shape, nullptr, attributes);
   return check(name, "cudaOccupancyMaxActiveClusters",
