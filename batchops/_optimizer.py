@@ -6,7 +6,7 @@ import math
 import numbers
 import pickle
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -238,6 +238,7 @@ class FusedOptimizer(Optimizer):
         if not self.param_groups:
             self._plan = None
             return loss
+        self._check_capture()
         max_grad_norm = self.param_groups[0]["max_grad_norm"]
         for group in self.param_groups:
             self._check(group)
@@ -283,10 +284,24 @@ class FusedOptimizer(Optimizer):
         values = torch.full((len(names), 4), math.nan, dtype=torch.float32, device=device)
         if self._plan is not None:
             for rows, part in self._plan.stats():
-                values[rows] = part.to(device)
+                part, done = part.to(device), 0
+                # A list of rows as an index would be copied to the device, and waited for.
+                for begin, end in _runs(rows):
+                    values[begin:end] = part[done : done + end - begin]
+                    done += end - begin
         return Stats(names, ("p_norm", "g_norm", "u_norm", "trust_ratio"), values)
 
     # --------------------------------------------------------------------- checks
+
+    def _check_capture(self) -> None:
+        """Replays of a graph would repeat one step count, were it not on the device."""
+        if not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+            return
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{self._kind}.step: expected capturable=True in every parameter group while a "
+                "CUDA graph is captured, got a group with capturable=False"
+            )
 
     def _check(self, options: dict[str, Any]) -> None:
         kind, lr = self._kind, options["lr"]
@@ -458,6 +473,15 @@ class _Plan:
             parts.append(([table.rows[i] for i in active], values))
         parts += [([m.row], m.stats[None]) for m in self.plain if m.stats is not None]
         return parts
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[begin, end) of the stretches in which each number is one more than the last."""
+    begin = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[begin], rows[i - 1] + 1
+            begin = i
 
 
 class _Table(NamedTuple):

@@ -93,7 +93,7 @@ class _Step:
         self.t = step.to(self.wide) if self.on_device else float(step)
 
     def number(self, value: Number) -> Number:
-        if isinstance(value, Tensor) and self.on_device:
+        if isinstance(value, Tensor) and self.on_device and not value.is_cpu:
             return value.to(device=self.home, dtype=self.wide).reshape(())
         return float(value)
 

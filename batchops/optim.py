@@ -393,8 +393,10 @@ class LARS(FusedOptimizer):
         if skip is None and not (isinstance(lr, Tensor) and group["capturable"]):
             group["last_lr"] = float(lr)
             return
-        home = lr.device if isinstance(lr, Tensor) else skip.device
-        lr = torch.as_tensor(lr, device=home)
+        if skip is not None and (not isinstance(lr, Tensor) or lr.is_cpu):
+            # Filled there: a copy to the device would be waited for.
+            lr = torch.full((), float(lr), device=skip.device)
+        home = lr.device
         if not isinstance(last, Tensor):
             last = torch.full_like(lr, math.nan if last is None else last)
         if skip is not None:

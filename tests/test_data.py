@@ -1218,6 +1218,8 @@ def test_pin_memory(workers: int) -> None:
     for x, y in loader:
         assert x.is_pinned()
         assert y.is_pinned()
+        # The copies wait while the host goes on, and lets go of what they are from.
+        torch.cuda._sleep(20_000_000)
         on_device.append((x.to("cuda", non_blocking=True), y.to("cuda", non_blocking=True)))
         del x, y
     torch.cuda.synchronize()

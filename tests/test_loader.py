@@ -55,7 +55,7 @@ from batchops.data._iterators import (
 )
 from batchops.data._memory import RING_BYTES, Memory
 from batchops.data._metrics import Depth, batch_length
-from batchops.data._own import memory_of
+from batchops.data._own import memory_of, transfer_of
 from batchops.data._threads import Modes, _crews
 from batchops.data._transfer import Transfer
 from batchops.data._tree import tensor_bytes
@@ -763,6 +763,9 @@ class Event:
     def query(self) -> bool:
         return self.over
 
+    def synchronize(self) -> None:
+        self.over = True
+
 
 def test_a_slot_waits_for_views_and_for_copies() -> None:
     pages = Pages()
@@ -799,8 +802,10 @@ def test_capacity_falls_back_to_pageable_with_one_warning() -> None:
         assert memory.stats()["bytes"] <= 3 << 20
         assert memory.stats()["refusals"] >= 1
         assert len({t.data_ptr() for t in kept}) == 5
+    memory = Memory(1 << 30, pages=Refuses())
     with pytest.raises(RuntimeError, match="locking failed"):
-        Memory(1 << 30, pages=Refuses()).empty((1 << 20,), torch.uint8)
+        memory.empty((1 << 20,), torch.uint8)
+    assert memory.stats()["bytes"] == 0
 
 
 class Refuses:
@@ -965,10 +970,48 @@ def test_transfers_are_ordered_by_events_and_hold_their_slots() -> None:
     assert memory.stats()["in_flight"] == 0
 
 
+def test_a_transfer_that_fails_half_way_holds_what_it_has_begun() -> None:
+    class Full(Streams):
+        def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+            if "copy" in [what for what, *_ in self.log]:
+                raise RuntimeError("out of memory")
+            return super().to_device(tensor, device)
+
+    memory = Memory(1 << 30)
+    streams = Full()
+    transfer = Transfer(torch.device("cuda"), memory.hold, streams)
+    batch = [memory.empty((RING_BYTES,), torch.uint8) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        transfer(batch)
+    del batch
+    assert memory.stats()["in_flight"] == 2
+    streams.events[0].over = True
+    assert memory.stats()["in_flight"] == 0
+
+
+def test_pages_are_not_unlocked_under_a_copy() -> None:
+    event = Event()
+
+    class Watched(Pages):
+        def unlock(self, address: int, nbytes: int) -> None:
+            assert event.over, "the copy is under way"
+            super().unlock(address, nbytes)
+
+    pages = Watched()
+    memory = Memory(1 << 30, pages=pages)
+    memory.hold(memory.empty((RING_BYTES,), torch.uint8), event)
+    assert memory.stats()["in_flight"] == 1
+    del memory
+    assert event.over
+    assert not pages.locked
+
+
 def test_loader_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams()
     monkeypatch.setattr("batchops.data._transfer.CudaStreams", lambda: streams)
-    monkeypatch.setattr("batchops.data._own.CudaPages", Pages)
+    monkeypatch.setattr("batchops.data._own._current_device", lambda: 3)
+    monkeypatch.setattr("batchops.data._own._locks_pages", lambda device: device == 3)
+    monkeypatch.setattr("batchops.data._own.CudaPages", lambda device: Pages())
     for arguments in ({}, {"threads": 2}, {"num_workers": 1}):
         loader = DataLoader(TensorDataset(rows(64, 9000)), 16, device="cuda", **arguments)
         got = []
@@ -979,6 +1022,8 @@ def test_loader_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
                 event.over = True
         assert torch.equal(torch.cat(got), rows(64, 9000))
         assert memory_of(loader).pages.locked
+        assert transfer_of(loader) is transfer_of(loader), "one stream for all epochs"
+        assert transfer_of(loader).device == torch.device("cuda:3")
     meta = DataLoader(TensorDataset(rows(4, 3)), 2, device="meta")
     assert [b[0].device.type for b in meta] == ["meta", "meta"]
 

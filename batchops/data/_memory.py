@@ -44,14 +44,25 @@ def default_capacity() -> int:
 
 
 class CudaPages:
-    """Locks pages for copies to a CUDA device. Any object with these two methods can stand in."""
+    """Locks pages for copies to a CUDA device. Any object with these two methods can stand in.
+
+    It is the calling thread's device that counts, whatever thread that is. Through a runtime of our
+    own: what fails there is no error of torch's next kernel.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._pid = os.getpid()
 
     def lock(self, address: int, nbytes: int) -> bool:
-        runtime = torch.cuda.cudart()
-        return int(runtime.cudaHostRegister(address, nbytes, 0)) == 0
+        with torch.cuda.device(self._device):
+            return _C.cuda_lock_pages(address, nbytes, self._device)
 
     def unlock(self, address: int, nbytes: int) -> None:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        if self._pid != os.getpid():
+            return  # they are the parent's
+        with torch.cuda.device(self._device):
+            _C.cuda_unlock_pages(address, self._device)
 
 
 class Memory:
@@ -62,17 +73,24 @@ class Memory:
     for small tensors) the memory is torch's, pageable, and one warning says so.
 
     pages: locks and unlocks memory (:class:`CudaPages`), or None for pageable slots.
+    pins_small: tensors that are too small for a slot come from torch's page-locked allocator.
     checked: released slots are filled with 0xFF, and who writes to one later is found out.
     """
 
     def __init__(
-        self, capacity: int | None = None, *, checked: bool = False, pages: Any = None
+        self,
+        capacity: int | None = None,
+        *,
+        checked: bool = False,
+        pages: Any = None,
+        pins_small: bool = False,
     ) -> None:
         self.capacity = default_capacity() if capacity is None else int(capacity)
         self.pages = pages
         self.written = 0  # bytes that were written to outputs, copies of copies included
         self.batch_bytes = 0  # bytes of the outputs
         self._checked = checked
+        self._pins_small = pins_small
         self._warned = False
         self._pid = os.getpid()
         self._ring = self._new_ring()
@@ -94,18 +112,23 @@ class Memory:
         """A contiguous tensor of undefined values."""
         count = math.prod(shape)
         nbytes = count * dtype.itemsize
+        self._count(nbytes)
+        if nbytes < RING_BYTES:
+            pins = self._pins_small
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=pins)
+        lease = self.ring.acquire(nbytes)
+        if lease is not None:
+            # resize_ to as many items moves nothing; unlike view, it leaves no base behind.
+            flat = torch.frombuffer(lease, dtype=dtype, count=count)
+            flat.resize_(tuple(shape))
+            _C.let_grow(flat)
+            return flat
+        self._warn_of_capacity(nbytes)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+
+    def _count(self, nbytes: int) -> None:
         self.batch_bytes += nbytes
         self.written += nbytes
-        if nbytes >= RING_BYTES:
-            lease = self.ring.acquire(nbytes)
-            if lease is not None:
-                # resize_ to as many items moves nothing; unlike view, it leaves no base behind.
-                flat = torch.frombuffer(lease, dtype=dtype, count=count)
-                flat.resize_(tuple(shape))
-                _C.let_grow(flat)
-                return flat
-            self._warn_of_capacity(nbytes)
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
     def hold(self, tensor: torch.Tensor, event: Any) -> None:
         """The slot of ``tensor`` is not used again before ``event.query()`` is true.
@@ -134,6 +157,17 @@ class Memory:
     def trim(self) -> None:
         """Gives the memory of free slots back to the system."""
         self.ring.trim()
+
+
+class PinnedMemory(Memory):
+    """torch's page-locked allocator, for batches that users copy to a device themselves.
+
+    It alone learns of such copies, and gives memory out again once those from it are over.
+    """
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        self._count(math.prod(shape) * dtype.itemsize)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=True)
 
 
 class PlainMemory:

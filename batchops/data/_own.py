@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from batchops.data._memory import CudaPages, Memory
+from batchops import _C
+from batchops.data._memory import CudaPages, Memory, PinnedMemory
 from batchops.data._metrics import Metrics
 from batchops.data._transfer import Transfer
 from batchops.data._tree import map_tensors
@@ -21,6 +22,7 @@ class Own:
         # Of this process: neither pickled nor copied.
         self.counts = Metrics()
         self.memory: Memory | None = None
+        self.transfer: Transfer | None = None  # with its stream: memory on a device belongs to one
         self.current: Any = None  # a weak reference to the last iterator
 
     def __reduce__(self) -> Any:
@@ -37,12 +39,40 @@ def memory_of(loader: Any) -> Memory:
     """The slots that a loader's batches are written to."""
     mine = own(loader)
     if mine.memory is None:
-        device = torch.device(loader.device) if loader.device is not None else None
-        to_cuda = device is not None and device.type == "cuda"
-        pins = to_cuda or (loader.pin_memory and torch.cuda.is_available())
-        pages = CudaPages() if pins else None
-        mine.memory = Memory(loader.ring_bytes, checked=loader.checked, pages=pages)
+        mine.memory = _memory_for(loader, _cuda_device(loader))
     return mine.memory
+
+
+def _cuda_device(loader: Any) -> torch.device | None:
+    """The CUDA device that batches are copied to, by its number."""
+    if loader.device is None or torch.device(loader.device).type != "cuda":
+        return None
+    device = torch.device(loader.device)
+    return device if device.index is not None else torch.device("cuda", _current_device())
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device()
+
+
+def _memory_for(loader: Any, device: torch.device | None) -> Memory:
+    if device is None:
+        pins = loader.pin_memory and torch.cuda.is_available()
+        return (PinnedMemory if pins else Memory)(loader.ring_bytes, checked=loader.checked)
+    if not _locks_pages(device.index):
+        return PinnedMemory(loader.ring_bytes)
+    return Memory(
+        loader.ring_bytes,
+        checked=loader.checked,
+        pages=CudaPages(device.index),
+        pins_small=True,
+    )
+
+
+def _locks_pages(device: int) -> bool:
+    """Whether this build can: it has CUDA, and the driver is new enough."""
+    with torch.cuda.device(device):
+        return _C.cuda_problem(device) is None
 
 
 def transfer_of(loader: Any) -> Callable[[Any], Any] | None:
@@ -51,7 +81,11 @@ def transfer_of(loader: Any) -> Callable[[Any], Any] | None:
         return None
     device = torch.device(loader.device)
     if device.type == "cuda":
-        return Transfer(device, memory_of(loader).hold)
+        mine = own(loader)
+        cuda = _cuda_device(loader)
+        if mine.transfer is None or mine.transfer.device != cuda:
+            mine.transfer = Transfer(cuda, memory_of(loader).hold)
+        return mine.transfer
     if device.type == "cpu":
         return None
     return lambda data: map_tensors(data, lambda tensor: tensor.to(device))

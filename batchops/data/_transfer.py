@@ -59,22 +59,28 @@ class Transfer:
         sources: list[torch.Tensor] = []
         moved: list[torch.Tensor] = []
 
+        current = streams.current_stream(self.device)
+
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.device.type == self.device.type:
                 return tensor
-            out = streams.to_device(tensor, self.device)
+            if tensor.layout is not torch.strided:  # several tensors, of which none is recorded
+                with streams.on(current):
+                    return tensor.to(self.device)
             sources.append(tensor)
+            out = streams.to_device(tensor, self.device)
             moved.append(out)
             return out
 
         with streams.on(self._side):
-            result = map_tensors(data, move)
-            event = streams.new_event()
-            event.record(self._side)
-        current = streams.current_stream(self.device)
+            try:
+                result = map_tensors(data, move)
+            finally:  # what has begun goes on, whatever became of the rest
+                event = streams.new_event()
+                event.record(self._side)
+                for tensor in sources:
+                    self._hold(tensor, event)
         current.wait_event(event)
         for tensor in moved:
             tensor.record_stream(current)
-        for tensor in sources:
-            self._hold(tensor, event)
         return result

@@ -14,7 +14,7 @@ from torch.utils.data._utils import collate as torch_collate
 from batchops import _C
 from batchops.data._collate import Collation, SharedMemory
 from batchops.data._errors import explained, note, step
-from batchops.data._memory import CudaPages, Memory, shared_memory
+from batchops.data._memory import Memory, PinnedMemory, shared_memory
 from batchops.data._source import ARRAY_DTYPES, nobody_watches
 from batchops.data.normalize import check_format
 from batchops.data.padding import IGNORE, pack, pad
@@ -129,7 +129,7 @@ class Collator:
     def __call__(self, samples: Any) -> Any:
         if self.pin_memory and torch.cuda.is_available() and get_worker_info() is None:
             if self._memory is None:
-                self._memory = Memory(pages=CudaPages())
+                self._memory = PinnedMemory()
             return self.collate_into(samples, self._memory)
         return self.collate_into(samples, shared_memory())
 

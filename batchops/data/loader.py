@@ -42,8 +42,9 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     A drop-in for :class:`torch.utils.data.DataLoader`: the same arguments, the same order of
     samples for the same seed, the same batches bit for bit, the same random numbers drawn at the
     same moments. A batch is written once, where it is used from: into slots that are used again
-    when no view of an earlier batch is alive, page-locked where ``pin_memory=True`` or ``device``
-    is a CUDA device.
+    when no view of an earlier batch is alive (page-locked, and when the copy is over, where
+    ``device`` is a CUDA device), or into torch's page-locked memory with ``pin_memory=True``, which
+    waits for the copies that the user starts.
 
     Where the data lie in memory and ``collate_fn`` is the default, batches are gathered by native
     threads without Python for each sample (and without the GIL from 4 MiB on): ``TensorDataset``,

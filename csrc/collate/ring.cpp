@@ -155,7 +155,14 @@ Ring::Slot* Ring::acquire(size_t bytes) {
     give_back(std::move(evicted));
     if (!fits) return nullptr;
   }
-  std::byte* const data = memory_->allocate(wanted);
+  std::byte* data = nullptr;
+  try {
+    data = memory_->allocate(wanted);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    bytes_ -= wanted;
+    throw;
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   if (data == nullptr) {
     bytes_ -= wanted;

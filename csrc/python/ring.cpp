@@ -3,6 +3,7 @@
 // A Lease exports a buffer; torch.frombuffer keeps the Lease alive for as long as the storage it
 // makes, so views, slices and NumPy arrays of a batch all hold its slot.
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <optional>
 #include <unordered_map>
@@ -54,6 +55,19 @@ struct SharedRing {
   SharedRing(std::unique_ptr<SlotMemory> memory, size_t capacity, bool checked)
       : ring(std::move(memory), capacity, checked) {}
 
+  // Waits for the copies that are under way: the pages are about to go. Not in a process that was
+  // forked meanwhile, whose device this is not.
+  ~SharedRing() {
+    if (pid != getpid()) return;
+    for (auto& [slot, event] : flying) {
+      try {
+        event.attr("synchronize")();
+      } catch (py::error_already_set& error) {
+        error.discard_as_unraisable("batchops: waiting for a copy");
+      }
+    }
+  }
+
   // Slots whose copy is over become free. query() may let another thread run: what it adds to
   // `flying` meanwhile is kept.
   void poll() {
@@ -71,6 +85,7 @@ struct SharedRing {
   Ring ring;
   std::vector<std::pair<Ring::Slot*, py::object>> flying;
   std::unordered_map<uintptr_t, class Lease*> leases;  // by address
+  const pid_t pid = getpid();
 };
 
 class Lease {
