@@ -228,3 +228,57 @@ def test_many_parameters_are_read_by_all_threads_as_by_one(kind):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert one_versions == two_versions
     assert min(one_versions) >= 2
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_a_graph_is_captured_of_counts_on_the_device_alone(kind, monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(5)
+    groups = [{"params": [params[0]], "capturable": True}, {"params": [params[1]]}]
+    optimizer = kind(groups, lr=0.1)
+    before = [p.clone() for p in params]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="expected capturable=True in every parameter group"):
+        optimizer.step()
+    assert all(torch.equal(p, was) for p, was in zip(params, before, strict=True))
+    optimizer.param_groups[1]["capturable"] = True
+    optimizer._check_capture()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    optimizer.param_groups[1]["capturable"] = False
+    optimizer.step()
+    assert not any(torch.equal(p, was) for p, was in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_rows_of_parameters_without_gradient_lie_between_others(kind):
+    params = [torch.nn.Parameter(torch.full((3,), float(i + 1))) for i in range(7)]
+    optimizer = kind(params, lr=0.1, max_grad_norm=None)
+    with_gradient = [0, 1, 4, 6]
+    for i in with_gradient:
+        params[i].grad = torch.full((3,), 10.0 + i)
+    optimizer.step()
+    stats = optimizer.stats()
+    for i in range(7):
+        row = dict(zip(stats.columns, stats.values[i].tolist(), strict=True))
+        if i in with_gradient:
+            assert row["p_norm"] == pytest.approx((i + 1) * 3**0.5)
+            assert row["g_norm"] == pytest.approx((i + 10) * 3**0.5)
+        else:
+            assert all(math.isnan(v) for v in row.values())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_a_capture_without_capturable_is_refused(kind):
+    p = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = kind([p], lr=0.1)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with (
+        pytest.raises(RuntimeError, match="expected capturable=True in every parameter group"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
