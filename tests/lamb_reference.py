@@ -90,8 +90,10 @@ class Tensor64:
 
 
 def to_extended(t: torch.Tensor) -> np.ndarray:
-    """As to_float64, with more places where the platform has them: what float64 is checked with."""
-    return to_float64(t).astype(np.longdouble)
+    """As to_float64, with more places where the platform has them: what float64 is checked with.
+    Not of millions of elements, which would take a second each."""
+    values = to_float64(t)
+    return values.astype(np.longdouble) if t.numel() <= 1 << 18 else values
 
 
 def norm(x: np.ndarray) -> np.floating:

@@ -180,13 +180,17 @@ def test_dtypes_mixed_in_one_group(device, fused, master):
             LARS(params, fused=True).step()
 
 
-@pytest.mark.reduced
 @pytest.mark.cuda
+@pytest.mark.parametrize(
+    "last_step",
+    [assert_one_step, pytest.param(LARS.step, marks=pytest.mark.reduced)],
+    ids=["checked", "twins"],
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_tensors_that_a_gpu_holds_and_others(momentum):
+def test_tensors_that_a_gpu_holds_and_others(momentum, last_step):
     params = [parameter(shape, device="cuda") for shape in LARGE]
     options = {"weight_decay": 1e-3, "momentum": momentum, "max_grad_norm": 0.5, "fused": True}
-    check_twins(params, lambda params: LARS(params, **options), assert_one_step)
+    check_twins(params, lambda params: LARS(params, **options), last_step)
 
 
 @FUSED

