@@ -11,6 +11,7 @@ cache: in contiguous layout a channel's slice does; in channels_last it takes al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,15 @@ SHAPES = [
     (256, 2048, 7, 7),  # stage 4: 49 elements a row, not a multiple of a vector
     (8, 32, 16, 16),  # small: fits the second-level cache, overhead counts
     (4096, 1024),  # 1-D: features in rows
+]
+# ResNet-50's at the batches that a GPU trains with
+CUDA_SHAPES = [
+    (64, 64, 112, 112),
+    (256, 64, 112, 112),
+    (256, 256, 56, 56),
+    (256, 512, 28, 28),
+    (256, 1024, 14, 14),
+    (256, 2048, 7, 7),
 ]
 CACHED = (8, 32, 16, 16)  # also measured as it is found: in the cache
 QUICK_SHAPES = {(32, 64, 112, 112), (64, 512, 14, 14), (8, 32, 16, 16)}
@@ -60,6 +70,18 @@ def _cases() -> list[Any]:
                         cases.append(pytest.param(*values, False, id=name, marks=marks))
                         if shape == CACHED:
                             cases.append(pytest.param(*values, True, id=f"{name}-cached"))
+    for values in itertools.product(
+        CUDA_SHAPES,
+        (torch.float32, torch.bfloat16),
+        ("contiguous", "channels_last"),
+        VARIANTS,
+        ("forward", "backward"),
+    ):
+        shape, dtype, *rest = values
+        name = "-".join(["x".join(map(str, shape)), dtype_name(dtype), *rest])
+        quick = [pytest.mark.quick] if dtype is torch.bfloat16 else []
+        marks = [pytest.mark.on_cuda, *quick]
+        cases.append(pytest.param(*values, False, id=f"cuda-{name}", marks=marks))
     return cases
 
 

@@ -11,6 +11,7 @@ the cache: a group's slice does in contiguous layout, and in channels_last a sam
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ SHAPES = [
     (4096, 1024),  # a transformer's rows
     (256, 4096),  # few long rows, in the cache
 ]
+# Stable Diffusion's, and its decoder's
+CUDA_SHAPES = [(32, 320, 64, 64), (32, 640, 32, 32), (32, 1280, 16, 16), (4, 128, 512, 512)]
 QUICK_SHAPES = {(8, 320, 64, 64), (4096, 1024)}
 PHASES = ["forward", "backward"]
 
@@ -52,6 +55,18 @@ def _cases() -> list[Any]:
                         marks = [pytest.mark.quick] if quick else []
                         values = (shape, dtype, layout, variant, phase)
                         cases.append(pytest.param(*values, id=name, marks=marks))
+    for values in itertools.product(
+        CUDA_SHAPES,
+        (torch.float32, torch.bfloat16),
+        ("contiguous", "channels_last"),
+        ("plain", "silu"),
+        PHASES,
+    ):
+        shape, dtype, *rest = values
+        name = "-".join(["x".join(map(str, shape)), dtype_name(dtype), *rest])
+        quick = [pytest.mark.quick] if dtype is torch.bfloat16 else []
+        marks = [pytest.mark.on_cuda, *quick]
+        cases.append(pytest.param(*values, id=f"cuda-{name}", marks=marks))
     return cases
 
 

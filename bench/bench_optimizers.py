@@ -46,16 +46,24 @@ MODELS: dict[str, Callable[[], list[Shape]]] = {
     "resnet50": resnet50,
     "bert, 4 layers": bert,
     "2000 tensors of 256": lambda: [(256,)] * 2000,  # nothing but the cost of handling tensors
+    "bert, 24 layers": lambda: bert(24),  # 333 million elements
+}
+MARKS = {
+    "resnet50": [pytest.mark.quick],
+    "bert, 24 layers": [pytest.mark.on_cuda, pytest.mark.quick],
 }
 
 
-def parameters(shapes: list[Shape], device: torch.device) -> list[torch.nn.Parameter]:
+def parameters(
+    shapes: list[Shape], device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Parameter]:
     generator = torch.Generator(device).manual_seed(0)
     params = []
     for shape in shapes:
         p = torch.randn(shape, generator=generator, device=device) * 0.05
-        params.append(torch.nn.Parameter(p))
-        params[-1].grad = torch.randn(shape, generator=generator, device=device) * 0.01
+        params.append(torch.nn.Parameter(p.to(dtype)))
+        grad = torch.randn(shape, generator=generator, device=device) * 0.01
+        params[-1].grad = grad.to(dtype)
     return params
 
 
@@ -151,11 +159,7 @@ def watched_after_a_step(
 
 
 MODEL = pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(name, marks=pytest.mark.quick) if name == "resnet50" else name
-        for name in MODELS
-    ],
+    "model", [pytest.param(name, marks=MARKS.get(name, [])) for name in MODELS]
 )
 
 
@@ -210,4 +214,38 @@ def test_lars(request, pair, device, threads, model):
         bytes_an_element=20,
         op="LARS step",
         case={"model": model},
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.on_cuda
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["no clip", "clip 1.0"])
+@pytest.mark.parametrize("model", ["resnet50", "bert, 24 layers"])
+def test_lamb_with_masters(pair, device, threads, model, clip):
+    """bf16 parameters and gradients with float32 masters: p, g, m, v and the master are read, all
+    but g written, 30 bytes an element. AdamW has float32 parameters and no masters."""
+    shapes = MODELS[model]()
+    elements = sum(torch.Size(shape).numel() for shape in shapes)
+    params = parameters(shapes, device, torch.bfloat16)
+    watched = range(0, len(params), max(1, len(params) // 8))
+    expected = {i: after_a_step(params, i, clip, lamb_update) for i in watched}
+    others = parameters(shapes, device)
+    ours = LAMB(params, max_grad_norm=clip, master_weights=True, fused=True)
+    adam = torch.optim.AdamW(others, lr=1e-3, fused=True)
+
+    def check(output: object, _: int) -> None:
+        if output is not None:
+            for i, want in expected.items():
+                error = (params[i].double() - want).abs().max() / want.abs().max()
+                assert error < 2**-8, f"parameter {i}: relative error {float(error):.1e}"
+
+    pair(
+        lambda: (ours.step(), params),
+        {"fused AdamW, float32": adam.step},
+        check=check,
+        bytes_moved=elements * (32 if clip else 30),
+        items=elements,
+        calls=1,
+        op="LAMB step, bf16 with masters",
+        case={"model": model, "clip": "none" if clip is None else str(clip)},
     )

@@ -111,3 +111,40 @@ def test_overhead(pair, device, threads, shape, variant, form, phase):
         op=f"host overhead, {phase}",
         case={"call": f"{form} {variant}", "shape": "×".join(map(str, shape)), "dtype": "fp32"},
     )
+
+
+@pytest.mark.quick
+@pytest.mark.on_cuda
+@pytest.mark.parametrize("variant", ["plain", "relu"])
+@pytest.mark.parametrize("shape", [(N, C, 4, 4), (8, 32, 16, 16)], ids=["tiny", "small"])
+def test_replay(pair, device, threads, shape, variant):
+    """The device's time of a small forward with running statistics, replayed from a CUDA graph."""
+    channels = shape[1]
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape, generator=generator, device=device)
+    mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+    activation = "relu" if variant == "relu" else None
+
+    def ours(index):
+        return BF.batch_norm(x, mean, var, weight, bias, True, 0.1, EPS, activation=activation)
+
+    def stock(index):
+        y = F.batch_norm(x, mean, var, weight, bias, True, 0.1, EPS)
+        return F.relu(y) if variant == "relu" else y
+
+    axes = [0, 2, 3]
+    exact = x.double()
+    centred = exact - exact.mean(axes, keepdim=True)
+    expected = centred / (centred.square().mean(axes, keepdim=True) + EPS).sqrt()
+    expected = expected.clamp(min=0) if variant == "relu" else expected
+    with torch.no_grad():
+        pair(
+            ours=ours,
+            peers={"torch": stock},
+            check=close_to(lambda index: expected, 1e-5, 1e-5),
+            clock="graph",
+            cached=True,
+            op="replayed from a CUDA graph, forward",
+            case={"call": variant, "shape": "×".join(map(str, shape)), "dtype": "fp32"},
+        )

@@ -7,7 +7,7 @@ import inspect
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ MIN_ROUNDS = 7
 MAX_ROUNDS = 400
 FLOOR_BYTES = 256 << 20
 FLOOR_SAMPLES = 3
+WHOLE_STEPS = {"bench_training.py", "bench_optimizers.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,8 +56,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--quick"):
-        kept = [item for item in items if item.get_closest_marker("quick")]
+    wanted = [lambda item: item.get_closest_marker("quick")] if config.getoption("--quick") else []
+    if config.getoption("--device") == "cpu" and not config.getoption("-m"):
+        wanted.append(lambda item: not item.get_closest_marker("on_cuda"))
+    if config.getoption("--device") != "cpu":
+        # Whole steps first: a GPU's time may end before the rest has had its turn.
+        items.sort(key=lambda item: item.path.name not in WHOLE_STEPS)
+    kept = [item for item in items if all(wants(item) for wants in wanted)]
+    if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
@@ -147,6 +154,22 @@ class _Side:
     def once(self, index: int) -> Any:
         return self.call(index) if self.wants_index else self.call()
 
+    def captured(self, rotate: int) -> _Side:
+        """Replays of its calls, one for each set of inputs, that were captured after a warm-up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for index in range(rotate):
+                self.once(index)
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs = []
+        for index in range(rotate):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.once(index)
+            graphs.append(graph)
+        return _Side(self.name, lambda index: graphs[index].replay())
+
 
 def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -171,7 +194,9 @@ class Pair:
     items          what one call handles (samples, parameters); gives items a second.
     rotate         number of input sets; `common.rotation_length` tells how many defeat the caches.
     calls          calls in a round; by default enough for ROUND_SECONDS.
-    clock          "device": device events on a GPU; "host": the host's time for issuing the calls.
+    clock          "device": device events on a GPU; "host": the host's time for issuing the calls;
+                   "graph": device events of replays of the calls, which were captured before.
+    memory         measures what a call takes of the device's memory at its height.
     cached         says in the results that the inputs fit the cache on purpose.
     op, case       what the report groups by and what it calls the row.
     """
@@ -207,11 +232,14 @@ class Pair:
         calls: int | None = None,
         clock: str = "device",
         cached: bool = False,
+        memory: bool = False,
         op: str | None = None,
         case: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        if clock not in ("device", "host"):
-            raise ValueError(f"pair: clock must be 'device' or 'host', got {clock!r}")
+        if clock not in ("device", "host", "graph"):
+            raise ValueError(f"pair: clock must be 'device', 'host' or 'graph', got {clock!r}")
+        if clock == "graph" and self.device.type != "cuda":
+            raise ValueError("pair: clock 'graph' needs --device cuda")
         skipped = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
         sides = [_Side("batchops", ours)]
         self._checked(sides[0], check)
@@ -229,6 +257,9 @@ class Pair:
                 sides.append(side)
         if self.benchmark.disabled:  # --benchmark-disable: the checks alone
             return self.benchmark.pedantic(dict)
+        if clock == "graph":
+            sides = [sides[0].captured(rotate), *self._captured(sides[1:], rotate, skipped)]
+        height = self._heights(sides) if memory and self.device.type == "cuda" else {}
         copies = self.floor() if bytes_moved is not None else []
         record = self._measure(sides, rotate, calls, _Clock(self.device, clock == "host"))
         record |= {
@@ -250,12 +281,37 @@ class Pair:
             record["fraction_of_floor"] = {
                 n: bytes_moved / floor / (us * 1e-6) for n, us in medians.items()
             }
+        if height:
+            record["memory_bytes"] = height
         if items is not None:
             record["items_per_s"] = {n: items / us * 1e6 for n, us in record["median_us"].items()}
         self.benchmark.group = record["op"]
         self.benchmark.extra_info.update(record)
         self.records.append(record)
         return record
+
+    def _captured(
+        self, sides: list[_Side], rotate: int, skipped: dict[str, str]
+    ) -> Iterator[_Side]:
+        for side in sides:
+            try:
+                yield side.captured(rotate)
+            except RuntimeError as error:  # what waits for the device cannot be captured
+                torch.cuda.synchronize()
+                skipped[side.name] = reason(error)
+
+    @staticmethod
+    def _heights(sides: list[_Side]) -> dict[str, int]:
+        heights = {}
+        for side in sides:
+            side.once(0)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            side.once(0)
+            torch.cuda.synchronize()
+            heights[side.name] = torch.cuda.max_memory_allocated() - before
+        return heights
 
     def _checked(self, side: _Side, check: Callable[[Any, int], bool | None]) -> None:
         assert check(side.once(0), 0) is not False, f"{side.name}: check failed"
@@ -395,6 +451,7 @@ def accuracy(request: pytest.FixtureRequest, benchmark: Any, device: torch.devic
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: kept when --quick is given")
+    config.addinivalue_line("markers", "on_cuda: for --device cuda, or by -m on_cuda")
     if config.getoption("--quick"):
         common.CACHE_MULTIPLE = common.QUICK_CACHE_MULTIPLE
     if path := config.getoption("--compare"):

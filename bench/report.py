@@ -85,6 +85,7 @@ def row(record: Record, peers: Sequence[str]) -> list[str]:
     gbps = record.get("gbps", {}).get(OURS)
     fraction = record.get("fraction_of_floor", {}).get(OURS)
     items = record.get("items_per_s", {}).get(OURS)
+    memory = record.get("memory_bytes", {})
     return [
         case_label(record),
         str(record["threads"]),
@@ -95,7 +96,17 @@ def row(record: Record, peers: Sequence[str]) -> list[str]:
         "" if gbps is None else f"{gbps:.1f}",
         "" if fraction is None else f"{100 * fraction:.0f} %",
         "" if items is None else f"{items:,.0f}",
+        memory_text(memory),
     ]
+
+
+def memory_text(memory: dict[str, int]) -> str:
+    """`812 MB (torch 1.31×)`: what a call of ours takes at its height, and each peer's over it."""
+    if not memory:
+        return ""
+    ours = memory[OURS]
+    others = [f"{name} {n / max(ours, 1):.2f}×" for name, n in memory.items() if name != OURS]
+    return f"{ours / 1e6:,.0f} MB ({', '.join(others)})"
 
 
 def by_op(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -118,6 +129,7 @@ def table(records: Sequence[Record]) -> list[list[str]]:
         "GB/s",
         "of floor",
         "items/s",
+        "memory at its height",
     ]
     rows = [row(record, peers) for record in records]
     used = [i for i in range(len(header)) if any(r[i] for r in rows)]

@@ -227,6 +227,36 @@ def test_machine_name(report):
     assert report.machine_name(machine) == "amd-epyc-9-avx2-2-cores-nvidia-x"
 
 
+def test_memory_is_told_with_the_peers(report):
+    sides = {"batchops": 812_000_000, "torch": 1_218_000_000}
+    assert report.memory_text(sides) == "812 MB (torch 1.50×)"
+    assert report.memory_text({}) == ""
+
+
+def test_whole_steps_for_a_gpu_run_elsewhere_when_asked(tmp_path):
+    """Small, and checked only; without -m they are not even collected."""
+    command = [sys.executable, "-m", "pytest", "bench_training.py", "-q", "--benchmark-disable"]
+    options = {"cwd": BENCH, "env": plain_environment(), "capture_output": True, "text": True}
+    asked = subprocess.run([*command, "-m", "on_cuda"], timeout=300, **options)
+    assert "4 deselected" not in asked.stdout
+    assert "3 passed" in asked.stdout or "4 passed" in asked.stdout, asked.stdout + asked.stderr
+    left = subprocess.run(command, timeout=300, **options)
+    assert "4 deselected" in left.stdout, left.stdout + left.stderr
+
+
+def test_a_graph_needs_a_gpu(tmp_path):
+    for name in ("conftest.py", "common.py", "pytest.ini"):
+        shutil.copy(BENCH / name, tmp_path)
+    (tmp_path / "bench_graph.py").write_text(
+        "def test_graph(pair):\n"
+        "    pair(ours=lambda: 1, peers={}, check=lambda *_: None, clock='graph')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q"]
+    options = {"env": plain_environment(), "capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=tmp_path, timeout=300, **options)
+    assert "clock 'graph' needs --device cuda" in done.stdout
+
+
 def test_readme_without_markers_is_left_alone(report, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no markers")

@@ -104,11 +104,12 @@ BATCHOPS_API const char* batch_norm_forward_cpu(const BatchNormForward& args, co
 BATCHOPS_API const char* batch_norm_backward_cpu(const BatchNormBackward& args,
                                                  const Parallel& par);
 
-// The workspace belongs to the call: any content, 16-byte aligned, at least this many bytes, on the
-// device; it may be freed in stream order as soon as the call returns. The current device must be
-// `device` already in the framework's eyes; it is set again for the statically linked runtime.
-BATCHOPS_API size_t batch_norm_forward_workspace_cuda(const BatchNormShape& shape, int device);
-BATCHOPS_API size_t batch_norm_backward_workspace_cuda(const BatchNormShape& shape, int device);
+// The workspace belongs to the call (with these arguments): any content, 16-byte aligned, at least
+// this many bytes, on the device; it may be freed in stream order as soon as the call returns. The
+// current device must be `device` already in the framework's eyes; it is set again for the
+// statically linked runtime.
+BATCHOPS_API size_t batch_norm_forward_workspace_cuda(const BatchNormForward& args, int device);
+BATCHOPS_API size_t batch_norm_backward_workspace_cuda(const BatchNormBackward& args, int device);
 BATCHOPS_API const char* batch_norm_forward_cuda(const BatchNormForward& args, void* workspace,
                                                  int device, void* stream);
 BATCHOPS_API const char* batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace,

@@ -85,8 +85,8 @@ BATCHOPS_API const char* group_norm_backward_cpu(const GroupNormBackward& args,
                                                  const Parallel& par);
 
 // The workspace and the device: as batch norm's.
-BATCHOPS_API size_t group_norm_forward_workspace_cuda(const GroupNormShape& shape, int device);
-BATCHOPS_API size_t group_norm_backward_workspace_cuda(const GroupNormShape& shape, int device);
+BATCHOPS_API size_t group_norm_forward_workspace_cuda(const GroupNormForward& args, int device);
+BATCHOPS_API size_t group_norm_backward_workspace_cuda(const GroupNormBackward& args, int device);
 BATCHOPS_API const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspace,
                                                  int device, void* stream);
 BATCHOPS_API const char* group_norm_backward_cuda(const GroupNormBackward& args, void* workspace,

@@ -19,8 +19,8 @@ BATCHOPS_API const char* cuda_problem(int device);
 // "avx512", "avx2" or "default": chosen once, BATCHOPS_CPU_CAPABILITY lowers it.
 BATCHOPS_API const char* cpu_capability();
 
-// Locks pages for copies to any device, and unlocks them; `device` becomes current. False where that
-// fails, with nothing left behind.
+// Locks pages for copies to any device, and unlocks them; `device` becomes current. False where
+// that fails, with nothing left behind.
 BATCHOPS_API bool cuda_lock_pages(void* data, size_t bytes, int device);
 BATCHOPS_API bool cuda_unlock_pages(void* data, int device);
 

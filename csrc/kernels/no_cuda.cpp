@@ -36,9 +36,9 @@ bool cuda_unlock_pages(void*, int) { return false; }
 
 bool cuda_stream_captures(void*) { return false; }
 
-size_t batch_norm_forward_workspace_cuda(const BatchNormShape&, int) { return 0; }
+size_t batch_norm_forward_workspace_cuda(const BatchNormForward&, int) { return 0; }
 
-size_t batch_norm_backward_workspace_cuda(const BatchNormShape&, int) { return 0; }
+size_t batch_norm_backward_workspace_cuda(const BatchNormBackward&, int) { return 0; }
 
 const char* batch_norm_forward_cuda(const BatchNormForward&, void*, int, void*) { return kNoCuda; }
 
@@ -46,9 +46,9 @@ const char* batch_norm_backward_cuda(const BatchNormBackward&, void*, int, void*
   return kNoCuda;
 }
 
-size_t group_norm_forward_workspace_cuda(const GroupNormShape&, int) { return 0; }
+size_t group_norm_forward_workspace_cuda(const GroupNormForward&, int) { return 0; }
 
-size_t group_norm_backward_workspace_cuda(const GroupNormShape&, int) { return 0; }
+size_t group_norm_backward_workspace_cuda(const GroupNormBackward&, int) { return 0; }
 
 const char* group_norm_forward_cuda(const GroupNormForward&, void*, int, void*) { return kNoCuda; }
 

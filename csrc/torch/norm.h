@@ -85,10 +85,10 @@ Shape norm_shape(const Dense& x, const OptionalTensor& weight, const OptionalTen
 }
 
 // Runs a kernel where `input` is: on torch's threads, or with a workspace on the current stream.
-template <class Args, class Shape>
+template <class Args>
 void launch(const char* op, const Tensor& input, const Args& args,
             const char* (*cpu)(const Args&, const Parallel&),
-            size_t (*workspace_cuda)(const Shape&, int),
+            size_t (*workspace_cuda)(const Args&, int),
             const char* (*cuda)(const Args&, void*, int, void*)) {
   const char* error = nullptr;
   if (input.is_cpu()) {
@@ -96,7 +96,7 @@ void launch(const char* op, const Tensor& input, const Args& args,
   } else {
     const c10::DeviceGuard guard(input.device());
     const int device = input.device().index();
-    const auto bytes = static_cast<int64_t>(workspace_cuda(args.shape, device));
+    const auto bytes = static_cast<int64_t>(workspace_cuda(args, device));
     const Tensor workspace = empty_on(input, {bytes}, at::kByte);
     error = cuda(args, workspace.mutable_data_ptr(), device, current_stream(input.device()));
   }

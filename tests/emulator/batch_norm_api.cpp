@@ -9,12 +9,12 @@ extern bool keep_on_chip;
 extern int spared_multiprocessors;
 }  // namespace batchops::cuda
 
-EMULATOR_EXPORT size_t emulated_batch_norm_forward_workspace(const BatchNormShape* shape) {
-  return batch_norm_forward_workspace_cuda(*shape, 0);
+EMULATOR_EXPORT size_t emulated_batch_norm_forward_workspace(const BatchNormForward* args) {
+  return batch_norm_forward_workspace_cuda(*args, 0);
 }
 
-EMULATOR_EXPORT size_t emulated_batch_norm_backward_workspace(const BatchNormShape* shape) {
-  return batch_norm_backward_workspace_cuda(*shape, 0);
+EMULATOR_EXPORT size_t emulated_batch_norm_backward_workspace(const BatchNormBackward* args) {
+  return batch_norm_backward_workspace_cuda(*args, 0);
 }
 
 EMULATOR_EXPORT int emulated_batch_norm_forward(const BatchNormForward* args, void* workspace,

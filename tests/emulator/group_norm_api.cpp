@@ -4,12 +4,12 @@
 
 using namespace batchops;
 
-EMULATOR_EXPORT size_t emulated_group_norm_forward_workspace(const GroupNormShape* shape) {
-  return group_norm_forward_workspace_cuda(*shape, 0);
+EMULATOR_EXPORT size_t emulated_group_norm_forward_workspace(const GroupNormForward* args) {
+  return group_norm_forward_workspace_cuda(*args, 0);
 }
 
-EMULATOR_EXPORT size_t emulated_group_norm_backward_workspace(const GroupNormShape* shape) {
-  return group_norm_backward_workspace_cuda(*shape, 0);
+EMULATOR_EXPORT size_t emulated_group_norm_backward_workspace(const GroupNormBackward* args) {
+  return group_norm_backward_workspace_cuda(*args, 0);
 }
 
 EMULATOR_EXPORT int emulated_group_norm_forward(const GroupNormForward* args, void* workspace,

@@ -166,7 +166,7 @@ class _Call:
     ) -> dict[str, np.ndarray]:
         """The bytes of `outputs`, after checking that nothing beside any memory was written."""
         function = f"emulated_{self.problem.operation}_{direction}"
-        size = getattr(library, f"{function}_workspace")(ctypes.byref(self.args.shape))
+        size = getattr(library, f"{function}_workspace")(ctypes.byref(self.args))
         workspace = self.memory["workspace"] = emulator.Memory(max(size, 16), name="workspace")
         emulator.call(
             getattr(library, function),

@@ -295,19 +295,14 @@ const char* backward_finish(const GradientFinishArguments& args, int device, voi
 
 namespace batchops {
 
-size_t batch_norm_backward_workspace_cuda(const BatchNormShape& shape, int device) {
-  if (shape.numel() == 0) return 0;
+size_t batch_norm_backward_workspace_cuda(const BatchNormBackward& args, int device) {
+  if (args.shape.numel() == 0) return 0;
   cuda::Device found;
   if (cuda::query(cuda::kBackward, device, found) != nullptr) return 0;
-  size_t bytes = 0;
-  for (const bool mask : {false, true}) {
-    const cuda::Plan plan = cuda::make_plan(shape, mask);
-    bytes = std::max(bytes, cuda::workspace_bytes(plan));
-    for (const bool residual : {false, true}) {
-      bytes = std::max(bytes, cuda::backward_resident_workspace(plan, shape, residual, found));
-    }
-  }
-  return bytes;
+  const cuda::Plan plan = cuda::make_plan(args.shape, args.mask != nullptr);
+  const bool residual = cuda::recomputes(args) && args.residual != nullptr;
+  return std::max(cuda::workspace_bytes(plan),
+                  cuda::backward_resident_workspace(plan, args.shape, residual, found));
 }
 
 const char* batch_norm_backward_cuda(const BatchNormBackward& args, void* workspace, int device,

@@ -247,17 +247,14 @@ const char* forward_finish(const FinishArguments& args, int device, void* stream
 
 namespace batchops {
 
-size_t batch_norm_forward_workspace_cuda(const BatchNormShape& shape, int device) {
-  if (shape.numel() == 0) return 0;
+size_t batch_norm_forward_workspace_cuda(const BatchNormForward& args, int device) {
+  if (args.shape.numel() == 0) return 0;
   cuda::Device found;
   if (cuda::query(cuda::kForward, device, found) != nullptr) return 0;
-  size_t bytes = 0;
-  for (const bool mask : {false, true}) {
-    const cuda::Plan plan = cuda::make_plan(shape, mask);
-    bytes = std::max({bytes, cuda::workspace_bytes(plan),
-                      cuda::forward_resident_workspace(plan, shape, mask, found)});
-  }
-  return bytes;
+  const bool mask = cuda::walks_mask(args);
+  const cuda::Plan plan = cuda::make_plan(args.shape, mask);
+  return std::max(cuda::workspace_bytes(plan),
+                  cuda::forward_resident_workspace(plan, args.shape, mask, found));
 }
 
 const char* batch_norm_forward_cuda(const BatchNormForward& args, void* workspace, int device,

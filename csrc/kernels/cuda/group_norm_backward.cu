@@ -525,12 +525,17 @@ const char* parameters(const GroupNormBackward& args, const Cut& cut, const Work
   return run();
 }
 
+// Whether z is made again from x, and from the residual.
+bool recomputes_z(const GroupNormBackward& args) {
+  return traits_of(args.shape.activation).needs_z && args.mask == nullptr;
+}
+
 const char* backward(const GroupNormBackward& args, void* workspace, int device, void* stream) {
   const GroupNormShape& shape = args.shape;
   const bool wants_parameters = args.dweight != nullptr || args.dbias != nullptr;
   const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
   if (!wants_parameters && !wants_elements) return nullptr;
-  const bool recomputes = traits_of(shape.activation).needs_z && args.mask == nullptr;
+  const bool recomputes = recomputes_z(args);
   const void* residual = recomputes ? args.residual : nullptr;
   Device found;
   if (const char* error = query(kOperation, device, found)) return error;
@@ -595,19 +600,15 @@ const char* backward(const GroupNormBackward& args, void* workspace, int device,
 
 namespace batchops {
 
-size_t group_norm_backward_workspace_cuda(const GroupNormShape& shape, int device) {
+size_t group_norm_backward_workspace_cuda(const GroupNormBackward& args, int device) {
+  const GroupNormShape& shape = args.shape;
   if (shape.numel() == 0 || shape.dtype == DType::f64) return 0;
   cuda::Device found;
   if (cuda::query(cuda::kOperation, device, found) != nullptr) return 0;
-  int64_t entries = 2;  // a workspace is never null
-  for (const bool residual : {false, true}) {
-    for (const bool mask : {false, true}) {
-      const cuda::Workspace space(
-          cuda::group::make_cut(shape, cuda::purpose_of(shape, residual, mask), 1, found));
-      entries = std::max(entries, space.entries(shape.C));
-    }
-  }
-  return static_cast<size_t>(entries) * sizeof(float2);
+  const bool residual = cuda::recomputes_z(args) && args.residual != nullptr;
+  const auto purpose = cuda::purpose_of(shape, residual, args.mask != nullptr);
+  const cuda::Workspace space(cuda::group::make_cut(shape, purpose, 1, found));
+  return static_cast<size_t>(std::max<int64_t>(space.entries(shape.C), 2)) * sizeof(float2);
 }
 
 const char* group_norm_backward_cuda(const GroupNormBackward& args, void* workspace, int device,

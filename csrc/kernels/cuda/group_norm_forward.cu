@@ -251,16 +251,14 @@ const char* forward(const GroupNormForward& args, void* workspace, int device, v
 
 namespace batchops {
 
-size_t group_norm_forward_workspace_cuda(const GroupNormShape& shape, int device) {
+size_t group_norm_forward_workspace_cuda(const GroupNormForward& args, int device) {
+  const GroupNormShape& shape = args.shape;
   if (shape.numel() == 0 || shape.dtype == DType::f64) return 0;
   cuda::Device found;
   if (cuda::query(cuda::kOperation, device, found) != nullptr) return 0;
-  int64_t moments = 1;  // a workspace is never null
-  for (const bool mask : {false, true}) {
-    const auto cut = cuda::group::make_cut(shape, cuda::purpose_of(shape, mask), 1, found);
-    moments = std::max(moments, cut.moments());
-  }
-  return static_cast<size_t>(moments) * sizeof(cuda::Moments);
+  const cuda::group::Purpose purpose = cuda::purpose_of(shape, args.mask != nullptr);
+  const int64_t moments = cuda::group::make_cut(shape, purpose, 1, found).moments();
+  return static_cast<size_t>(std::max<int64_t>(moments, 1)) * sizeof(cuda::Moments);  // never null
 }
 
 const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspace, int device,
