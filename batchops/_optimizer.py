@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import _binding  # loads the operators
 from . import _optimizer_plain as plain
+from ._sharded import is_sharded
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # What other optimizers leave in a checkpoint's groups and ours refuse or keep elsewhere.
@@ -249,6 +250,8 @@ class FusedOptimizer(Optimizer):
                 )
         # torch.amp.GradScaler sets these for the time of the call.
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if skip is not None and not isinstance(skip, Tensor):
+            skip = None  # GradScaler's, of no gradient at all
         if skip is not None and not any(group["capturable"] for group in self.param_groups):
             if float(skip):
                 return loss
@@ -360,6 +363,11 @@ class _Plan:
                     self.stateless.append(p)  # which may have no size yet (nn.LazyLinear)
                     continue
                 name = _name_of(p, group, index, position)
+                if is_sharded(p):
+                    raise TypeError(
+                        f"{kind}: expected whole parameters, got {name} as a DTensor: norms of "
+                        "sharded parameters are not implemented"
+                    )
                 if p.grad is not None:
                     _check_gradient(kind, p, p.grad, name)
                 _check_state(kind, p, entry, moments, name)

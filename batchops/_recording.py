@@ -153,6 +153,24 @@ class _Kept:
     get_ahead = get
 
 
+class _Copied:
+    """A parameter's values. Its own memory may be gone when they are asked for: FSDP frees what it
+    has gathered after each forward, and counts no version."""
+
+    __slots__ = ("_values", "_version", "_watch")
+
+    def __init__(self, t: Tensor) -> None:
+        self._values = t.detach().clone()
+        # Shares the version counter, and no memory.
+        self._watch = t.detach()
+        self._watch.data = torch.empty(0, dtype=t.dtype, device=t.device)
+        self._version = t._version
+
+    def get(self) -> Tensor:
+        _check_version(self._watch, self._version, tuple(self._values.shape))
+        return self._values
+
+
 class _Elsewhere:
     """A saved tensor that the hooks around the block have taken. They are asked once in a backward,
     as torch.utils.checkpoint wants it: what a recipe has got stays for the norm itself."""
@@ -183,7 +201,9 @@ class _Output:
         self.size, self.stride, self.dtype = tuple(y.shape), y.stride(), y.dtype
         self._kept = weakref.ref(kept)
         self._op = op
-        self._rest = tuple(_Kept(a) if isinstance(a, Tensor) else a for a in rest)
+        stats, *others = rest
+        parameters = (_Copied(a) if isinstance(a, Tensor) else a for a in others)
+        self._rest = (_Kept(stats), *parameters)
 
     def recipe(self) -> Callable[[], Tensor] | None:
         kept = self._kept()
@@ -194,7 +214,7 @@ class _Output:
         def rebuild() -> Tensor:
             x = kept.get_ahead()
             with torch.no_grad():
-                y = op(x, *(a.get() if isinstance(a, _Kept) else a for a in rest))
+                y = op(x, *(a.get() if isinstance(a, _Kept | _Copied) else a for a in rest))
                 if y.size() != size:  # rows of layer norm
                     y = y.view(size)
                 if y.stride() != stride:  # the input came back in another layout

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _binding, _recording
+from ._sharded import is_sharded
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
 
@@ -42,6 +43,8 @@ def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
         return False
     if input.layout is not torch.strided:
         return False
+    if type(input) is not Tensor and is_sharded(input):
+        return False
     if input.is_cpu:
         return input.dtype in _CPU_DTYPES
     if input.is_cuda:
@@ -54,7 +57,7 @@ def _has_code_for(device: int) -> bool:
     known = _runs_on.get(device)
     if known is not None:
         return known
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():
         return True  # there is no more than the description of a tensor
     with torch.cuda.device(device):
         problem = _binding.core.cuda_problem(device)
@@ -62,6 +65,11 @@ def _has_code_for(device: int) -> bool:
     if problem is not None:
         warnings.warn(f"torch's own norms serve CUDA device {device}: {problem}", stacklevel=4)
     return problem is None
+
+
+# As torch.compiler.assume_constant_result does, which would import dynamo: a graph asks when it is
+# traced, and does not depend on what has been met before.
+_has_code_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _activation_of(activation: Activation) -> tuple[str, float]:
@@ -101,6 +109,19 @@ def _cast(
     ):
         return input.float(), None if residual is None else residual.float()
     return input, residual
+
+
+def _cast_parameters(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """float32 for parameters of another dtype than ``input``'s, where torch's own operator would
+    cast them: both norms are on autocast's list for CUDA."""
+    if input.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return weight, bias
+    fitting = (input.dtype, torch.float32)
+    if all(t is None or t.dtype in fitting for t in (weight, bias)):
+        return weight, bias
+    return tuple(t if t is None else t.float() for t in (weight, bias))  # type: ignore[return-value]
 
 
 def _of_arrays(op: Callable[..., Tensor], arguments: dict[str, Any]) -> Any:
@@ -361,6 +382,7 @@ def group_norm(
     F._verify_batch_size([size[0] * size[1] // num_groups, num_groups, *size[2:]])
     name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
+    weight, bias = _cast_parameters(input, weight, bias)
     if not _has_kernel(input, residual):
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), residual, name, slope)
     return _call(_group, input, num_groups, weight, bias, residual, eps, name, slope)
@@ -417,6 +439,7 @@ def layer_norm(
         return _of_arrays(layer_norm, locals())
     name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
+    weight, bias = _cast_parameters(input, weight, bias)
     if not _has_kernel(input, residual):
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
         return _finish(y, residual, name, slope)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,26 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
         self.activation = _checked(activation)
         BF._ghost_size(ghost_batch_size)
         self.ghost_batch_size = ghost_batch_size
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch looks for last where it puts a SyncBatchNorm into the place of any batch norm.
+        That one knows no activation and no ghost batches, and would leave them out."""
+        plain = self.activation is None and self.ghost_batch_size is None
+        if not plain and sys._getframe(1).f_code.co_name.startswith("convert_sync_batchnorm"):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected neither activation nor ghost_batch_size where a "
+                f"SyncBatchNorm takes its place, got activation={self.activation!r}, "
+                f"ghost_batch_size={self.ghost_batch_size}: call batchops.revert(model) before "
+                "convert_sync_batchnorm"
+            )
+        if "qconfig" in self.__dict__:
+            return self.__dict__["qconfig"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -359,3 +359,29 @@ def test_unet_blocks(norm, act, name):
     # dropout included: both draw the same numbers
     assert_same_as_stock(ours, stock, torch.randn(3, 8, 6, 6), torch.randn(3, 6))
     assert unfused(batchops.revert(ours))
+
+
+def test_a_block_that_is_given_another_class():
+    """As fully_shard and replicate do."""
+    stock = models.timm().create_model("resnet18")
+    ours = batchops.convert(copy.deepcopy(stock))
+    block = ours.layer1[0]
+    x = torch.randn(2, 64, 8, 8)
+    expected = block.train()(x)
+    block.__class__ = type("Sharded", (type(block),), {})
+    for other in (block, copy.deepcopy(block)):
+        torch.testing.assert_close(other.train()(x), expected)
+
+
+def test_sync_batch_norm_takes_no_activation_away():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    batchops.convert(model)
+    with pytest.raises(RuntimeError, match=r"call batchops\.revert"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    alone = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model[3]))
+    assert type(alone) is nn.SyncBatchNorm
+    assert not hasattr(model[1], "qconfig")
+    model[1].qconfig = "of torch.ao"
+    assert copy.deepcopy(model)[1].qconfig == "of torch.ao"
+    back = nn.SyncBatchNorm.convert_sync_batchnorm(batchops.revert(model))
+    assert [type(m) for m in back[1:]] == [nn.SyncBatchNorm, nn.ReLU, nn.SyncBatchNorm]

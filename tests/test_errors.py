@@ -181,6 +181,7 @@ def test_a_device_without_code_is_left_to_torch_with_a_warning(monkeypatch):
     monkeypatch.setattr(BF, "_runs_on", {})
     monkeypatch.setattr(BF._binding, "core", types.SimpleNamespace(cuda_problem=problem))
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert BF._has_kernel(Somewhere(1)), "a description of a tensor is no reason to begin with CUDA"
     assert asked == []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -192,3 +193,39 @@ def test_a_device_without_code_is_left_to_torch_with_a_warning(monkeypatch):
         assert BF._has_kernel(Somewhere(0))
         assert BF._has_kernel(Somewhere(0))
     assert asked == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "residual", "running_mean", "input"])
+def test_tensors_whose_memory_was_freed(name):
+    """A kernel takes no memory for no tensor: weight 1, bias 0."""
+    arguments = good() | {"residual": torch.randn(4, 3, 5, 5)}
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"batch_norm: expected {name} with memory"):
+        BF.batch_norm(**arguments)
+
+
+def test_a_weight_that_was_freed_before_the_backward():
+    arguments = good()
+    arguments["input"].requires_grad_()
+    y = BF.batch_norm(**arguments)
+    arguments["weight"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="batch_norm_backward: expected weight with memory"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_that_autocast_makes_fit(monkeypatch, dtype, parameters):
+    """On CUDA, where group norm and layer norm are on its list."""
+
+    class There:
+        device = torch.device("cuda", 0)
+
+    There.dtype = dtype
+    weight, bias = torch.ones(3, dtype=parameters), torch.zeros(3, dtype=parameters)
+    assert BF._cast_parameters(There, weight, None) == (weight, None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    w, b = BF._cast_parameters(There, weight, bias)
+    fits = parameters in (dtype, torch.float32)
+    assert w.dtype == b.dtype == (parameters if fits else torch.float32)
+    assert BF._cast_parameters(torch.ones(3, dtype=dtype), weight, bias) == (weight, bias)

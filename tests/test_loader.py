@@ -1885,3 +1885,32 @@ def test_datapipes_are_shared_out_among_ranks(monkeypatch: pytest.MonkeyPatch) -
     pipe = pipes.IterableWrapper(list(range(4))).sharding_filter()
     for arguments in ({}, {"threads": 2}):
         assert [int(x) for x in DataLoader(pipe, batch_size=None, **arguments)] == [1, 3]
+
+
+class Graph:
+    """A batch of the user's own kind, as geometric libraries have them."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device) -> Graph:
+        return Graph(self.x.to(device))
+
+
+def as_graphs(samples: list[torch.Tensor]) -> dict[str, Any]:
+    packed = torch.nn.utils.rnn.pack_sequence([s[: 4 - i] for i, s in enumerate(samples)])
+    return {"graph": Graph(torch.stack(samples)), "packed": packed, "names": ["a", "b"]}
+
+
+def test_what_moves_itself_is_moved() -> None:
+    loader = DataLoader(list(torch.rand(2, 4)), 2, collate_fn=as_graphs, device="meta")
+    (batch,) = loader
+    assert batch["graph"].x.device.type == "meta"
+    assert batch["packed"].data.device.type == "meta"
+    assert batch["packed"].batch_sizes.device.type == "cpu"
+    assert batch["names"] == ["a", "b"]
+    streams = Streams()
+    transfer = Transfer(torch.device("meta"), Memory().hold, streams)
+    batch = transfer(as_graphs(list(torch.rand(2, 4))))
+    assert batch["graph"].x.device.type == batch["packed"].data.device.type == "meta"
+    assert ("copy", "side") not in streams.log

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -282,3 +284,51 @@ def test_a_capture_without_capturable_is_refused(kind):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_a_scaler_that_met_no_gradient(kind):
+    """It adds up nothing to the number 0."""
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1, capturable=True)
+    optimizer.found_inf = 0
+    optimizer.step()
+
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from batchops import functional as BF, nn as bnn
+from batchops.optim import LAMB, LARS
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+x = torch.randn(4, 6)
+theirs = torch.nn.LayerNorm(6)
+ours = bnn.LayerNorm(6)
+for norm in (theirs, ours):
+    for name, p in list(norm.named_parameters()):
+        setattr(norm, name, torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate()])))
+spread = distribute_tensor(x, mesh, [Replicate()])
+got, want = ours(spread), theirs(spread)
+assert type(got) is type(want) is DTensor
+assert torch.equal(got.to_local(), want.to_local())
+for kind in (LAMB, LARS):
+    optimizer = kind(ours.parameters(), lr=0.1)
+    ours.weight.grad = torch.ones_like(ours.weight)
+    try:
+        optimizer.step()
+    except TypeError as error:
+        assert "expected whole parameters, got" in str(error) and "DTensor" in str(error)
+    else:
+        raise AssertionError("not refused")
+    assert not optimizer.state
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_tensors():
+    """Norms leave them to torch, optimizers refuse them before anything has changed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

@@ -574,3 +574,35 @@ def test_many_threads():
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
     run_in_threads(work)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_parameters_whose_memory_is_gone_meanwhile(norm):
+    """As under FSDP, which frees what it has gathered after each forward and gathers it again
+    before the norm's own backward, without a new version."""
+    torch.manual_seed(0)
+    layer = bnn.BatchNorm2d(8, activation="relu") if norm == "batch" else bnn.GroupNorm(2, 8)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    conv = nn.Conv2d(8, 4, 3)
+    x = torch.randn(3, 8, 6, 6, requires_grad=True)
+    leaves = [x, *layer.parameters(), *conv.parameters()]
+    expected = torch.autograd.grad(conv(layer(x)).square().sum(), leaves)
+
+    with batchops.recompute():
+        y = layer(x)
+        out = conv(y)
+    values = [p.detach().clone() for p in layer.parameters()]
+    sizes = [p.untyped_storage().size() for p in layer.parameters()]
+    for p in layer.parameters():
+        p.untyped_storage().resize_(0)
+
+    def gather(grad):
+        for p, size, value in zip(layer.parameters(), sizes, values, strict=True):
+            if p.untyped_storage().size() == 0:
+                p.untyped_storage().resize_(size)
+                p.data.copy_(value)
+
+    y.register_hook(gather)
+    got = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -112,7 +112,8 @@ def trace(
         for module in candidates:
             # Only a call goes through the tracer; a direct .forward() must not pass unseen.
             module.__dict__["forward"] = _refuse_direct_forward
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(gradients):
             return _Tracer(holders).trace(model, concrete_args=concrete)
     finally:
         for module, attributes in before:

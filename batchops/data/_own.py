@@ -88,4 +88,8 @@ def transfer_of(loader: Any) -> Callable[[Any], Any] | None:
         return mine.transfer
     if device.type == "cpu":
         return None
-    return lambda data: map_tensors(data, lambda tensor: tensor.to(device))
+
+    def to(data: Any) -> Any:
+        return data.to(device)
+
+    return lambda data: map_tensors(data, to, to)

@@ -9,6 +9,9 @@ import torch
 
 from batchops.data._tree import map_tensors
 
+# So much a driver takes over at once.
+PAGEABLE_BYTES = 64 << 10
+
 
 class CudaStreams:
     """What is used of ``torch.cuda``; another object with these methods can stand in for it."""
@@ -26,6 +29,9 @@ class CudaStreams:
         return torch.cuda.Event()
 
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        # From pageable memory a large copy would be waited for.
+        if tensor.nbytes >= PAGEABLE_BYTES and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
 
@@ -61,12 +67,16 @@ class Transfer:
 
         current = streams.current_stream(self.device)
 
+        def moved_by_itself(data: Any) -> Any:
+            with streams.on(current):
+                return data.to(self.device)
+
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.device.type == self.device.type:
+            if tensor.device == self.device:
                 return tensor
-            if tensor.layout is not torch.strided:  # several tensors, of which none is recorded
-                with streams.on(current):
-                    return tensor.to(self.device)
+            # Of several tensors, or on another device: of no slot, and on the user's own stream.
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                return moved_by_itself(tensor)
             sources.append(tensor)
             out = streams.to_device(tensor, self.device)
             moved.append(out)
@@ -74,7 +84,7 @@ class Transfer:
 
         with streams.on(self._side):
             try:
-                result = map_tensors(data, move)
+                result = map_tensors(data, move, moved_by_itself)
             finally:  # what has begun goes on, whatever became of the rest
                 event = streams.new_event()
                 event.record(self._side)

@@ -8,16 +8,24 @@ from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, 
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 
-def map_tensors(data: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``data`` with ``fn`` of each tensor in it; containers are kept as torch's pin_memory does."""
+def map_tensors(
+    data: Any,
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    other: Callable[[Any], Any] | None = None,
+) -> Any:
+    """``data`` with ``fn`` of each tensor in it; containers are kept as torch's pin_memory does.
+    ``other`` is for what is no container and has a method ``to``, and for packed sequences."""
     if isinstance(data, torch.Tensor):
         return fn(data)
     if isinstance(data, str | bytes):
         return data
+    if isinstance(data, PackedSequence):
+        return data if other is None else other(data)
     if isinstance(data, Mapping):
-        items = {key: map_tensors(value, fn) for key, value in data.items()}
+        items = {key: map_tensors(value, fn, other) for key, value in data.items()}
         try:
             if isinstance(data, MutableMapping):
                 clone = copy.copy(data)
@@ -27,10 +35,10 @@ def map_tensors(data: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         except TypeError:
             return items
     if isinstance(data, tuple):
-        parts = [map_tensors(value, fn) for value in data]
+        parts = [map_tensors(value, fn, other) for value in data]
         return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)
     if isinstance(data, Sequence):
-        parts = [map_tensors(value, fn) for value in data]
+        parts = [map_tensors(value, fn, other) for value in data]
         try:
             if isinstance(data, MutableSequence):
                 clone = copy.copy(data)
@@ -40,7 +48,7 @@ def map_tensors(data: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             return type(data)(parts)  # type: ignore[call-arg]
         except TypeError:
             return parts
-    return data
+    return other(data) if other is not None and callable(getattr(data, "to", None)) else data
 
 
 def parts_of(data: Any) -> list[Any] | None:

@@ -71,6 +71,8 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
   NormForwardTensors tensors(call, stats_columns(input, ghost).expect_int(), stats);
   if (input.numel() == 0) return tensors.outputs();
 
+  check_memory(kBatchNorm, "running_mean", running_mean);
+  check_memory(kBatchNorm, "running_var", running_var);
   Tensor mean = running_mean ? running_mean->contiguous() : Tensor();
   Tensor var = running_var ? running_var->contiguous() : Tensor();
   BatchNormForward args;

@@ -89,7 +89,9 @@ Tensor empty_mask_meta(const Tensor& x, bool wanted) {
   const bool rows_of_channels =
       spatial == 1 ||
       (!x.is_contiguous() &&
-       (is_channels_last_dense(x) || x.suggest_memory_format() != at::MemoryFormat::Contiguous));
+       // With one channel what would be copied to channels_last is contiguous as well.
+       (is_channels_last_dense(x) ||
+        (x.suggest_memory_format() != at::MemoryFormat::Contiguous && sizes[1] != 1)));
   if (rows_of_channels) return at::empty_symint({sizes[0] * spatial, (sizes[1] + 7) / 8}, options);
   return at::empty_symint({sizes[0], sizes[1], (spatial + 7) / 8}, options);
 }
@@ -117,6 +119,11 @@ NormForwardTensors::NormForwardTensors(const NormForwardCall& call, int64_t colu
       mask(empty_mask(x, call.mask_wanted())),
       weight(call.weight),
       bias(call.bias) {
+  check_memory(call.op, "input", call.input);
+  check_memory(call.op, "weight", call.weight);
+  check_memory(call.op, "bias", call.bias);
+  check_memory(call.op, "residual", call.residual);
+  check_memory(call.op, "stats", given);
   const auto type = accumulate_type(call.input);
   if (given) {
     check_stats(call.op, call.input, *given, columns);
@@ -170,6 +177,13 @@ NormBackwardTensors::NormBackwardTensors(const NormBackwardCall& call)
   if (!empty && want_dresidual && call.activation == Activation::none) dresidual.copy_(call.dy);
   done = empty || (call.activation == Activation::none && !want_dx && !want_dweight && !want_dbias);
   if (done) return;
+  check_memory(call.op, "input", call.input);
+  check_memory(call.op, "residual", call.residual);
+  check_memory(call.op, "weight", call.weight);
+  check_memory(call.op, "bias", call.bias);
+  check_memory(call.op, "stats", call.stats);
+  check_memory(call.op, "mask", call.mask);
+  check_memory(call.op, "dy", call.dy);
   dy = in_layout_of(call.dy, x);
   if (call.residual && !call.mask) residual = in_layout_of(*call.residual, x);
 }

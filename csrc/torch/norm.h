@@ -43,6 +43,16 @@ void check_per_channel(const char* op, const char* name, const OptionalTensor& t
 void check_norm_input(const char* op, const Tensor& input, const OptionalTensor& weight,
                       const OptionalTensor& bias, const OptionalTensor& residual);
 
+// Kernels take no memory for no tensor: what a sharding wrapper has freed must not pass for that.
+inline void check_memory(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK(!t.defined() || t.numel() == 0 || t.const_data_ptr() != nullptr, op, ": expected ",
+              name, " with memory, but that of size ", t.sizes(),
+              " has none: was it freed by what shards the model?");
+}
+inline void check_memory(const char* op, const char* name, const OptionalTensor& t) {
+  if (t) check_memory(op, name, *t);
+}
+
 // The data of an optional parameter; keeps a contiguous copy alive where one had to be made.
 struct Parameter {
   Tensor held;
