@@ -423,7 +423,7 @@ def pair(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, f
     config = request.config
     records = config.stash.setdefault(_RECORDS, [])
     quick = config.getoption("--quick")
-    seconds = config.getoption("--pair-seconds") or (0.2 if quick else 1.5)
+    seconds = config.getoption("--pair-seconds") or (0.2 if quick else 0.5)
     has_threads = "threads" in request.fixturenames
     threads = request.getfixturevalue("threads") if has_threads else torch.get_num_threads()
     op = request.node.originalname.removeprefix("test_").removeprefix("bench_")
