@@ -116,7 +116,7 @@ def _cast_parameters(
 ) -> tuple[Tensor | None, Tensor | None]:
     """float32 for parameters of another dtype than ``input``'s, where torch's own operator would
     cast them: both norms are on autocast's list for CUDA."""
-    if input.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+    if not input.is_cuda or not torch.is_autocast_enabled("cuda"):
         return weight, bias
     fitting = (input.dtype, torch.float32)
     if all(t is None or t.dtype in fitting for t in (weight, bias)):

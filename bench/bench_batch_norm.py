@@ -176,7 +176,7 @@ class Problem:
     def _channels(self) -> Iterator[slice]:
         """Channels have nothing to do with each other: a few at a time stay in the caches, in
         float64, with what is made of them."""
-        return parts_of(self.shape[1], self.elements // self.shape[1])
+        return parts_of(self.shape[1], self.elements // self.shape[1], self.device)
 
     def _per_channel(self, value: torch.Tensor, channels: slice) -> torch.Tensor:
         return value.detach()[channels].double().view(1, -1, *[1] * (len(self.shape) - 2))

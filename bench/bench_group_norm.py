@@ -137,7 +137,7 @@ class Problem:
         weight, bias = (t.detach().double().requires_grad_() for t in (self.weight, self.bias))
         view = (1, -1, *[1] * (len(self.shape) - 2))
         sums = [torch.zeros_like(weight), torch.zeros_like(bias)]
-        for samples in parts_of(self.shape[0], self.elements // self.shape[0]):
+        for samples in parts_of(self.shape[0], self.elements // self.shape[0], self.device):
             x = inputs.x.detach()[samples].double().contiguous().requires_grad_()
             grouped = x.view(x.shape[0], self.groups, -1)
             centred = grouped - grouped.mean(2, keepdim=True)

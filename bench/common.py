@@ -134,13 +134,16 @@ def assert_close(
         )
 
 
-# What is checked at a time: a few tensors of so many elements in float64 stay in the caches.
+# What is checked at a time. On the CPU a few tensors of so many elements in float64 stay in the
+# caches; on a GPU a part must be worth its launches.
 PART_ELEMENTS = 1 << 18
+CUDA_PART_ELEMENTS = 1 << 25
 
 
-def parts_of(count: int, elements_each: int) -> Iterator[slice]:
-    """[0, count) in slices of about PART_ELEMENTS elements."""
-    step = max(1, PART_ELEMENTS // max(elements_each, 1))
+def parts_of(count: int, elements_each: int, device: torch.device) -> Iterator[slice]:
+    """[0, count) in slices of about so many elements."""
+    most = CUDA_PART_ELEMENTS if device.type == "cuda" else PART_ELEMENTS
+    step = max(1, most // max(elements_each, 1))
     for begin in range(0, count, step):
         yield slice(begin, min(begin + step, count))
 
