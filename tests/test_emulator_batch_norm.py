@@ -298,6 +298,15 @@ def test_a_team_without_room_is_streamed(library):
         np.testing.assert_array_equal(got[name], value, name)
 
 
+@pytest.mark.parametrize("shape", [(4, 16, 81), (8, 64, 49)], ids=str)
+def test_what_is_kept_beside_static_memory(library, shape):
+    """Tensors in some 36 KB, with the kernel's own 20 more than it has without being asked."""
+    problem = Problem(
+        *shape, layout="channels_last", dtype="bf16", activation="silu", residual=True
+    )
+    check_under_all_schedules(library, problem, "Hopper")
+
+
 def test_a_team_that_is_refused_is_streamed(library):
     # As under MPS, or in a stream that has some of the multiprocessors.
     problem = Problem(5, 3, 4096, activation="relu")
