@@ -86,6 +86,11 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
     def qconfig(self, value: Any) -> None:
         self.__dict__["qconfig"] = value
 
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if self.__dict__.pop("qconfig", self) is self:
+            raise AttributeError("qconfig")
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         size = self.ghost_batch_size

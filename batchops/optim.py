@@ -379,12 +379,14 @@ class LARS(FusedOptimizer):
         factor: Any = 1.0
         if group["momentum_correction"] and last is not None:
             if isinstance(last, Tensor):
+                if isinstance(lr, Tensor) and lr.is_cpu and not last.is_cpu:
+                    lr = float(lr)
                 # NaN: no step before, or none that was not skipped.
                 factor = (lr / last).where((last != 0) & ~last.isnan(), 1.0)
             elif last != 0:
                 factor = lr / last
         names = ("momentum", "dampening", "weight_decay", "trust_coeff", "eps")
-        return (lr, *(group[name] for name in names), factor)
+        return (group["lr"], *(group[name] for name in names), factor)
 
     def _stepped(self, group: dict[str, Any], skip: Tensor | None) -> None:
         if not group["momentum_correction"]:
@@ -395,7 +397,8 @@ class LARS(FusedOptimizer):
             return
         if skip is not None and (not isinstance(lr, Tensor) or lr.is_cpu):
             # Filled there: a copy to the device would be waited for.
-            lr = torch.full((), float(lr), device=skip.device)
+            dtype = lr.dtype if isinstance(lr, Tensor) else None
+            lr = torch.full((), float(lr), dtype=dtype, device=skip.device)
         home = lr.device
         if not isinstance(last, Tensor):
             last = torch.full_like(lr, math.nan if last is None else last)

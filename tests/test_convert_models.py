@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -383,5 +384,12 @@ def test_sync_batch_norm_takes_no_activation_away():
     assert not hasattr(model[1], "qconfig")
     model[1].qconfig = "of torch.ao"
     assert copy.deepcopy(model)[1].qconfig == "of torch.ao"
+    del model[1].qconfig
+    assert not hasattr(model[1], "qconfig")
+    with pytest.raises(AttributeError):
+        del model[1].qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated as a whole
+        torch.ao.quantization.quantize_dynamic(model)
     back = nn.SyncBatchNorm.convert_sync_batchnorm(batchops.revert(model))
     assert [type(m) for m in back[1:]] == [nn.SyncBatchNorm, nn.ReLU, nn.SyncBatchNorm]

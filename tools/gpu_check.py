@@ -38,7 +38,7 @@ PARTS = ("build", "tests", *SANITIZERS, "bench")
 SANITIZER_FAILED = 9
 # Shares of the time that is left. Nothing can be said without a build.
 SHARES = {"build": 20, "tests": 6, "memcheck": 2, "racecheck": 1, "synccheck": 1, "bench": 3}
-REPORT_SECONDS = 60.0
+REPORT_SECONDS = 30.0  # with what an interrupted run takes to end
 # Their sources are compiled for the emulator while they are collected: of no use to a GPU.
 WITHOUT_EMULATOR = "--ignore-glob=*/test_emulator*"
 
@@ -112,7 +112,12 @@ def environment_of(part: str) -> dict[str, str]:
 def run(command: list[str], environment: dict[str, str], seconds: float) -> int | None:
     """The exit status; None where it had to be stopped, with all that it had started."""
     print("+", *command, flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    # A shell without a terminal has its background jobs ignore interrupts, and so their children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         return process.wait(max(seconds, 1))
     except subprocess.TimeoutExpired:
@@ -127,7 +132,7 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> int 
         process.wait()
 
 
-GRACE_SECONDS = 15.0
+GRACE_SECONDS = 10.0
 
 
 def run_part(part: str, out: Path, seconds: float) -> tuple[str, float]:
@@ -167,10 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     outcomes: dict[str, dict[str, object]] = {}
-    (options.out / RUN).unlink(missing_ok=True)  # an earlier run's
+    if "bench" in chosen:
+        (options.out / RUN).unlink(missing_ok=True)  # an earlier run's
     for k, part in enumerate(chosen):
         share = SHARES[part] / sum(SHARES[later] for later in chosen[k:])
-        left = deadline - time.monotonic()
+        left = deadline - time.monotonic() - (REPORT_SECONDS if "bench" in chosen else 0)
         words, seconds = run_part(part, options.out.resolve(), left * share)
         outcomes[part] = {"outcome": words, "seconds": round(seconds, 1)}
         (options.out / "parts.json").write_text(json.dumps(outcomes, indent=1) + "\n")

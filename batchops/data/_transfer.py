@@ -31,7 +31,7 @@ class CudaStreams:
     def to_device(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         # From pageable memory a large copy would be waited for.
         if tensor.nbytes >= PAGEABLE_BYTES and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
+            tensor = tensor.contiguous().pin_memory()  # which takes no expanded tensors
         return tensor.to(device, non_blocking=True)
 
 

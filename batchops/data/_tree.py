@@ -48,7 +48,9 @@ def map_tensors(
             return type(data)(parts)  # type: ignore[call-arg]
         except TypeError:
             return parts
-    return other(data) if other is not None and callable(getattr(data, "to", None)) else data
+    if other is None or isinstance(data, type) or not callable(getattr(data, "to", None)):
+        return data
+    return other(data)
 
 
 def parts_of(data: Any) -> list[Any] | None:

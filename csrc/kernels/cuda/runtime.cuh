@@ -126,6 +126,12 @@ class Allowances {
                                   most - static_cast<int>(attributes.sharedSizeBytes));
     });
   }
+  // A context of its own on the same device may not have heard of it.
+  void forget(const void* kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    told_.erase({kernel, current(), false});
+    told_.erase({kernel, current(), true});
+  }
   cudaError_t clusters(const void* kernel) {
     return once({kernel, current(), true}, [&] {
       return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -203,7 +209,13 @@ cudaError_t try_launch(const char* name, void (*kernel)(Params...), const Launch
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   const cudaLaunchConfig_t config = launch_config(shape, stream, attributes);
-  error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error == cudaErrorInvalidValue && (shape.shared_bytes > 0 || shape.cluster > 1)) {
+    static_cast<void>(cudaGetLastError());
+    Allowances::instance().forget(reinterpret_cast<const void*>(kernel));
+    error = allow(name, kernel, shape);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  }
   return error == cudaSuccess ? cudaPeekAtLastError() : error;
 }
 
