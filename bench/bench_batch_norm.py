@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close, dtype_name, last_level_cache_bytes, parts_of, rotating
+from common import (
+    assert_close,
+    dtype_name,
+    last_level_cache_bytes,
+    one_thread,
+    parts_of,
+    rotating,
+)
 
 from batchops import functional as BF
 
@@ -119,8 +126,8 @@ class Problem:
     ) -> None:
         self.shape, self.dtype, self.layout = shape, dtype, layout
         self.variant, self.phase, self.device = variant, phase, device
-        last = layout == "channels_last"
-        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        self.last = layout == "channels_last"
+        self.memory_format = torch.channels_last if self.last else torch.contiguous_format
         # Stock rounds to bf16 between the steps of a composition: sums of magnitude 8 or less.
         self.margin = 2e-3 if dtype is torch.float32 else 2.0**-4
         channels = shape[1]
@@ -158,9 +165,10 @@ class Problem:
         if backward and self.variant != "plain":
             # Where rounding decides the sign before relu, no gradient comes in: so the masks of
             # all sides are right alike.
-            for channels in self._channels():
-                before = self._before_activation(inputs, channels)
-                inputs.dy[:, channels].masked_fill_(before.abs() < self.margin, 0)
+            with one_thread():
+                for channels in self._channels():
+                    before = self._before_activation(inputs, channels)
+                    inputs.dy[:, channels].masked_fill_(before.abs() < self.margin, 0)
         return inputs
 
     def bytes_moved(self) -> int:
@@ -176,7 +184,9 @@ class Problem:
     def _channels(self) -> Iterator[slice]:
         """Channels have nothing to do with each other: a few at a time stay in the caches, in
         float64, with what is made of them."""
-        return parts_of(self.shape[1], self.elements // self.shape[1], self.device)
+        each = self.elements // self.shape[1]
+        # A line of memory holds sixteen channels of a pixel.
+        return parts_of(self.shape[1], each, self.device, 16 if self.last else 1)
 
     def _per_channel(self, value: torch.Tensor, channels: slice) -> torch.Tensor:
         return value.detach()[channels].double().view(1, -1, *[1] * (len(self.shape) - 2))

@@ -5,6 +5,7 @@ Nothing here measures; the `pair` fixture in conftest.py does.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
@@ -134,16 +135,29 @@ def assert_close(
         )
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For thousands of small operations, which threads would wait for each other over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # What is checked at a time. On the CPU a few tensors of so many elements in float64 stay in the
 # caches; on a GPU a part must be worth its launches.
 PART_ELEMENTS = 1 << 18
 CUDA_PART_ELEMENTS = 1 << 25
 
 
-def parts_of(count: int, elements_each: int, device: torch.device) -> Iterator[slice]:
-    """[0, count) in slices of about so many elements."""
+def parts_of(
+    count: int, elements_each: int, device: torch.device, least: int = 1
+) -> Iterator[slice]:
+    """[0, count) in slices of about so many elements, and of at least ``least``."""
     most = CUDA_PART_ELEMENTS if device.type == "cuda" else PART_ELEMENTS
-    step = max(1, most // max(elements_each, 1))
+    step = max(least, most // max(elements_each, 1))
     for begin in range(0, count, step):
         yield slice(begin, min(begin + step, count))
 
