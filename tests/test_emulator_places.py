@@ -27,10 +27,10 @@ def library() -> ctypes.CDLL:
 BUFFER = np.full((1 << 20, len(ENTRY)), -1, dtype=np.int64)
 
 
-def places(library, shape, layout, step, width, piece, masked=False):
+def places(library, shape, layout, step, width, piece, masked=False, ghost=0):
     """The visited units of one piece by field, and how many pieces there are."""
     N, C, HxW = shape
-    arguments = Shape(N, C, HxW, LAYOUTS[layout], 0, 0, 0, 0)
+    arguments = Shape(N, C, HxW, LAYOUTS[layout], 0, 0, 0, 0, 0.0, ghost)
     info = np.zeros(4, dtype=np.int64)
     emulator.call(
         library.emulated_places,

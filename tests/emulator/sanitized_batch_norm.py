@@ -26,6 +26,9 @@ CASES = [
 ]
 
 
+TENSORS = ("x", "y", "dy", "residual", "dx", "dresidual")
+
+
 def problems() -> Iterator[Problem]:
     """Every dtype, layout, unit width and activation, with and without a mask, train and eval."""
     for (shape, layout), dtype in itertools.product(CASES, ("f32", "f16", "bf16")):
@@ -41,6 +44,9 @@ def problems() -> Iterator[Problem]:
     for dtype, layout in itertools.product(("f32", "f16", "bf16"), batch_norm.LAYOUTS):
         # Rows would allow whole units, the pointers do not.
         yield Problem(2, 8, 64, layout=layout, dtype=dtype, activation="relu", misaligned=1)
+    for layout, tensor in itertools.product(batch_norm.LAYOUTS, TENSORS):  # one pointer alone
+        given = {"layout": layout, "dtype": "bf16", "activation": "gelu", "residual": True}
+        yield Problem(2, 16, 64, **given, misaligned=1, misaligned_tensors=(tensor,))
     # The activations without an instance of their own, with a mask and with z from the residual.
     for (shape, layout), dtype in itertools.product(CASES, ("f32", "bf16")):
         for activation in ("leaky_relu", "gelu_tanh"):

@@ -21,6 +21,9 @@ SHAPES = (
 LARGE = (1, 20, 1111, 2)  # streamed on a small device, a cluster with clusters
 
 
+TENSORS = ("x", "y", "dy", "residual", "dx", "dresidual")
+
+
 def problems() -> Iterator[tuple[str, Problem]]:
     """Every dtype, layout and unit width, kept and streamed, with and without a mask."""
     variants = (("none", False), ("silu", True), ("relu", True))
@@ -38,6 +41,12 @@ def problems() -> Iterator[tuple[str, Problem]]:
                 yield device, Problem(*LARGE, **given)
         # Rows would allow whole units, the pointers do not.
         yield "Hopper", Problem(2, 16, 64, 2, layout=layout, dtype=dtype, misaligned=1)
+    given = {"activation": "silu", "misaligned": 1, "misaligned_tensors": ("bias",)}
+    yield "Hopper", Problem(5, 48, 1, 1, **given)
+    for layout, tensor in itertools.product(group_norm.LAYOUTS, TENSORS):  # one pointer alone
+        given = {"layout": layout, "dtype": "bf16", "activation": "gelu", "residual": True}
+        given |= {"misaligned": 1, "misaligned_tensors": (tensor,)}
+        yield "Hopper", Problem(2, 16, 64, 2, **given)
 
 
 def main() -> None:
