@@ -74,13 +74,16 @@ def last_level_cache_bytes(device: torch.device) -> int:
 
 
 def rotation_length(bytes_each: int, device: torch.device) -> int:
-    """How many sets of `bytes_each` pass CACHE_MULTIPLE caches: odd and at least 3.
+    """How many sets of `bytes_each` pass CACHE_MULTIPLE caches: odd, and at least 3 but where one
+    is QUICK_CACHE_MULTIPLE caches by itself.
 
     Odd, because `pair` numbers the calls of both sides through: with an even count each side would
     only ever meet its own half of the sets.
     """
-    wanted = -(-CACHE_MULTIPLE * last_level_cache_bytes(device) // max(bytes_each, 1))
-    return max(3, wanted) | 1
+    cache = last_level_cache_bytes(device)
+    if bytes_each >= QUICK_CACHE_MULTIPLE * cache:
+        return 1
+    return max(3, -(-CACHE_MULTIPLE * cache // max(bytes_each, 1))) | 1
 
 
 def rotating(make: Callable[[int], T], bytes_each: int, device: torch.device) -> list[T]:
