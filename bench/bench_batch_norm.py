@@ -167,7 +167,8 @@ class Problem:
             # all sides are right alike.
             with one_thread():
                 for channels in self._channels():
-                    before = self._before_activation(inputs, channels)
+                    x_hat, _ = self._normalized(inputs, channels)
+                    before = self._before_activation(inputs, channels, x_hat)
                     inputs.dy[:, channels].masked_fill_(before.abs() < self.margin, 0)
         return inputs
 
@@ -191,7 +192,8 @@ class Problem:
     def _per_channel(self, value: torch.Tensor, channels: slice) -> torch.Tensor:
         return value.detach()[channels].double().view(1, -1, *[1] * (len(self.shape) - 2))
 
-    def _before_activation(self, inputs: _Set, channels: slice) -> torch.Tensor:
+    def _normalized(self, inputs: _Set, channels: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """x̂ and 1/σ."""
         x = inputs.x.detach()[:, channels].double()
         if self.phase == "eval":
             mean, var = (self._per_channel(t, channels) for t in (self.mean, self.var))
@@ -199,26 +201,29 @@ class Problem:
             axes = [d for d in range(x.dim()) if d != 1]
             mean = x.mean(axes, keepdim=True)
             var = (x - mean).square().mean(axes, keepdim=True)
+        rstd = (var + EPS).rsqrt()
+        return (x - mean) * rstd, rstd
+
+    def _before_activation(
+        self, inputs: _Set, channels: slice, x_hat: torch.Tensor
+    ) -> torch.Tensor:
         weight, bias = (self._per_channel(t, channels) for t in (self.weight, self.bias))
-        y = (x - mean) / (var + EPS).sqrt() * weight + bias
+        y = x_hat * weight + bias
         if inputs.residual is None:
             return y
         return y + inputs.residual.detach()[:, channels].double()
 
     def _expected(self, inputs: _Set, channels: slice) -> list[torch.Tensor]:
         """y, or dx, dweight, dbias and, if there is a residual, its gradient."""
-        before = self._before_activation(inputs, channels)
+        x_hat, rstd = self._normalized(inputs, channels)
+        before = self._before_activation(inputs, channels, x_hat)
         if self.phase != "backward":
             return [before if self.variant == "plain" else before.clamp(min=0)]
         # dx = w·rstd·(dz − Σdz/M − x̂·Σ(dz·x̂)/M), dw = Σ dz·x̂, db = Σ dz; dz = dy where y > 0
         dz = inputs.dy[:, channels].double()
         if self.variant != "plain":
             dz = dz * (before > 0)
-        x = inputs.x.detach()[:, channels].double()
-        axes = [d for d in range(x.dim()) if d != 1]
-        centred = x - x.mean(axes, keepdim=True)
-        rstd = (centred.square().mean(axes, keepdim=True) + EPS).rsqrt()
-        x_hat = centred * rstd
+        axes = [d for d in range(dz.dim()) if d != 1]
         projection = (dz * x_hat).mean(axes, keepdim=True)
         dx = dz - dz.mean(axes, keepdim=True) - x_hat * projection
         dx = dx * rstd * self._per_channel(self.weight, channels)

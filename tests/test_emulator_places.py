@@ -50,73 +50,85 @@ def places(library, shape, layout, step, width, piece, masked=False, ghost=0):
     return dict(zip(ENTRY, entries.T, strict=True)), int(info[0]), int(info[3])
 
 
-def check_entries(visited, shape, layout, width, row):
-    """Rows, columns and channels against the definition of the layouts in common.h."""
+def check_entries(visited, shape, layout, step, width, row, ghost):
+    """Rows, columns and channels against the definition of the layouts in common.h; a channel of
+    "apply" is a column of the statistics, which each ghost batch has its own of."""
     N, C, HxW = shape
     offset = visited["offset"]
     assert ((offset >= 0) & (offset + width <= N * C * HxW)).all()
     np.testing.assert_array_equal(visited["row"], offset // row)
     np.testing.assert_array_equal(visited["column"], offset % row)
     channel = offset // HxW % C if layout == "channels_first" else offset % C
+    if step == "apply" and ghost > 0:
+        full, left = N // ghost, N % ghost
+        ghosts = full + (left * HxW > 1)
+        channel = channel + np.minimum(offset // (C * HxW) // ghost, ghosts - 1) * C
     np.testing.assert_array_equal(visited["channel"], channel)
 
 
-SMALL = [  # N, C, HxW
-    (1, 1, 1),
-    (5, 3, 7),
-    (2, 8, 49),
-    (3, 16, 196),
-    (70, 264, 1),
-    (1, 2, 9000),
-    (4, 1, 5000),
-    (9, 40, 64),
+SMALL = [  # N, C, HxW, and the samples of a ghost batch
+    ((1, 1, 1), 0),
+    ((5, 3, 7), 0),
+    ((2, 8, 49), 0),
+    ((3, 16, 196), 0),
+    ((70, 264, 1), 0),
+    ((1, 2, 9000), 0),
+    ((4, 1, 5000), 0),
+    ((9, 40, 64), 0),
+    ((5, 3, 7), 2),
+    ((9, 40, 64), 4),
+    ((257, 64, 1), 128),
+    ((129, 264, 1), 64),
 ]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SMALL, ids=lambda s: "x".join(map(str, s)))
-def test_each_element_once(library, shape, layout, masked):
+@pytest.mark.parametrize(("shape", "ghost"), SMALL, ids=str)
+def test_each_element_once(library, shape, ghost, layout, masked):
     numel = int(np.prod(shape))
     for step, width in itertools.product(STEPS, (1, 4, 8)):
-        _, pieces, row = places(library, shape, layout, step, 1, 0, masked)
+        _, pieces, row = places(library, shape, layout, step, 1, 0, masked, ghost)
         if row % width:
             continue
-        _, pieces, _ = places(library, shape, layout, step, width, 0, masked)
+        _, pieces, _ = places(library, shape, layout, step, width, 0, masked, ghost)
         counts = np.zeros(numel, dtype=np.int64)
         for piece in range(pieces):
-            visited, _, _ = places(library, shape, layout, step, width, piece, masked)
-            check_entries(visited, shape, layout, width, row)
+            visited, _, _ = places(library, shape, layout, step, width, piece, masked, ghost)
+            check_entries(visited, shape, layout, step, width, row, ghost)
             for j in range(width):
                 np.add.at(counts, visited["offset"] + j, 1)
         assert (counts == 1).all(), f"{step}, units of {width}"
 
 
 LARGE = [
-    pytest.param((1 << 20, 64, 3136), id="2^37 elements in ordinary rows"),
-    pytest.param((3, 5, (1 << 30) + 8), id="planes of more than 2^30"),
-    pytest.param((3, 1, 1 << 33), id="one row of 2^34"),
-    pytest.param((1 << 31, 8, 1), id="2^31 rows of 8"),
-    pytest.param((2, (1 << 29) + 8, 4), id="2^29 channels"),
+    pytest.param((1 << 20, 64, 3136), 0, id="2^37 elements in ordinary rows"),
+    pytest.param((3, 5, (1 << 30) + 8), 0, id="planes of more than 2^30"),
+    pytest.param((3, 1, 1 << 33), 0, id="one row of 2^34"),
+    pytest.param((1 << 31, 8, 1), 0, id="2^31 rows of 8"),
+    pytest.param((2, (1 << 29) + 8, 4), 0, id="2^29 channels"),
+    pytest.param((1 << 30, 8, 4), 1 << 20, id="1024 ghost batches of 2^22 rows"),
+    pytest.param((1 << 30, 8, 4), 1 << 29, id="two of 2^31 rows"),
+    pytest.param(((1 << 30) + 1, 8, 1), 1 << 29, id="a value that joins a ghost batch"),
 ]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", LARGE)
-def test_beyond_32_bits(library, shape, layout, masked):
+@pytest.mark.parametrize(("shape", "ghost"), LARGE)
+def test_beyond_32_bits(library, shape, ghost, layout, masked):
     numel = int(np.prod([int(n) for n in shape]))
     for step, width in itertools.product(STEPS, (1, 4, 8)):
-        first, pieces, row = places(library, shape, layout, step, 1, 0, masked)
+        first, pieces, row = places(library, shape, layout, step, 1, 0, masked, ghost)
         if row % width:
             continue
-        first, pieces, _ = places(library, shape, layout, step, width, 0, masked)
-        last, _, _ = places(library, shape, layout, step, width, -1, masked)
-        middle, _, _ = places(library, shape, layout, step, width, pieces // 2 + 1, masked)
+        first, pieces, _ = places(library, shape, layout, step, width, 0, masked, ghost)
+        last, _, _ = places(library, shape, layout, step, width, -1, masked, ghost)
+        middle, _, _ = places(library, shape, layout, step, width, pieces // 2 + 1, masked, ghost)
         for visited in (first, middle, last):
             assert visited["offset"].size > 0
             assert (np.diff(np.sort(visited["offset"])) > 0).all()
-            check_entries(visited, shape, layout, width, row)
+            check_entries(visited, shape, layout, step, width, row, ghost)
         assert first["offset"].min() == 0
         assert last["offset"].max() + width == numel
 

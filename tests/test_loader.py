@@ -1009,7 +1009,7 @@ def test_pages_are_not_unlocked_under_a_copy() -> None:
 def test_loader_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams()
     monkeypatch.setattr("batchops.data._transfer.CudaStreams", lambda: streams)
-    monkeypatch.setattr("batchops.data._own._current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr("batchops.data._own._locks_pages", lambda device: device == 3)
     monkeypatch.setattr("batchops.data._own.CudaPages", lambda device: Pages())
     for arguments in ({}, {"threads": 2}, {"num_workers": 1}):

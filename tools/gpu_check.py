@@ -39,6 +39,8 @@ SANITIZER_FAILED = 9
 # Shares of the time that is left. Nothing can be said without a build.
 SHARES = {"build": 20, "tests": 6, "memcheck": 2, "racecheck": 1, "synccheck": 1, "bench": 3}
 REPORT_SECONDS = 30.0  # with what an interrupted run takes to end
+GRACE_SECONDS = 10.0
+RUN = "cuda.json"  # the benches' own file
 # Their sources are compiled for the emulator while they are collected: of no use to a GPU.
 WITHOUT_EMULATOR = "--ignore-glob=*/test_emulator*"
 
@@ -84,9 +86,6 @@ def commands(part: str, out: Path) -> list[list[str]]:
     return [[*bench, f"--benchmark-json={out / RUN}", *arguments]]
 
 
-RUN = "cuda.json"
-
-
 def report(out: Path) -> list[str]:
     script = str(ROOT / "bench" / "report.py")
     return [sys.executable, script, str(out / RUN), "--out", str(out / "results")]
@@ -130,9 +129,6 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> int 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-GRACE_SECONDS = 10.0
 
 
 def run_part(part: str, out: Path, seconds: float) -> tuple[str, float]:

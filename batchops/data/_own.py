@@ -45,14 +45,10 @@ def memory_of(loader: Any) -> Memory:
 
 def _cuda_device(loader: Any) -> torch.device | None:
     """The CUDA device that batches are copied to, by its number."""
-    if loader.device is None or torch.device(loader.device).type != "cuda":
+    device = None if loader.device is None else torch.device(loader.device)
+    if device is None or device.type != "cuda":
         return None
-    device = torch.device(loader.device)
-    return device if device.index is not None else torch.device("cuda", _current_device())
-
-
-def _current_device() -> int:
-    return torch.cuda.current_device()
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def _memory_for(loader: Any, device: torch.device | None) -> Memory:
@@ -79,13 +75,13 @@ def transfer_of(loader: Any) -> Callable[[Any], Any] | None:
     """How a batch gets to the loader's device, if it is to be elsewhere than it was made."""
     if loader.device is None:
         return None
-    device = torch.device(loader.device)
-    if device.type == "cuda":
+    cuda = _cuda_device(loader)
+    if cuda is not None:
         mine = own(loader)
-        cuda = _cuda_device(loader)
         if mine.transfer is None or mine.transfer.device != cuda:
             mine.transfer = Transfer(cuda, memory_of(loader).hold)
         return mine.transfer
+    device = torch.device(loader.device)
     if device.type == "cpu":
         return None
 
