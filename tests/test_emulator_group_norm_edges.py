@@ -45,7 +45,7 @@ def with_shared(library: ctypes.CDLL, nbytes: int, compute: int) -> Iterator[Non
     ("shape", "shared"),
     [
         ((140, 8, 128, 1), 227 * 1024),  # kept, a group a block; 140 rows of sums
-        ((70, 2, 550, 1), 4096),  # streamed
+        ((70, 2, 550, 1), 6144),  # streamed
         ((900, 64, 1, 1), 227 * 1024),  # layer norm
         ((140, 9, 113, 1), 227 * 1024),  # kept; who applies an element has not kept it
     ],
@@ -53,7 +53,7 @@ def with_shared(library: ctypes.CDLL, nbytes: int, compute: int) -> Iterator[Non
 )
 def test_more_parts_than_blocks(watched, shape, shared, layout):
     problem = Problem(*shape, layout=layout, activation="relu", residual=shape[2] == 113)
-    with with_shared(watched, shared, 9 if shared > 4096 else 7):
+    with with_shared(watched, shared, 9 if shared > 8192 else 7):
         schedule = partial(emulator.schedule, watched, multiprocessors=1)
         check_under_all_schedules(watched, problem, schedule)
         with emulator.schedule(watched, "random", 3, 1):

@@ -15,7 +15,8 @@ struct Entry {
   int64_t group, groups, channel, first_sum, mask_row;
 };
 
-__global__ void slices_places(const __grid_constant__ Cut cut, int64_t piece, Entry* out) {
+__global__ void __launch_bounds__(kBlock)
+    slices_places(const __grid_constant__ Cut cut, int64_t piece, Entry* out) {
   const Slices part(cut, piece);
   if (threadIdx.x == 0) {
     *out = {part.base + part.begin, part.base + part.end, part.first_group, part.groups,
@@ -23,7 +24,8 @@ __global__ void slices_places(const __grid_constant__ Cut cut, int64_t piece, En
   }
 }
 
-__global__ void pixels_places(const __grid_constant__ Cut cut, int64_t piece, Entry* out) {
+__global__ void __launch_bounds__(kBlock)
+    pixels_places(const __grid_constant__ Cut cut, int64_t piece, Entry* out) {
   const Pixels part(cut, piece);
   if (threadIdx.x == 0) {
     *out = {part.offset(0, 0),   part.offset(part.rows - 1, part.channels - 1) + 1,

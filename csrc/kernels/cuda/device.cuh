@@ -13,6 +13,7 @@ struct Device {
   int shared = 48 * 1024;         // bytes that a block may ask for
   int shared_of_all = 48 * 1024;  // … and that the blocks of a multiprocessor have together
   bool clusters = false;
+  int most_cluster = 1;  // blocks of a cluster that the device has room for
 };
 
 // Never launched: asked what its code was made from.
@@ -48,6 +49,14 @@ inline const char* ask(const char* operation, int device, Device& found) {
   }
   // What the device itself makes of older code has none.
   found.clusters = major >= 9 && attributes.ptxVersion >= 90;
+  if (!found.clusters) return nullptr;
+  found.most_cluster = 8;  // wherever there are clusters
+  // Sixteen take a graphics processing cluster with as many multiprocessors to spare.
+  LaunchShape shape{dim3(16, 1, 1), dim3(512, 1, 1), static_cast<size_t>(found.shared), 16};
+  int clusters = 0;
+  if (resident_clusters(operation, code_probe<0>, shape, &clusters) == nullptr && clusters > 0) {
+    found.most_cluster = 16;
+  }
   return nullptr;
 }
 

@@ -21,17 +21,23 @@
 #include <numeric>
 #include <type_traits>
 
+#include <cuda_pipeline_primitives.h>
+
 #include "kernels/cuda/norm.cuh"
 #include "kernels/group_norm.h"
 
 namespace batchops::cuda::group {
 
-constexpr int kBlock = 256;
+// Two blocks of a multiprocessor have up to 80 registers a thread: enough for the coefficients of
+// eight columns, and 24 warps.
+constexpr int kBlock = 384;
+constexpr int kFinishBlock = 128;
 constexpr int kWidestUnit = 8;
-constexpr int64_t kSmallPart = 24 * 1024;    // bytes: small groups are put together up to this
-constexpr int64_t kEnoughPart = 4 * 1024;    // … and at least to this
-constexpr int64_t kClusterPart = 64 * 1024;  // a block's share: three fit a multiprocessor
-constexpr int64_t kStreamPart = 32 * 1024;
+constexpr int64_t kSmallPart = 24 * 1024;  // bytes: small groups are put together up to this
+constexpr int64_t kEnoughPart = 4 * 1024;  // … and at least to this
+constexpr int64_t kStreamPart = 64 * 1024;
+constexpr int64_t kLongPlane = 64;   // elements
+constexpr int64_t kReserved = 1024;  // of shared memory: by the driver, for each block
 constexpr int64_t kTileBytes = 256;  // pixels: of a row, where groups allow
 
 // Channels that a thread sums over at once: their sums and coefficients are in registers.
@@ -60,12 +66,17 @@ struct RowTeams {
 // there are more units, and as many rows at once as there are threads left.
 struct ColumnTiles {
   int tile = 1, across = 1, rows_at_once = 1;
+  int lanes = 1;  // neighbours that add up the rows of a column
 
   ColumnTiles() = default;
-  explicit ColumnTiles(int64_t units) {
+  ColumnTiles(int64_t units, int columns_at_once) {
     tile = static_cast<int>(units < kBlock ? units : kBlock);
     across = static_cast<int>(ceil_divide<int64_t>(units, tile));
     rows_at_once = kBlock / tile;
+    while (lanes < kWarp && lanes * 2 <= rows_at_once &&
+           tile * columns_at_once * lanes * 2 <= kBlock) {
+      lanes *= 2;
+    }
   }
 };
 
@@ -90,13 +101,15 @@ struct Cut {
   bool whole_samples;  // … and the bits of a unit within a byte
   bool contiguous;     // units lie within a group and their channels follow one another
   bool whole_groups, whole_channels;  // begin and end on units
+  bool tabled;  // … of planes so long that the coefficients of channels are a table
   RowSplit plane, mask_rows, padded_rows;
   FastDivide by_C, by_D;
   // pixels
   int64_t width, tiles;  // columns
   int64_t mask_row_bytes;
-  int kept_row;  // elements of a row in shared memory
-  ColumnTiles by_unit, by_sum;
+  int kept_row;                 // elements of a row in shared memory
+  ColumnTiles by_unit, by_sum;  // units of the widest, and of those that are summed over at once
+  int group_lanes, part_lanes;  // neighbours that merge a group's columns or stretches, its parts
   // of a part, at most
   int elements, channels, local_groups;
   // Sums over elements (slices) or columns (pixels) of groups, elements of channels, channels of
@@ -113,11 +126,13 @@ struct Cut {
 // Where things lie in a block's shared memory, in bytes. The tensors come first.
 struct SharedPlan {
   int tensor;    // bytes of each
-  int slots;     // float2 [rows · segments], or [kBlock · sum_width] in pixels
+  int slots;     // float2 or Moments [rows · segments]; in pixels float2 [kBlock · sum_width]
   int channels;  // float2 [channels]
+  int shifts;    // float [channels]; forward, in pixels
   int sums;      // float2 [local_groups]
   int moments;   // Moments [local_groups]
   int terms;     // Terms [local_groups]
+  int table;     // coefficients [channels], where tabled
   int64_t total;
 };
 
@@ -134,6 +149,10 @@ struct Purpose {
   bool mask;
 };
 
+inline int64_t table_bytes(const Cut& cut, bool backward) {
+  return cut.tabled ? int64_t{cut.channels} * (backward ? 32 : 16) : 0;
+}
+
 inline SharedPlan plan_shared(const Cut& cut, const Purpose& purpose, int width) {
   SharedPlan plan{};
   const auto take = [&](int64_t bytes) {
@@ -144,25 +163,42 @@ inline SharedPlan plan_shared(const Cut& cut, const Purpose& purpose, int width)
   const int64_t tensor = round_up<int64_t>(int64_t{cut.elements} * purpose.size, 16);
   plan.tensor = static_cast<int>(tensor);
   take(tensor * purpose.tensors);
-  int64_t slots = cut.pixels ? int64_t{kBlock} * sum_width(width) : 0;
-  const auto segments = [&](int64_t rows, const RowTeams& teams) {
-    if (teams.segments > 1 && rows * teams.segments > slots) slots = rows * teams.segments;
+  int64_t slots = cut.pixels ? int64_t{kBlock} * sum_width(width) : 0;  // float2
+  const auto segments = [&](int64_t rows, const RowTeams& teams, int64_t each) {
+    if (rows * teams.segments * each > slots) slots = rows * teams.segments * each;
   };
-  segments(cut.local_groups, cut.over_groups);
-  if (purpose.backward && !cut.pixels) segments(cut.channels, cut.over_channels);
-  if (purpose.backward) segments(cut.local_groups, cut.over_group_channels);
+  if (!cut.pixels) segments(cut.local_groups, cut.over_groups, 2);
+  if (purpose.backward && !cut.pixels) segments(cut.channels, cut.over_channels, 1);
+  if (purpose.backward) segments(cut.local_groups, cut.over_group_channels, 1);
   plan.slots = take(slots * int64_t{sizeof(float2)});
   plan.channels =
       take(purpose.backward || cut.pixels ? int64_t{cut.channels} * int64_t{sizeof(float2)} : 0);
+  plan.shifts = take(!purpose.backward && cut.pixels ? int64_t{cut.channels} * 4 : 0);
   plan.sums = take(int64_t{cut.local_groups} * int64_t{sizeof(float2)});
   plan.moments = take(int64_t{cut.local_groups} * int64_t{sizeof(Moments)});
   plan.terms = take(int64_t{cut.local_groups} * int64_t{sizeof(Terms)});
+  plan.table = take(table_bytes(cut, purpose.backward));
+  return plan;
+}
+
+// What the elementwise kernels have there, where groups are streamed.
+inline SharedPlan plan_apply(const Cut& cut, bool backward) {
+  SharedPlan plan{};
+  plan.table = round_up<int>(cut.local_groups * static_cast<int>(sizeof(Terms)), 16);
+  plan.total = plan.table + table_bytes(cut, backward);
   return plan;
 }
 
 // Layer norm's backward, which needs sums over samples.
 inline bool samples(const Cut& cut, const Purpose& purpose) {
   return purpose.backward && !cut.pixels && cut.HxW == 1 && cut.G == 1;
+}
+
+// Neighbours that merge `count` statistics of each group, so that all groups are done at once.
+inline int merging_lanes(int64_t groups, int64_t count) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < count && groups * lanes * 2 <= kBlock) lanes *= 2;
+  return lanes;
 }
 
 // Everything that follows from parts, chunk and width.
@@ -182,10 +218,12 @@ inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& d
     const int64_t units = ceil_divide<int64_t>(cut.width, unit);
     const int64_t padded = purpose.mask ? round_up<int64_t>(units, ceil_divide(8, unit)) : units;
     cut.kept_row = static_cast<int>(units * unit);
-    cut.by_unit = ColumnTiles(padded);
-    cut.by_sum = ColumnTiles(cut.kept_row / sum_width(unit));
-    cut.over_groups = RowTeams(cut.local_groups, cut.D < cut.width ? cut.D : cut.width, 1);
-    cut.over_group_channels = cut.over_groups;
+    cut.by_unit = ColumnTiles(padded, unit);
+    cut.by_sum = ColumnTiles(padded * unit / sum_width(unit), sum_width(unit));
+    const int64_t columns = cut.D < cut.width ? cut.D : cut.width;
+    cut.over_group_channels = RowTeams(cut.local_groups, columns, 1);
+    cut.group_lanes = merging_lanes(cut.local_groups, columns);
+    cut.part_lanes = merging_lanes(cut.local_groups, cut.parts);
     cut.sum_rows = cut.N * cut.parts;
     return;
   }
@@ -224,12 +262,15 @@ inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& d
   const int64_t length = cut.parts > 1 ? cut.chunk : cut.M;
   const bool aligned = cut.parts == 1 || !cut.padded;
   cut.whole_groups = cut.M % unit == 0 && aligned;
-  cut.whole_channels = cut.HxW % unit == 0;
+  cut.whole_channels = cut.HxW % unit == 0 && aligned;
+  cut.tabled = unit > 1 && cut.whole_channels && cut.HxW >= kLongPlane;
   cut.over_groups = RowTeams(cut.local_groups, length, cut.whole_groups ? unit : 1);
   cut.over_channels =
       RowTeams(cut.channels, cut.HxW < length ? cut.HxW : length, cut.whole_channels ? unit : 1);
   cut.over_group_channels =
       RowTeams(cut.local_groups, cut.D < cut.channels ? cut.D : cut.channels, 1);
+  cut.group_lanes = merging_lanes(cut.local_groups, cut.over_groups.segments);
+  cut.part_lanes = merging_lanes(cut.local_groups, cut.parts);
 }
 
 // With HxW = 1 both layouts are slices, unless two groups would share a byte of the mask.
@@ -266,13 +307,17 @@ inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int uni
   cut.padded_rows = RowSplit(cut.padded_row);
 
   const int64_t bytes = int64_t{purpose.size} * purpose.tensors;
-  const auto fits = [&] {
+  Cut found{};
+  const auto fits = [&](int64_t room) {
+    Cut whole = cut;  // complete() may find that fewer parts do
     // Nothing so large that its size overflows the plan's integers.
     const int64_t rough = cut.pixels ? ceil_divide(cut.HxW, int64_t{cut.parts}) * cut.width
                                      : ceil_divide(cut.whole * cut.M, int64_t{cut.parts});
-    if (rough * bytes > device.shared) return false;
-    complete(cut, purpose, unit, device);
-    return plan_shared(cut, purpose, kWidestUnit).total <= device.shared;
+    if (rough * bytes > room) return false;
+    complete(whole, purpose, unit, device);
+    if (plan_shared(whole, purpose, kWidestUnit).total > room) return false;
+    found = whole;
+    return true;
   };
   int64_t together = 0;  // elements that one block or cluster must hold
   int64_t sets = 0;      // of them in the tensor
@@ -296,20 +341,17 @@ inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int uni
     sets = cut.groups;
   }
   cut.resident = true;
-  if (device.clusters && cut.whole == 1 && !samples(cut, purpose)) {
-    const int64_t wanted = 2 * int64_t{device.multiprocessors};
-    while (cut.parts < kMostCluster &&
-           (together * bytes > cut.parts * kClusterPart ||
-            (sets * cut.parts < wanted && together * bytes > cut.parts * kSmallPart))) {
-      cut.parts *= 2;
-    }
+  // With two blocks on a multiprocessor one computes while the other waits for memory.
+  const int64_t half = clamp<int64_t>(device.shared_of_all / 2 - kReserved, 0, device.shared);
+  const int most = cut.whole == 1 && !samples(cut, purpose) ? device.most_cluster : 1;
+  const int64_t wanted = 2 * int64_t{device.multiprocessors};
+  while (cut.parts < most && (!fits(half) || (sets * cut.parts < wanted &&
+                                              together * bytes > cut.parts * kSmallPart))) {
+    cut.parts *= 2;
   }
-  if (fits()) return cut;
-  if (device.clusters && cut.parts < kMostCluster) {
-    cut.parts = kMostCluster;
-    if (fits()) return cut;
-  }
+  if (fits(device.shared)) return found;
   cut.resident = false;
+  cut.parts = 1;
   cut.whole = 1;
   const int64_t part = kStreamPart < device.shared / 4 ? kStreamPart : device.shared / 4;
   if (cut.pixels) {
@@ -342,6 +384,15 @@ struct Arena {
   BATCHOPS_DEVICE float2* channels() const {
     return reinterpret_cast<float2*>(bytes + plan.channels);
   }
+  template <class Coefficients>
+  BATCHOPS_DEVICE Coefficients* table() const {
+    return reinterpret_cast<Coefficients*>(bytes + plan.table);
+  }
+  // Of a group's stretches: in the place of the slots.
+  BATCHOPS_DEVICE Moments* stretches() const {
+    return reinterpret_cast<Moments*>(bytes + plan.slots);
+  }
+  BATCHOPS_DEVICE float* shifts() const { return reinterpret_cast<float*>(bytes + plan.shifts); }
   BATCHOPS_DEVICE float2* sums() const { return reinterpret_cast<float2*>(bytes + plan.sums); }
   BATCHOPS_DEVICE Moments* moments() const {
     return reinterpret_cast<Moments*>(bytes + plan.moments);
@@ -376,6 +427,7 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
       if (r.begin + teams.segment < r.end) r.end = r.begin + teams.segment;
       if (r.begin < r.end) {
         const auto add = of_row(row);
+#pragma unroll 1
         for (int i = r.begin + lane * W; i < r.end; i += teams.lanes * W) {
           add(std::integral_constant<int, W>{}, i, sum);
         }
@@ -400,6 +452,24 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
   __syncthreads();
 }
 
+// ---- from the tensors into shared memory, without a stay in registers: as much as a part holds is
+// on its way at once
+
+template <class T, int W>
+BATCHOPS_DEVICE void copy_async(T* to, const T* from) {
+  constexpr int kBytes = W * static_cast<int>(sizeof(T));
+  if constexpr (kBytes >= 4) {
+    __pipeline_memcpy_async(to, from, kBytes);
+  } else {
+    *to = *from;
+  }
+}
+// A thread's own copies have come.
+BATCHOPS_DEVICE void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
 // ---- statistics
 
 BATCHOPS_DEVICE Terms forward_terms(const MeanAndVariance& found, int64_t M, double eps) {
@@ -408,6 +478,32 @@ BATCHOPS_DEVICE Terms forward_terms(const MeanAndVariance& found, int64_t M, dou
   terms.low = static_cast<float>(found.mean - terms.mean);
   terms.rstd = static_cast<float>(1.0 / sqrt(found.square / static_cast<double>(M) + eps));
   return terms;
+}
+
+// f(r, statistics) of each group r of the part, from its get(r, k), k < count_of(r), of
+// elements_of(r) elements in all; `lanes` neighbours a group. All threads of the block.
+template <class CountOf, class ElementsOf, class Get, class F>
+BATCHOPS_DEVICE void merge_groups(int groups, int lanes, CountOf count_of, ElementsOf elements_of,
+                                  Get get, F f) {
+#pragma unroll 1
+  for (int first = 0; first < groups * lanes; first += kBlock) {
+    const int item = first + static_cast<int>(threadIdx.x);
+    const bool active = item < groups * lanes;
+    const int r = active ? item / lanes : 0;
+    const int lane = item % lanes;
+    const MeanAndVariance found = merge(
+        elements_of(r), active ? count_of(r) : 0, lane, lanes,
+        [&](int64_t k) { return get(r, static_cast<int>(k)); },
+        [&](double value) { return sum_of_lanes(value, lanes); });
+    if (active && lane == 0) f(r, found);
+  }
+}
+
+BATCHOPS_DEVICE Moments as_moments(const MeanAndVariance& found, int64_t count) {
+  const auto shift = static_cast<float>(found.mean);
+  const double sum = (found.mean - shift) * static_cast<double>(count);
+  return {shift, static_cast<float>(sum), static_cast<float>(found.square),
+          static_cast<float>(count)};
 }
 
 BATCHOPS_DEVICE Terms load_terms(const float* stats, int64_t groups, int64_t group) {

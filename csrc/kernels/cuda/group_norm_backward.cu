@@ -35,16 +35,27 @@ struct BackwardArguments {
 // One element of dz, and of dx. kResident: the tensors are in shared memory.
 template <class T, class Act, bool kResident>
 struct BackwardJob {
-  struct Coefficients {
+  struct alignas(16) Coefficients {
     Affine affine;
     float along, constant;
     float weight;
   };
   static constexpr int kAhead = kResident || kAnyActivation<Act> ? 1 : 2;
+  // Elements of a unit whose coefficients are in registers at once.
+  template <int W>
+  static constexpr int kPiece = sum_width(W);
+  // … where each is looked up.
+  template <int W>
+  static constexpr int kOddPiece = Act::kNeedsZ && W > 2 ? 2 : kPiece<W>;
   template <int W>
   struct Held {
     Unit<T, W> x, dy, residual;
   };
+  template <int kPart, int W>
+  BATCHOPS_DEVICE static Held<kPart> piece(const Held<W>& held, int i) {
+    return {part_of<kPart>(held.x, i), part_of<kPart>(held.dy, i),
+            part_of<kPart>(held.residual, i)};
+  }
 
   const BackwardArguments& args;
   const Act& act;
@@ -269,13 +280,15 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
       part.template keep<T, W>(arena.tensor<T>(2), static_cast<const T*>(args.residual));
     }
   }
-  __syncthreads();
+  __syncthreads();  // the terms are there
   const Walk part(args.cut, forgotten(piece));
   if (Walk::kPixels || !args.cut.by_sample) {
     sum_by_channel<T, W>(args, part, job, arena);
   } else if constexpr (!Walk::kPixels) {
+    wait_for_copies();
+    __syncthreads();
     if (args.cut.whole_samples) {
-      sum_by_sample<sum_width(W)>(args, part, job, arena);
+      sum_by_sample<BackwardJob<T, Act, true>::template kOddPiece<W>>(args, part, job, arena);
     } else {
       sum_by_sample<1>(args, part, job, arena);
     }
@@ -313,14 +326,15 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
 }
 
 // Blocks on a multiprocessor at the least. Blackwell's code for wide units whose z is made again
-// needs more than the 128 registers of two; float and SiLU manage.
+// needs more than the 80 registers of two; float and SiLU manage. So does, everywhere, what knows
+// its activation at run time only.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, int W, class Act>
 constexpr int kLeastBlocks =
     W > 1 && Act::kNeedsZ && (sizeof(T) == 2 || kAnyActivation<Act>) ? 1 : kLeastResident;
 #else
 template <class T, int W, class Act>
-constexpr int kLeastBlocks = kLeastResident;
+constexpr int kLeastBlocks = kAnyActivation<Act> ? 1 : kLeastResident;
 #endif
 
 template <class T, Layout kLayout, int W, class Act>
@@ -331,15 +345,15 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T, W, Act>)
   const Arena arena{bytes, args.shared};
   const Cut& cut = args.cut;
   for (int64_t turn = blockIdx.x; turn < cut.turns(); turn += gridDim.x) {
-    const int64_t first = turn * cut.rounds;
-    const int64_t end = first + cut.rounds < cut.pieces ? first + cut.rounds : cut.pieces;
     if (cut.by_sample) {
       for (int c = threadIdx.x; c < cut.channels; c += kBlock) {
         arena.channels()[c] = make_float2(0.0f, 0.0f);
       }
     }
-    for (int64_t piece = first; piece < end; ++piece) {
-      backward_of_part<T, W, WalkOf<kLayout>>(args, act, arena, piece);
+#pragma unroll 1
+    for (int k = 0; k < cut.rounds; ++k) {
+      const int64_t piece = turn * cut.rounds + k;
+      if (piece < cut.pieces) backward_of_part<T, W, WalkOf<kLayout>>(args, act, arena, piece);
     }
     if (cut.by_sample && args.by_channel != nullptr) {
       for (int c = threadIdx.x; c < cut.channels; c += kBlock) {
@@ -367,19 +381,24 @@ struct PartsOf {
 };
 
 // A block a group: its direction from its channels' sums.
-__global__ void __launch_bounds__(kBlock, kLeastResident)
+__global__ void __launch_bounds__(kFinishBlock)
     group_norm_backward_finish(const __grid_constant__ BackwardArguments args) {
   const Cut& cut = args.cut;
   for (int64_t group = blockIdx.x; group < cut.groups; group += gridDim.x) {
     const int64_t n = group / cut.G;
     const int64_t g = group - n * cut.G;
     double sums[2] = {};
-    for (int64_t d = threadIdx.x; d < cut.D; d += kBlock) {
+    // Channels side by side, and parts one below the other as far as there are threads.
+    const int across = static_cast<int>(cut.D < kFinishBlock ? cut.D : kFinishBlock);
+    const int down = kFinishBlock / across;
+    const int line = static_cast<int>(threadIdx.x) / across;
+    for (int64_t d = threadIdx.x % across; d < cut.D && line < down; d += across) {
       const int64_t c = g * cut.D + d;
       const PartsOf parts(cut, d);
       double sum = 0.0;
       double product = 0.0;
-      for (int64_t k = parts.first; k <= parts.last; ++k) {
+#pragma unroll 4
+      for (int64_t k = parts.first + line; k <= parts.last; k += down) {
         const float2 s = args.by_channel[(n * cut.parts + k) * cut.C + c];
         sum += s.x;
         product += s.y;
@@ -388,7 +407,7 @@ __global__ void __launch_bounds__(kBlock, kLeastResident)
       sums[0] += weight * sum;
       sums[1] += weight * product;
     }
-    block_sum<kBlock>(sums);
+    block_sum<kFinishBlock>(sums);
     if (threadIdx.x == 0) {
       args.directions[group] =
           direction_of(load_terms(args.stats, cut.groups, group), sums[0], sums[1], cut.M);
@@ -433,11 +452,12 @@ struct ParameterArguments {
   DType dtype;
 };
 
-constexpr int kAcross = kWarp;           // channels of a block
-constexpr int kDown = kBlock / kAcross;  // rows it adds at once
+constexpr int kParameterBlock = 256;
+constexpr int kAcross = kWarp;                    // channels of a block
+constexpr int kDown = kParameterBlock / kAcross;  // rows it adds at once
 constexpr int64_t kMostRowChunks = 64;
 
-__global__ void __launch_bounds__(kBlock, kLeastResident)
+__global__ void __launch_bounds__(kParameterBlock)
     group_norm_backward_parameters(const __grid_constant__ ParameterArguments args) {
   BATCHOPS_SHARED(by_line, double2[kDown][kAcross]);
   const int across = threadIdx.x % kAcross;
@@ -452,6 +472,7 @@ __global__ void __launch_bounds__(kBlock, kLeastResident)
     if (c < C) {
       const PartsOf parts(args.cut, args.skips ? c % args.cut.D : 0);
       const int64_t end = (k + 1) * args.chunk < args.rows ? (k + 1) * args.chunk : args.rows;
+#pragma unroll 4
       for (int64_t row = k * args.chunk + down; row < end; row += kDown) {
         if (args.skips) {
           const int64_t slot = row % args.cut.parts;
@@ -511,8 +532,8 @@ const char* parameters(const GroupNormBackward& args, const Cut& cut, const Work
     const int64_t pieces = ceil_divide<int64_t>(cut.C, kAcross) * ceil_divide(to.rows, to.chunk);
     int64_t blocks = 0;
     if (const char* error = grid_size(kOperation, device, pieces, blocks)) return error;
-    return launch("group_norm_backward_parameters", group_norm_backward_parameters, blocks, kBlock,
-                  0, stream, to);
+    return launch("group_norm_backward_parameters", group_norm_backward_parameters, blocks,
+                  kParameterBlock, 0, stream, to);
   };
   if (space.chunks > 0) {
     to.to = workspace + space.rows * cut.C;
@@ -575,12 +596,12 @@ const char* backward(const GroupNormBackward& args, void* workspace, int device,
     if (!to.cut.resident && args.dx != nullptr) {
       if (const char* error = grid_size(kOperation, device, to.cut.groups, blocks)) return error;
       if (const char* error = launch("group_norm_backward_finish", group_norm_backward_finish,
-                                     blocks, kBlock, 0, stream, to)) {
+                                     blocks, kFinishBlock, 0, stream, to)) {
         return error;
       }
     }
     if (!to.cut.resident && wants_elements) {
-      to.shared = plan_shared(to.cut, {0, purpose.size, false, purpose.mask}, W);
+      to.shared = plan_apply(to.cut, true);
       LaunchShape grid;
       if (const char* error = apply_shape(kOperation, to, device, grid)) return error;
       if (const char* error =

@@ -25,8 +25,13 @@ struct ForwardArguments {
 // The elementwise half. x comes from shared memory (kResident) or from the tensor.
 template <class T, class Act, bool kResident>
 struct ForwardJob {
-  using Coefficients = Affine;
-  static constexpr int kAhead = kAnyActivation<Act> ? 1 : kResident ? 2 : kInFlight;
+  struct alignas(16) Coefficients : Affine {};
+  static constexpr int kAhead = kResident || kAnyActivation<Act> ? 1 : 2;
+  // Elements of a unit whose coefficients are in registers at once.
+  template <int W>
+  static constexpr int kPiece = W;
+  template <int W>
+  static constexpr int kOddPiece = W;
   template <int W>
   struct Held {
     Unit<T, W> x, residual;
@@ -34,33 +39,39 @@ struct ForwardJob {
 
   const ForwardArguments& args;
   const Act& act;
+  const Arena& arena;
   const T* kept;
   const Terms* terms;  // of the part's groups
   uint8_t* mask_to;
   const uint8_t* mask;  // not read
 
-  BATCHOPS_DEVICE ForwardJob(const ForwardArguments& a, const Act& f, const Arena& arena)
+  BATCHOPS_DEVICE ForwardJob(const ForwardArguments& a, const Act& f, const Arena& s)
       : args(a),
         act(f),
+        arena(s),
         kept(arena.tensor<T>(0)),
         terms(arena.terms()),
         mask_to(a.mask),
         mask(nullptr) {}
 
+  template <int kPart, int W>
+  BATCHOPS_DEVICE static Held<kPart> piece(const Held<W>& held, int i) {
+    return {part_of<kPart>(held.x, i), part_of<kPart>(held.residual, i)};
+  }
   BATCHOPS_DEVICE static constexpr bool masked() { return false; }
   BATCHOPS_DEVICE bool writes_mask() const { return Act::kMaskable && mask_to != nullptr; }
 
-  BATCHOPS_DEVICE Affine make(int64_t c, int r) const {
+  BATCHOPS_DEVICE Coefficients make(int64_t c, int r) const {
     const Terms& t = terms[r];
-    return make_affine(t.mean, t.low, t.rstd, args.affines.weight_of(c), args.affines.bias_of(c));
+    return {make_affine(t.mean, t.low, t.rstd, args.affines.weight_of(c), args.affines.bias_of(c))};
   }
   template <int W>
-  BATCHOPS_DEVICE void make_row(int64_t c, int r, Affine (&k)[W]) const {
+  BATCHOPS_DEVICE void make_row(int64_t c, int r, Coefficients (&k)[W]) const {
     const Terms& t = terms[r];
     float w[W], b[W];
     args.affines.load<W>(c, w, b);
 #pragma unroll
-    for (int j = 0; j < W; ++j) k[j] = make_affine(t.mean, t.low, t.rstd, w[j], b[j]);
+    for (int j = 0; j < W; ++j) k[j] = {make_affine(t.mean, t.low, t.rstd, w[j], b[j])};
   }
 
   template <int W, class Walk>
@@ -109,7 +120,6 @@ __global__ void __launch_bounds__(kBlock, kLeastResident)
     const WalkOf<kLayout> part(args.cut, piece);
     T* kept = arena.tensor<T>(0);
     part.template keep<T, W>(kept, static_cast<const T*>(args.x));
-    __syncthreads();
     part.template moments<T, W>(kept, arena);
     Moments* moments = arena.moments();
     if (!args.cut.resident) {
@@ -121,22 +131,19 @@ __global__ void __launch_bounds__(kBlock, kLeastResident)
     }
     if (args.cut.cluster()) cluster_sync();
     const int64_t slot = piece % args.cut.parts;
-    for (int r = threadIdx.x; r < part.groups; r += kBlock) {
-      const auto found = merge(
-          args.cut.M, args.cut.parts, 0, 1,
-          [&](int64_t k) {
-            return args.cut.cluster() ? *of_rank(moments + r, static_cast<int>(k)) : moments[r];
-          },
-          [](double sum) { return sum; });
-      const Terms terms = forward_terms(found, args.cut.M, args.eps);
-      arena.terms()[r] = terms;
-      if (slot == 0) {
-        const int64_t group = part.first_group + r;
-        args.stats[group] = terms.mean;
-        args.stats[args.cut.groups + group] = terms.low;
-        args.stats[2 * args.cut.groups + group] = terms.rstd;
-      }
-    }
+    merge_groups(
+        part.groups, args.cut.part_lanes, [&](int) { return args.cut.parts; },
+        [&](int) { return args.cut.M; },
+        [&](int r, int k) { return args.cut.cluster() ? *of_rank(moments + r, k) : moments[r]; },
+        [&](int r, const MeanAndVariance& found) {
+          const Terms terms = forward_terms(found, args.cut.M, args.eps);
+          arena.terms()[r] = terms;
+          if (slot != 0) return;
+          const int64_t group = part.first_group + r;
+          args.stats[group] = terms.mean;
+          args.stats[args.cut.groups + group] = terms.low;
+          args.stats[2 * args.cut.groups + group] = terms.rstd;
+        });
     __syncthreads();
     part.template apply<T, W>(ForwardJob<T, Act, true>(args, act, arena));
     if (args.cut.cluster()) {
@@ -147,14 +154,11 @@ __global__ void __launch_bounds__(kBlock, kLeastResident)
   }
 }
 
-// A warp a group.
-__global__ void __launch_bounds__(kBlock, kLeastResident)
+// A block a group.
+__global__ void __launch_bounds__(kFinishBlock)
     group_norm_forward_finish(const __grid_constant__ ForwardArguments args) {
   const Cut& cut = args.cut;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warps = int64_t{gridDim.x} * (kBlock / kWarp);
-  for (int64_t group = int64_t{blockIdx.x} * (kBlock / kWarp) + threadIdx.x / kWarp;
-       group < cut.groups; group += warps) {
+  for (int64_t group = blockIdx.x; group < cut.groups; group += gridDim.x) {
     const int64_t n = group / cut.G;
     const int64_t g = group - n * cut.G;
     const int64_t first = cut.pixels ? g * cut.D / cut.width : 0;
@@ -166,9 +170,13 @@ __global__ void __launch_bounds__(kBlock, kLeastResident)
       const int64_t local = g - (first + tile) * cut.width / cut.D;
       return args.moments[piece * cut.local_groups + local];
     };
-    const auto found = merge(cut.M, (last - first + 1) * cut.parts, lane, kWarp, get,
-                             [](double sum) { return warp_sum(sum); });
-    if (lane != 0) continue;
+    const auto found = merge(cut.M, (last - first + 1) * cut.parts, static_cast<int>(threadIdx.x),
+                             kFinishBlock, get, [](double value) {
+                               double values[1] = {value};
+                               block_sum<kFinishBlock>(values);
+                               return values[0];
+                             });
+    if (threadIdx.x != 0) continue;
     const Terms terms = forward_terms(found, cut.M, args.eps);
     args.stats[group] = terms.mean;
     args.stats[cut.groups + group] = terms.low;
@@ -230,14 +238,13 @@ const char* forward(const GroupNormForward& args, void* workspace, int device, v
       }
       if (to.cut.resident) return nullptr;
       int64_t blocks = 0;
-      const int64_t warps = ceil_divide<int64_t>(to.cut.groups, kBlock / kWarp);
-      if (const char* error = grid_size(kOperation, device, warps, blocks)) return error;
+      if (const char* error = grid_size(kOperation, device, to.cut.groups, blocks)) return error;
       if (const char* error = launch("group_norm_forward_finish", group_norm_forward_finish, blocks,
-                                     kBlock, 0, stream, to)) {
+                                     kFinishBlock, 0, stream, to)) {
         return error;
       }
     }
-    to.shared = plan_shared(to.cut, {0, purpose.size, false, purpose.mask}, W);
+    to.shared = plan_apply(to.cut, false);
     LaunchShape grid;
     if (const char* error = apply_shape(kOperation, to, device, grid)) return error;
     return launch("group_norm_forward_apply", group_norm_forward_apply<T, kLayout, W, Act>, grid,

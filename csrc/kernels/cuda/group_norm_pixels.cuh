@@ -74,142 +74,156 @@ struct Pixels {
     return load_unit<T, W>(from + at);
   }
 
-  template <class T, int W>
-  BATCHOPS_DEVICE void keep(T* to, const T* __restrict__ from) const {
-    const int step = cut.by_unit.rows_at_once;
-    for_units<W>(cut.by_unit, [&](int first, int row, bool active) {
-      if (!active) return;
-      for (int r0 = row; r0 < rows; r0 += step * kInFlight) {
-        Unit<T, W> held[kInFlight];
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          const int r = r0 + k * step;
-          if (r < rows) held[k] = load_unit<T, W>(from + offset(r, first));
-        }
-#pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          const int r = r0 + k * step;
-          if (r < rows) *reinterpret_cast<Unit<T, W>*>(to + local(r, first)) = held[k];
-        }
-      }
-    });
-  }
+  // ---- what is kept, and sums over it
 
-  // ---- sums over the part
-
-  // channels[r] = the sum of what add() adds for each column.
-  //   auto add = of_unit(int column);   add(int row, float2 (&sums)[W])
-  template <int W, class OfUnit>
-  BATCHOPS_DEVICE void sum_columns(const Arena& arena, OfUnit of_unit) const {
-    const ColumnTiles& tiles = cut.by_sum;
+  // channels[c] = the sum over the block's threads of sums[j], of column c = the thread's first
+  // column + j. All threads; those that have no columns bring zeros.
+  template <int W>
+  BATCHOPS_DEVICE void add_up(const ColumnTiles& tiles, int first_of_turn, const float2 (&sums)[W],
+                              const Arena& arena) const {
     float2* slots = arena.slots();
     float2* to = arena.channels();
-    const int line = tiles.tile * W;
-    int from = 0;  // of this turn's columns
-    for_units<W>(tiles, [&](int first, int row, bool active) {
-      float2 sums[W];
+    const int items = tiles.tile * W * tiles.lanes;
 #pragma unroll
-      for (int j = 0; j < W; ++j) sums[j] = make_float2(0.0f, 0.0f);
-      if (active) {
-        const auto add = of_unit(first);
+    for (int j = 0; j < W; ++j) slots[j * kBlock + threadIdx.x] = sums[j];
+    __syncthreads();
 #pragma unroll 1
-        for (int r = row; r < rows; r += tiles.rows_at_once) add(r, sums);
-      }
-#pragma unroll
-      for (int j = 0; j < W; ++j) slots[j * kBlock + threadIdx.x] = sums[j];
-      __syncthreads();
-      for (int c = threadIdx.x; c < line && from + c < channels; c += kBlock) {
-        const int at = c % W * kBlock + c / W;
-        float2 sum = slots[at];
-        for (int h = 1; h < tiles.rows_at_once; ++h) {
-          const float2 more = slots[at + h * tiles.tile];
+    for (int base = 0; base < items; base += kBlock) {
+      const int item = base + static_cast<int>(threadIdx.x);
+      const int lane = item % tiles.lanes;
+      const int line = item / tiles.lanes;
+      const int column = first_of_turn + line;
+      const bool active = item < items && column < channels;
+      float2 sum = make_float2(0.0f, 0.0f);
+      if (active) {
+        const float2* of_column = slots + line % W * kBlock + line / W;
+        for (int k = lane; k < tiles.rows_at_once; k += tiles.lanes) {
+          const float2 more = of_column[k * tiles.tile];
           sum.x += more.x;
           sum.y += more.y;
         }
-        to[from + c] = sum;
       }
-      from += line;
-      __syncthreads();
+      for (int distance = tiles.lanes / 2; distance > 0; distance /= 2) {
+        sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
+        sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
+      }
+      if (active && lane == 0) to[column] = sum;
+    }
+    __syncthreads();
+  }
+
+  // Each thread copies what it will read itself.
+  template <class T, int W>
+  BATCHOPS_DEVICE void keep(T* to, const T* from) const {
+    const int step = cut.by_unit.rows_at_once;
+    for_units<W>(cut.by_unit, [&](int first, int row, bool active) {
+      if (!active) return;
+#pragma unroll 4
+      for (int r = row; r < rows; r += step) {
+        copy_async<T, W>(to + local(r, first), from + offset(r, first));
+      }
     });
   }
 
+  // Each group's moments, of what the block has kept. Columns are summed around shifts of their
+  // own, the means of the first thread's first rows.
   template <class T, int W, int kSum = sum_width(W)>
-  BATCHOPS_DEVICE void moments(const T* x, const Arena& arena) const {
-    const auto range = [this](int r) { return channels_of_group(r); };
-    const float2* by_column = arena.channels();
-    float2* sums = arena.sums();
-    Moments* found = arena.moments();
-    const auto sum_groups = [&] {
-      sum_rows<1>(
-          groups, cut.over_groups, range,
-          [by_column](int) {
-            return [by_column](auto, int i, float2& sum) {
-              sum.x += by_column[i].x;
-              sum.y += by_column[i].y;
-            };
-          },
-          arena.slots(), sums);
-    };
-    sum_columns<kSum>(arena, [&](int first) {
-      return [this, x, first](int r, float2(&to)[kSum]) {
-        float v[kSum];
-        to_float<T, kSum>(load_unit<T, kSum>(x + local(r, first)), v);
-#pragma unroll
-        for (int j = 0; j < kSum; ++j) to[j].x += v[j];
-      };
-    });
-    sum_groups();
-    for (int r = threadIdx.x; r < groups; r += kBlock) {
-      const Range of = range(r);
-      const float count = static_cast<float>(of.end - of.begin) * static_cast<float>(rows);
-      found[r] = {sums[r].x / count, 0.0f, 0.0f, count};
-    }
+  BATCHOPS_DEVICE void moments(const T* kept, const Arena& arena) const {
+    const ColumnTiles& tiles = cut.by_sum;
+    const int step = tiles.rows_at_once;
+    float* shifts = arena.shifts();
+    int first_of_turn = 0;
+    wait_for_copies();
     __syncthreads();
-    sum_columns<kSum>(arena, [&](int first) {
-      struct Shifts {
-        float of[kSum];
-      } shift;
+    for_units<kSum>(tiles, [&](int first, int row, bool active) {
+      if (active && row == 0) {
+        float mean[kSum] = {};
+        int count = 0;
+#pragma unroll 1
+        for (; count < kInFlight && count * step < rows; ++count) {
+          float v[kSum];
+          to_float<T, kSum>(load_unit<T, kSum>(kept + local(count * step, first)), v);
 #pragma unroll
-      for (int j = 0; j < kSum; ++j) shift.of[j] = found[group_of_channel(first + j)].shift;
-      return [this, x, first, shift](int r, float2(&to)[kSum]) {
-        float v[kSum];
-        to_float<T, kSum>(load_unit<T, kSum>(x + local(r, first)), v);
-#pragma unroll
-        for (int j = 0; j < kSum; ++j) {
-          const float d = v[j] - shift.of[j];
-          to[j].x += d;
-          to[j].y += d * d;
+          for (int j = 0; j < kSum; ++j) mean[j] += v[j];
         }
-      };
-    });
-    sum_groups();
-    for (int r = threadIdx.x; r < groups; r += kBlock) {
-      found[r].sum = sums[r].x;
-      const float rest = sums[r].y - sums[r].x * sums[r].x / found[r].count;
-      found[r].square = rest < 0.0f ? 0.0f : rest;  // a NaN stays
-    }
-    __syncthreads();
-  }
-
-  template <class T, int W, class Job, int kSum = sum_width(W)>
-  BATCHOPS_DEVICE void sum_channels(const Job& job, const Arena& arena) const {
-    sum_columns<kSum>(arena, [&](int first) {
-      struct All {
-        typename Job::Coefficients of[kSum];
-      } k;
+        const float part = 1.0f / static_cast<float>(count);
+#pragma unroll
+        for (int j = 0; j < kSum; ++j) shifts[first + j] = mean[j] * part;
+      }
+      __syncthreads();
+      float shift[kSum] = {};
+      float2 sums[kSum];
 #pragma unroll
       for (int j = 0; j < kSum; ++j) {
-        k.of[j] = job.make(channel_of(first + j), group_of_channel(first + j));
+        sums[j] = make_float2(0.0f, 0.0f);
+        if (active) shift[j] = shifts[first + j];
       }
-      return [this, &job, k, first](int r, float2(&to)[kSum]) {
-        typename Job::template Held<kSum> held;
-        job.template load<kSum>(held, local(r, first));
-        const unsigned bits = job.masked() ? mask_bits(job.mask, r, first) : 0u;
-        job.template add<kSum>(held, Each{k.of}, bits, [&](int j, float a, float b) {
-          to[j].x += a;
-          to[j].y += b;
+      if (active) {
+#pragma unroll 4
+        for (int r = row; r < rows; r += step) {
+          float v[kSum];
+          to_float<T, kSum>(load_unit<T, kSum>(kept + local(r, first)), v);
+#pragma unroll
+          for (int j = 0; j < kSum; ++j) {
+            const float d = v[j] - shift[j];
+            sums[j].x += d;
+            sums[j].y += d * d;
+          }
+        }
+      }
+      add_up<kSum>(tiles, first_of_turn, sums, arena);
+      first_of_turn += tiles.tile * kSum;
+    });
+    const float2* by_column = arena.channels();
+    Moments* found = arena.moments();
+    const auto columns_of = [&](int r) {
+      const Range of = channels_of_group(r);
+      return of.end - of.begin;
+    };
+    merge_groups(
+        groups, cut.group_lanes, columns_of, [&](int r) { return int64_t{rows} * columns_of(r); },
+        [&](int r, int k) -> Moments {
+          const int c = channels_of_group(r).begin + k;
+          const auto n = static_cast<float>(rows);
+          const float2 sum = by_column[c];
+          const float rest = sum.y - sum.x * sum.x / n;
+          return {shifts[c], sum.x, rest < 0.0f ? 0.0f : rest, n};  // a NaN stays
+        },
+        [&](int r, const MeanAndVariance& merged) {
+          found[r] = as_moments(merged, int64_t{rows} * columns_of(r));
         });
-      };
+    __syncthreads();
+  }
+
+  // channels[c] = what the job adds over each column, of what the block has kept.
+  template <class T, int W, class Job, int kSum = sum_width(W)>
+  BATCHOPS_DEVICE void sum_channels(const Job& job, const Arena& arena) const {
+    const ColumnTiles& tiles = cut.by_sum;
+    int first_of_turn = 0;
+    wait_for_copies();
+    __syncthreads();
+    for_units<kSum>(tiles, [&](int first, int row, bool active) {
+      typename Job::Coefficients k[kSum];
+      float2 sums[kSum];
+#pragma unroll
+      for (int j = 0; j < kSum; ++j) {
+        sums[j] = make_float2(0.0f, 0.0f);
+        if (active) k[j] = job.make(channel_of(first + j), group_of_channel(first + j));
+      }
+      if (active) {
+#pragma unroll 2
+        for (int r = row; r < rows; r += tiles.rows_at_once) {
+          typename Job::template Held<kSum> held;
+          job.template load<kSum>(held, local(r, first));
+          const unsigned bits = job.masked() ? mask_bits(job.mask, r, first) : 0u;
+          job.template add<kSum>(held, Each{k}, bits, [&](int j, float s, float p) {
+            sums[j].x += s;
+            sums[j].y += p;
+          });
+        }
+      }
+      add_up<kSum>(tiles, first_of_turn, sums, arena);
+      first_of_turn += tiles.tile * kSum;
     });
   }
 
@@ -224,9 +238,17 @@ struct Pixels {
 
   template <class T, int W, class Job>
   BATCHOPS_DEVICE void apply(const Job& job) const {
+    if constexpr (Job::template kPiece<W> < W) {
+      apply_by<Job::template kPiece<W>>(cut.by_sum, job);
+    } else {
+      apply_by<W>(cut.by_unit, job);
+    }
+  }
+  template <int W, class Job>
+  BATCHOPS_DEVICE void apply_by(const ColumnTiles& tiles, const Job& job) const {
     constexpr int kAhead = Job::kAhead;
-    const int step = cut.by_unit.rows_at_once;
-    for_units<W>(cut.by_unit, [&](int first, int row, bool active) {
+    const int step = tiles.rows_at_once;
+    for_units<W>(tiles, [&](int first, int row, bool active) {
       typename Job::Coefficients k[W];
 #pragma unroll
       for (int j = 0; j < W; ++j) {

@@ -84,20 +84,16 @@ struct Slices {
   }
 
   template <class T, int W>
-  BATCHOPS_DEVICE void keep(T* to, const T* __restrict__ from) const {
+  BATCHOPS_DEVICE void keep(T* to, const T* from) const {
     const int units = (end + W - 1) / W;
-    for (int first = threadIdx.x; first < units; first += kBlock * kInFlight) {
-      Unit<T, W> held[kInFlight];
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const int t = first + u * kBlock;
-        if (t < units) held[u] = load_at<T, W>(from, base + t * W);
-      }
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const int t = first + u * kBlock;
-        if (t < units) *reinterpret_cast<Unit<T, W>*>(to + t * W) = held[u];
-      }
+    const bool past = W > 1 && base + int64_t{units} * W > cut.numel;  // the tensor's end
+    const T* __restrict__ x = from + base;
+#pragma unroll 4
+    for (int t = threadIdx.x; t < units - past; t += kBlock) {
+      copy_async<T, W>(to + t * W, x + t * W);
+    }
+    if (past && threadIdx.x == 0) {
+      for (int i = (units - 1) * W; i < end; ++i) to[i] = x[i];
     }
   }
 
@@ -114,67 +110,94 @@ struct Slices {
     return {from < begin ? begin : static_cast<int>(from), to > end ? end : static_cast<int>(to)};
   }
 
-  // moments[r] of each group.
+  // Each group's moments, of what the block has kept.
   template <class T, int W>
   BATCHOPS_DEVICE void moments(const T* x, const Arena& arena) const {
+    wait_for_copies();
+    __syncthreads();
     if (cut.whole_groups) {
-      moments_by<T, W, W>(x, arena);
+      stretches<T, W>(x, arena);
     } else {
-      moments_by<T, W, 1>(x, arena);
+      stretches<T, 1>(x, arena);
     }
-  }
-
-  template <class T, int W, int kRead>
-  BATCHOPS_DEVICE void moments_by(const T* x, const Arena& arena) const {
-    const auto range = [this](int r) { return range_of_group(r); };
-    float2* sums = arena.sums();
+    const Moments* of_stretch = arena.stretches();
     Moments* found = arena.moments();
-    sum_rows<kRead>(
-        groups, cut.over_groups, range,
-        [x](int) {
-          return [x](auto width, int i, float2& sum) {
-            constexpr int kWidth = decltype(width)::value;
-            float v[kWidth];
-            to_float<T, kWidth>(load_unit<T, kWidth>(x + i), v);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) sum.x += v[j];
-          };
-        },
-        arena.slots(), sums);
-    for (int r = threadIdx.x; r < groups; r += kBlock) {
-      const Range of = range(r);
-      const float count = static_cast<float>(of.end - of.begin);
-      found[r] = {sums[r].x / count, 0.0f, 0.0f, count};
-    }
-    __syncthreads();
-    sum_rows<kRead>(
-        groups, cut.over_groups, range,
-        [x, found](int r) {
-          const float shift = found[r].shift;
-          return [x, shift](auto width, int i, float2& sum) {
-            constexpr int kWidth = decltype(width)::value;
-            float v[kWidth];
-            to_float<T, kWidth>(load_unit<T, kWidth>(x + i), v);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-              const float d = v[j] - shift;
-              sum.x += d;
-              sum.y += d * d;
-            }
-          };
-        },
-        arena.slots(), sums);
-    for (int r = threadIdx.x; r < groups; r += kBlock) {
-      found[r].sum = sums[r].x;
-      const float rest = sums[r].y - sums[r].x * sums[r].x / found[r].count;
-      found[r].square = rest < 0.0f ? 0.0f : rest;  // a NaN stays
-    }
+    const int segments = cut.over_groups.segments;
+    merge_groups(
+        groups, cut.group_lanes, [&](int) { return segments; },
+        [&](int r) { return int64_t{range_of_group(r).end} - range_of_group(r).begin; },
+        [&](int r, int k) { return of_stretch[r * segments + k]; },
+        [&](int r, const MeanAndVariance& merged) {
+          found[r] = as_moments(merged, int64_t{range_of_group(r).end} - range_of_group(r).begin);
+        });
     __syncthreads();
   }
 
-  // channels[r] = what the job adds over each channel.
+  // The moments of each stretch of a group that a team of lanes takes, around the mean of what it
+  // takes first.
+  template <class T, int W>
+  BATCHOPS_DEVICE void stretches(const T* x, const Arena& arena) const {
+    const RowTeams& teams = cut.over_groups;
+    const int lane = threadIdx.x % teams.lanes;
+    const int team = threadIdx.x / teams.lanes;
+    const int total = groups * teams.segments;
+    const int step = teams.lanes * W;
+    Moments* to = arena.stretches();
+#pragma unroll 1
+    for (int first = 0; first < total; first += kBlock / teams.lanes) {
+      const int s = first + team;
+      Range of{0, 0};
+      if (s < total) {
+        const int r = static_cast<int>(teams.by_segments.quotient(static_cast<unsigned>(s)));
+        of = range_of_group(r);
+        of.begin += (s - r * teams.segments) * teams.segment;
+        if (of.begin + teams.segment < of.end) of.end = of.begin + teams.segment;
+      }
+      const int mine = of.begin + lane * W;
+      float2 sum = make_float2(0.0f, 0.0f);  // and how many
+#pragma unroll 1
+      for (int k = 0; k < kInFlight && mine + k * step < of.end; ++k) {
+        float v[W];
+        to_float<T, W>(load_unit<T, W>(x + mine + k * step), v);
+#pragma unroll
+        for (int j = 0; j < W; ++j) sum.x += v[j];
+        sum.y += W;
+      }
+      team_sum(teams.lanes, sum);
+      const float shift = sum.x / sum.y;
+      sum = make_float2(0.0f, 0.0f);
+#pragma unroll 4
+      for (int i = mine; i < of.end; i += step) {
+        float v[W];
+        to_float<T, W>(load_unit<T, W>(x + i), v);
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          const float d = v[j] - shift;
+          sum.x += d;
+          sum.y += d * d;
+        }
+      }
+      team_sum(teams.lanes, sum);
+      if (lane == 0 && s < total) {
+        const auto n = static_cast<float>(of.end > of.begin ? of.end - of.begin : 0);
+        const float rest = sum.y - sum.x * sum.x / n;
+        to[s] = {shift, sum.x, rest < 0.0f ? 0.0f : rest, n};  // a NaN stays
+      }
+    }
+    __syncthreads();
+  }
+  BATCHOPS_DEVICE static void team_sum(int lanes, float2& sum) {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
+      sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
+    }
+  }
+
+  // channels[r] = what the job adds over each channel, of what is kept.
   template <class T, int W, class Job>
   BATCHOPS_DEVICE void sum_channels(const Job& job, const Arena& arena) const {
+    wait_for_copies();
+    __syncthreads();
     if (cut.whole_channels) {
       channels_by<T, W>(job, arena);
     } else {
@@ -226,7 +249,51 @@ struct Slices {
     if (W == 1 || cut.padded) {
       apply_elements(job);
     } else if constexpr (W > 1) {
-      apply_units<W>(job);
+      if (cut.tabled) {
+        apply_planes<W>(job);
+      } else {
+        apply_units<W>(job);
+      }
+    }
+  }
+
+  // Whole units that lie within a channel each.
+  template <int W, class Job>
+  BATCHOPS_DEVICE void apply_planes(const Job& job) const {
+    constexpr int kAhead = Job::kAhead;
+    using Coefficients = typename Job::Coefficients;
+    Coefficients* table = job.arena.template table<Coefficients>();
+    for (int r = threadIdx.x; r < channels; r += kBlock) {
+      table[r] = job.make(channel_of(r), group_of_channel(r));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int first = begin; first < end; first += kBlock * kAhead * W) {
+      const int i0 = first + static_cast<int>(threadIdx.x) * W;
+      typename Job::template Held<W> held[kAhead];
+      unsigned bits[kAhead] = {};
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = i0 + u * kBlock * W;
+        if (i >= end) continue;
+        job.template load_outer<W>(*this, held[u], base + i, i);
+        if (job.masked()) bits[u] = mask_bits(job.mask, i);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = i0 + u * kBlock * W;
+        unsigned found = 0;
+        if (i < end) {
+          unsigned r;
+          int64_t at;
+          cut.plane.step(column, static_cast<unsigned>(i - begin), r, at);
+          const Coefficients k = table[r];
+          found = job.template run<W>(held[u], base + i, Range{0, W}, Same{k}, bits[u]);
+        }
+        if (job.writes_mask()) {
+          store_mask_byte<W>(job.mask_to + (base + i) / 8, i < end && (base + i) % 8 == 0, found);
+        }
+      }
     }
   }
 
@@ -251,9 +318,18 @@ struct Slices {
         unsigned found = 0;
         if (i < end && i + W > begin) {
           const Range valid{i < begin ? begin - i : 0, i + W > end ? end - i : W};
-          typename Job::Coefficients k[W];
-          coefficients<W>(job, i, valid, k);
-          found = job.template run<W>(held[u], base + i, valid, Each{k}, bits[u]);
+          constexpr int kPiece = Job::template kOddPiece<W>;
+#pragma unroll
+          for (int h = 0; h < W; h += kPiece) {
+            const Range of{valid.begin < h ? 0 : valid.begin - h,
+                           valid.end < h + kPiece ? valid.end - h : kPiece};
+            if (of.begin >= of.end) continue;
+            typename Job::Coefficients k[kPiece];
+            coefficients<kPiece>(job, i + h, of, k);
+            found |= job.template run<kPiece>(job.template piece<kPiece>(held[u], h / kPiece),
+                                              base + i + h, of, Each{k}, bits[u] >> h)
+                     << h;
+          }
         }
         if (job.writes_mask()) {
           store_mask_byte<W>(job.mask_to + (base + i) / 8,

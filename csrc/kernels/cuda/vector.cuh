@@ -61,6 +61,16 @@ BATCHOPS_DEVICE Unit<T, W> zero_unit() {
   return unit;
 }
 
+// Elements kPart · i … of a unit.
+template <int kPart, class T, int W>
+BATCHOPS_DEVICE Unit<T, kPart> part_of(const Unit<T, W>& unit, int i) {
+  T elements[W];
+  memcpy(static_cast<void*>(elements), &unit.bits, sizeof elements);
+  Unit<T, kPart> part;
+  memcpy(&part.bits, elements + i * kPart, sizeof part.bits);
+  return part;
+}
+
 template <class T, int W>
 BATCHOPS_DEVICE void to_float(const Unit<T, W>& unit, float (&to)[W]) {
   T elements[W];
@@ -93,11 +103,27 @@ BATCHOPS_DEVICE void store_word(Word* to, const Word& word) {
   *to = word;
 }
 
+// Two at once: one instruction, where each by itself takes one and another to put them together.
+BATCHOPS_DEVICE __half2 pair_from_float(__half, float first, float second) {
+  return __floats2half2_rn(first, second);
+}
+BATCHOPS_DEVICE __nv_bfloat162 pair_from_float(__nv_bfloat16, float first, float second) {
+  return __floats2bfloat162_rn(first, second);
+}
+
 template <class T, int W>
 BATCHOPS_DEVICE void store_unit(T* to, const float (&from)[W]) {
   alignas(16) T elements[W];
+  if constexpr (sizeof(T) == 2 && W % 2 == 0) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) elements[j] = from_float<T>(from[j]);
+    for (int j = 0; j < W; j += 2) {
+      const auto pair = pair_from_float(T{}, from[j], from[j + 1]);
+      memcpy(static_cast<void*>(elements + j), &pair, sizeof pair);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < W; ++j) elements[j] = from_float<T>(from[j]);
+  }
   using Bits = typename Word<Unit<T, W>::kBytes>::type;
   Bits bits;
   memcpy(&bits, elements, sizeof bits);
