@@ -41,6 +41,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -964,6 +965,8 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
   if (const char* error = query(kernels.name, device, found)) return error;
   constexpr int kStageBytes = Algorithm::kStage * kChunk * static_cast<int>(sizeof(float));
   args.slots = slots_of(found, kStageBytes);
+  static const char* const most = std::getenv("BATCHOPS_OPT_SLOTS");  // for measurements
+  if (most != nullptr) args.slots = std::clamp(std::atoi(most), 2, args.slots);
   LaunchShape shape{dim3(1, 1, 1), dim3(kBlock, 1, 1),
                     static_cast<size_t>(args.slots) * kSlotBytes + kStageBytes};
   shape.cooperative = true;
