@@ -52,6 +52,9 @@ def _norm(blocks: int, reads: int, writes: int) -> Limits:
 
 
 SLOT = 16 * 1024  # bytes in which the optimizers keep a chunk
+# … and what copies for the next one need beside a slot.
+STAGES = {"lamb_step": 16 * 1024, "lars_step": 8 * 1024}
+OPTIMIZER_THREADS = 320
 
 
 # The key is the kernel's name, its layout and whether its units are of 16 bytes, as far as its
@@ -126,24 +129,28 @@ LIMITS = {
     "group_norm_backward_apply channels_last narrow": _norm(2, reads=2, writes=2),
     # One kernel takes every dtype of p and g, by branches: of the 9 pairs 3 have float p and 3
     # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
-    # 16-bit p and g, which narrows those accesses but keeps all tensors in step. LAMB's first sweep
-    # is over four of them and its second, where nothing was kept, over p, m and v, and where p gave
-    # its place to caution, over p; LARS' first over p and g, its second over m and, where nothing
-    # was kept, all three. Elements that no unit fits go one by one. Dynamic shared memory: the one
-    # slot that sm_75 has room for.
+    # 16-bit p and g, which narrows those accesses but keeps all tensors in step. The first sweep
+    # finds copies in shared memory: those of the first chunk are started by themselves, those of
+    # the next one for each pair, for what is rare, and where no unit fits. LAMB copies four tensors,
+    # LARS p, g and the m of a second sweep. LAMB's second sweep, where nothing was kept, loads p, m
+    # and v, and where p gave its place to caution, p; LARS' m and, where nothing was kept, all
+    # three. Small tensors have a unit at a time, of any dtype. Elements that no unit fits go one by
+    # one. Dynamic shared memory: what sm_75 has for the one block that has room there.
     "lamb_step": Limits(
-        2,
-        reads=2 * (9 * 2 + 3 + 3 + 3 * 2 + 1 + 1 + 1),
-        writes=2 * (9 * 2 + 1 + 1),
-        dynamic_shared=SLOT,
+        1,
+        reads=2 * (12 * 4 + 3 * 2 + 1 + 1) + 4,
+        writes=2 * (9 * 2 + 1 + 1) + 4,
+        dynamic_shared=STAGES["lamb_step"] + 2 * SLOT,
+        threads=OPTIMIZER_THREADS,
     ),
     "lamb_store_sets": Limits(2, threads=32),
     "lamb_make_sets": Limits(2, threads=32),
     "lars_step": Limits(
-        2,
-        reads=2 * (3 + 3 + 3 + 9 + 3 + 3 + 1),
+        1,
+        reads=2 * (11 * 3 + 3 + 3 + 9 + 3) + 2,
         writes=2 * (3 + 9 + 1 + 3),
-        dynamic_shared=SLOT,
+        dynamic_shared=STAGES["lars_step"] + 3 * SLOT,
+        threads=OPTIMIZER_THREADS,
     ),
     "lars_store_sets": Limits(2, threads=32),
     "lars_make_sets": Limits(2, threads=32),

@@ -46,7 +46,8 @@ int registers_of(const Kernel& kernel) {
   const auto found = registers_by_name().find(kernel.name);
   if (found != registers_by_name().end()) return found->second;
   if (kernel.max_threads == 0) return 0;
-  const int threads = (kernel.max_threads + 31) / 32 * 32;
+  // Of as many warps in each quarter: see registers_of_block.
+  const int threads = (kernel.max_threads + 32 * kQuarters - 1) / (32 * kQuarters) * 32 * kQuarters;
   return std::min(kMaxRegistersPerThread, kRegistersPerMultiprocessor / threads / 8 * 8);
 }
 

@@ -143,10 +143,12 @@ class Device:
 
 
 DEVICES = {
-    "Hopper": Device(2),  # 4 blocks of 7 slots: what most tests have stays on the chip
-    "small": Device(1, 40 * 1024),  # 2 blocks of 1 slot
-    "alone": Device(1, 88 * 1024, blocks=1),  # one block of 2 slots
-    # 2 blocks of 3 slots, which are 48 KB: with what is static more than a kernel has unasked
+    # One slot is for the next chunk's copies; the others keep chunks.
+    "Hopper": Device(2),  # 4 blocks of 6 slots: what most tests have stays on the chip
+    "small": Device(2, 56 * 1024),  # 2 blocks of 2 slots, alone on their multiprocessors
+    "alone": Device(1, 72 * 1024, blocks=1),  # one block of 3 slots
+    # 2 blocks of 2 slots and LAMB's stage, which are 48 KB: with what is static more than a kernel
+    # has unasked
     "Ada": Device(1, 99 * 1024),
 }
 
@@ -161,7 +163,7 @@ def device(
     library.emulator_set_blocks_per_multiprocessor(known.blocks)
     steps = [f"{kind}_step".encode() for kind in ("lamb", "lars")]
     for step in steps:  # as launch bounds ask: two blocks
-        library.emulator_set_registers(step, 128)
+        library.emulator_set_registers(step, 96)
     try:
         with emulator.schedule(library, order, seed, known.multiprocessors):
             yield

@@ -277,6 +277,7 @@ def _optimizer_case(kind: type, x: optimizers.Parameter, clip: float | None) -> 
         passes["p0"] = Passes(written=1)
     passes["g0"] = Passes(read=2 if clip else 1)
     chunks = -(-x.numel // optimizers.CHUNK) if x.numel > optimizers.SMALL else 0
+    groups = -(-chunks // 32)
     sums = 5 if kind is optimizers.Problem else 3
 
     def run() -> Recording:
@@ -294,8 +295,13 @@ def _optimizer_case(kind: type, x: optimizers.Parameter, clip: float | None) -> 
         passes,
         tuple(f"{name}0" for name in changed),
         # The table's entry and the chunks' tensor, and squares of a piece, sums of a chunk and the
-        # outcome, all written and read; counters, set to 0, read and written; stats.
-        2 * (72 + 4 * max(chunks, 1) + 8 * max(chunks, 1) + 8 * sums * chunks + 52) + 3 * 8 + 16,
+        # outcome, all written and read; three kinds of counters, set to 0 by 16 bytes, read and
+        # written; stats. Of groups of chunks the sums are written.
+        2 * (72 + 4 * max(chunks, 1) + 8 * max(chunks, 1) + 8 * sums * chunks + 52)
+        + 3 * 16
+        + 2 * 8
+        + 16
+        + (8 + 8 * sums) * groups,
         # Single elements of 2 bytes: a warp's 64 lie in 3 sectors. A tail is one more access.
         0.5 if x.offset or x.numel < 64 else 0.99,
         x.numel,

@@ -46,14 +46,15 @@ struct GradSquares {
   }
 
   // This block's pieces; back to front, so that the gradients that a step begins with are the last
-  // ones read, and still in the L2 cache.
+  // ones read, and still in the L2 cache. Threads of a block beyond kThreads have nothing to add.
+  template <int kBlock>
   BATCHOPS_DEVICE void add_up(const Table& table) const {
     for (int32_t piece = pieces - 1 - static_cast<int32_t>(blockIdx.x); piece >= 0;
          piece -= static_cast<int32_t>(gridDim.x)) {
       double total[1] = {0};
       const int32_t begin = piece * items;
       const int32_t end = begin + items < table.items() ? begin + items : table.items();
-      for (int32_t item = end; item-- > begin;) {
+      for (int32_t item = end; threadIdx.x < kThreads && item-- > begin;) {
         if (item < table.chunks) {
           add_grad_squares(Part(table.entries[table.tensor_of[item]], item), total[0]);
           continue;
@@ -64,17 +65,20 @@ struct GradSquares {
           add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total[0]);
         }
       }
-      block_sum<kThreads>(total);
+      block_sum<kBlock>(total);
       if (threadIdx.x == 0) sums[piece] = total[0];
     }
   }
 
   // In every thread, once all pieces are there.
+  template <int kBlock>
   BATCHOPS_DEVICE double total() const {
     double total[1] = {0};
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < pieces; i += kThreads)
+    for (auto i = static_cast<int32_t>(threadIdx.x); threadIdx.x < kThreads && i < pieces;
+         i += kThreads) {
       total[0] += sums[i];
-    block_sum<kThreads>(total);
+    }
+    block_sum<kBlock>(total);
     return total[0];
   }
 };

@@ -11,15 +11,20 @@ inline namespace lamb_cu {
 #undef BATCHOPS_OPTIMIZER_INLINE
 
 struct Lamb {
-  static constexpr int kSums = 5;  // of LambNorms, in its order
+  static constexpr int kSums = 5;   // of LambNorms, in its order
+  static constexpr int kStage = 2;  // g and v; p and m have the slot
+  static constexpr bool kFetchesSecond = false;
   static constexpr bool kGradAgain = false;
   using Group = LambGroup;
   using Set = LambSet;
   struct Factors : LambFactors {
-    int32_t caution, apart;
+    int32_t caution, apart, inside;
     Factors() = default;
     BATCHOPS_DEVICE Factors(const LambSet& set, double C)
-        : LambFactors(set, C), caution(set.caution), apart(is_apart(set)) {}
+        : LambFactors(set, C),
+          caution(set.caution),
+          apart(is_apart(set)),
+          inside(eps_inside[0] != 0) {}
   };
   struct Outcome : LambStepFactors {
     int32_t apart;
@@ -48,37 +53,73 @@ struct Lamb {
     return {outcome.step, apart};
   }
 
+  // The last two are caution's.
+  static BATCHOPS_DEVICE int sums(const Factors& factors) { return factors.caution ? kSums : 3; }
+  // Without what is rare: typed code is there for every pair of types.
+  static BATCHOPS_DEVICE bool typed(const Factors& factors) {
+    return factors.caution == 0 && factors.inside == 0;
+  }
+
+  static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
+                                    const Slot& stage) {
+    slot.start(0, x.exact(), x.exact_dtype(), units);
+    stage.start(0, x.g, static_cast<DType>(x.g_dtype), units);
+    slot.start(1, x.m, DType::f32, units);
+    stage.start(1, x.v, DType::f32, units);
+  }
+  static BATCHOPS_DEVICE void fetch_second(const Entry&, const Units&, const Slot&) {}
+
   // Keeps p and u, rounded once; or, apart, the quotient's two parts.
-  template <class P, class G, int W>
+  template <class P, class G, int W, class From>
   static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
-                                    const Slot& slot, double (&sums)[kSums]) {
-    const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
-    const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+                                    const From& from, const Slot& kept, double (&sums)[kSums]) {
+    constexpr bool kTyped = !std::is_same_v<P, Any>;
+    const DType p_dtype = x.exact_dtype(), g_dtype = static_cast<DType>(x.g_dtype);
+    const Memory<P> p(x.exact(), p_dtype, units.begin);
+    const Memory<G> g(x.g, g_dtype, units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
-    const bool caution = factors.caution != 0, apart = factors.apart != 0;
-    const Constants c(factors);
-    struct Loaded {
-      Unit<Held<P>, W> p;
+    const bool caution = !kTyped && factors.caution != 0, apart = !kTyped && factors.apart != 0;
+    Constants c(factors);
+    if constexpr (kTyped) c.inside = false;
+    struct Staged {
       Unit<Held<G>, W> g;
-      Unit<float, W> m, v;
+      Unit<float, W> v;
     };
-    for_each_unit(
-        units,
-        [&](int32_t i) {
-          return Loaded{p.template load<W>(i), g.template load<W>(i), m.load<W>(i), v.load<W>(i)};
+    struct Rest {
+      Unit<Held<P>, W> p;
+      Unit<float, W> m;
+    };
+    for_each_first<!kTyped, W>(
+        units, from,
+        [&](int32_t i, int32_t n) {
+          if constexpr (From::kIs) {
+            return Staged{from.stage.template copied<G>(0, g_dtype, n),
+                          from.stage.template copied<float>(1, DType::f32, n)};
+          } else {
+            return Staged{g.template load<W>(i), v.load<W>(i)};
+          }
         },
-        [&](const Loaded& raw, int32_t i, int32_t n) {
+        [&](int32_t i, int32_t n) {
+          if constexpr (From::kIs) {
+            return Rest{from.slot.template copied<P>(0, p_dtype, n),
+                        from.slot.template copied<float>(1, DType::f32, n)};
+          } else {
+            return Rest{p.template load<W>(i), m.load<W>(i)};
+          }
+        },
+        [&](const Staged& staged, const Rest& rest, int32_t i, int32_t n) {
           float p_i[W], g_i[W], m_i[W], v_i[W], u_i[W];
-          to_float<Held<P>, W>(raw.p, p_i);
-          to_float<Held<G>, W>(raw.g, g_i);
-          to_float<float, W>(raw.m, m_i);
-          to_float<float, W>(raw.v, v_i);
+          to_float<Held<P>, W>(rest.p, p_i);
+          to_float<Held<G>, W>(staged.g, g_i);
+          to_float<float, W>(rest.m, m_i);
+          to_float<float, W>(staged.v, v_i);
 #pragma unroll
           for (int j = 0; j < W; ++j) {
             const F g_j = F(g_i[j]) * c.g_scale;
             const F m_j = first_moment(F(m_i[j]), g_j, c);
             const F v_j = second_moment(F(v_i[j]), g_j, c);
-            const Quotient u_j = direction(m_j, v_j, g_j, F(p_i[j]), factors, c);
+            const Quotient u_j = direction(m_j, v_j, g_j, F(p_i[j]), caution, apart, c);
+            const F u_rounded = u_j.high - u_j.low;
             const double p_wide = p_i[j], g_wide = g_j.v;
             const double u_wide = static_cast<double>(u_j.high.v) - static_cast<double>(u_j.low.v);
             sums[0] = fma(p_wide, p_wide, sums[0]);
@@ -88,18 +129,21 @@ struct Lamb {
             if (caution) sums[4] += where_positive(agreement(m_j, g_j), F(1.0f)).v;
             m_i[j] = m_j.v;
             v_i[j] = v_j.v;
-            p_i[j] = apart ? u_j.high.v : p_i[j];
-            u_i[j] = (apart ? u_j.low : u_j.high - u_j.low).v;
+            if (apart) p_i[j] = u_j.high.v;
+            u_i[j] = (apart ? u_j.low : u_rounded).v;
           }
           m.store<W>(i, m_i);
           v.store<W>(i, v_i);
-          slot.keep<W>(units.kept + n * W, p_i, u_i);
+          const int32_t place = units.kept + n * W;
+          // The copy of p is where it would be kept.
+          if (!From::kIs || !std::is_same_v<P, float>) kept.template keep<0, W>(place, p_i);
+          kept.template keep<1, W>(place, u_i);
         });
   }
 
   template <bool kKept, class P, class G, int W>
   static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors& factors,
-                                     const Outcome& outcome, const Slot& slot) {
+                                     const Outcome& outcome, const Slot& slot, const Slot&) {
     const StepConstants step(outcome);
     const bool apart = outcome.apart != 0;
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
@@ -143,14 +187,14 @@ struct Lamb {
 
  private:
   // u / scale or, apart, the quotient that is yet to become it.
-  static BATCHOPS_DEVICE Quotient direction(F m, F v, F g, F p, const Factors& factors,
+  static BATCHOPS_DEVICE Quotient direction(F m, F v, F g, F p, bool caution, bool apart,
                                             const Constants& c) {
     Quotient q = quotient(m, v, c);
-    if (factors.caution) {
+    if (caution) {
       const F agree = agreement(m, g);
       q = {where_positive(agree, q.high), where_positive(agree, q.low)};
     }
-    return factors.apart ? q : with_decay(q, p, c);
+    return apart ? q : with_decay(q, p, c);
   }
 
   // What a slot would have kept, from what the first sweep has stored.
@@ -169,17 +213,18 @@ struct Lamb {
         // Rare enough for loads of single elements.
         g_j = F(load_as_float(x.g, static_cast<DType>(x.g_dtype), at + j)) * c.g_scale;
       }
-      const Quotient u_j = direction(F(m_i[j]), F(v_i[j]), g_j, F(p[j]), factors, c);
+      const Quotient u_j = direction(F(m_i[j]), F(v_i[j]), g_j, F(p[j]), factors.caution != 0,
+                                     factors.apart != 0, c);
       high[j] = (factors.apart ? u_j.high : u_j.high - u_j.low).v;
       if (factors.apart) low[j] = u_j.low.v;
     }
   }
 };
 
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kBlock, kResident)
     lamb_step(const __grid_constant__ StepArguments<Lamb> args) {
-  BATCHOPS_DYNAMIC_SHARED(slots, float);
-  Step<Lamb>(args, slots).run();
+  BATCHOPS_DYNAMIC_SHARED(memory, float);
+  Step<Lamb>(args, memory).run();
 }
 
 __global__ void __launch_bounds__(kMaxSets)

@@ -22,7 +22,9 @@ struct LarsSet {
 };
 
 struct Lars {
-  static constexpr int kSums = 3;  // of LarsNorms, in its order
+  static constexpr int kSums = 3;   // of LarsNorms, in its order
+  static constexpr int kStage = 1;  // m, of the second sweep; p and g have the slot
+  static constexpr bool kFetchesSecond = true;
   static constexpr bool kGradAgain = true;
   using Group = LarsGroup;
   using Set = LarsSet;
@@ -55,20 +57,42 @@ struct Lars {
     return outcome.factors;
   }
 
+  static BATCHOPS_DEVICE int sums(const Factors&) { return kSums; }
+  static BATCHOPS_DEVICE bool typed(const Factors&) { return true; }
+
+  static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
+                                    const Slot&) {
+    slot.start(0, x.exact(), x.exact_dtype(), units);
+    slot.start(1, x.g, static_cast<DType>(x.g_dtype), units);
+  }
+  static BATCHOPS_DEVICE void fetch_second(const Entry& x, const Units& units, const Slot& stage) {
+    if (x.m != nullptr) stage.start(0, x.m, DType::f32, units);
+  }
+
   // Keeps p and the scaled g.
-  template <class P, class G, int W>
+  template <class P, class G, int W, class From>
   static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
-                                    const Slot& slot, double (&sums)[kSums]) {
-    const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
-    const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+                                    const From& from, const Slot& kept, double (&sums)[kSums]) {
+    const DType p_dtype = x.exact_dtype(), g_dtype = static_cast<DType>(x.g_dtype);
+    const Memory<P> p(x.exact(), p_dtype, units.begin);
+    const Memory<G> g(x.g, g_dtype, units.begin);
     const F g_scale(factors.g_scale), decay(factors.decay);
-    struct Loaded {
+    struct Nothing {};
+    struct Rest {
       Unit<Held<P>, W> p;
       Unit<Held<G>, W> g;
     };
-    for_each_unit(
-        units, [&](int32_t i) { return Loaded{p.template load<W>(i), g.template load<W>(i)}; },
-        [&](const Loaded& raw, int32_t i, int32_t n) {
+    for_each_first<std::is_same_v<P, Any>, W>(
+        units, from, [](int32_t, int32_t) { return Nothing{}; },
+        [&](int32_t i, int32_t n) {
+          if constexpr (From::kIs) {
+            return Rest{from.slot.template copied<P>(0, p_dtype, n),
+                        from.slot.template copied<G>(1, g_dtype, n)};
+          } else {
+            return Rest{p.template load<W>(i), g.template load<W>(i)};
+          }
+        },
+        [&](Nothing, const Rest& raw, int32_t, int32_t n) {
           float p_i[W], g_i[W];
           to_float<Held<P>, W>(raw.p, p_i);
           to_float<Held<G>, W>(raw.g, g_i);
@@ -81,13 +105,13 @@ struct Lars {
             sums[2] = fma(u_wide, u_wide, sums[2]);
             g_i[j] = g_j.v;
           }
-          slot.keep<W>(units.kept + n * W, p_i, g_i);
+          kept.template keep<W>(units.kept + n * W, p_i, g_i);
         });
   }
 
   template <bool kKept, class P, class G, int W>
   static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors&,
-                                     const Outcome& outcome, const Slot& slot) {
+                                     const Outcome& outcome, const Slot& slot, const Slot& stage) {
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
     const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin);
@@ -107,6 +131,12 @@ struct Lars {
           if constexpr (!kKept) {
             raw.p = p.template load<W>(i);
             raw.g = g.template load<W>(i);
+          }
+          if constexpr (kKept && W == kWidth) {
+            if (momentum && stage.floats != nullptr) {
+              raw.m = stage.copied<float>(0, DType::f32, (i - units.thread) / units.threads * W);
+              return raw;
+            }
           }
           if (momentum) raw.m = m.load<W>(i);
           return raw;
@@ -136,10 +166,10 @@ struct Lars {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kBlock, kResident)
     lars_step(const __grid_constant__ StepArguments<Lars> args) {
-  BATCHOPS_DYNAMIC_SHARED(slots, float);
-  Step<Lars>(args, slots).run();
+  BATCHOPS_DYNAMIC_SHARED(memory, float);
+  Step<Lars>(args, memory).run();
 }
 
 __global__ void __launch_bounds__(kMaxSets)

@@ -9,6 +9,15 @@
 // with more chunks than the slots of all blocks hold, the first ones are not kept: their second
 // sweep reads the memory again, back to front. It gives the same bits.
 //
+// While a chunk is computed the copies of the next one are under way, into the slot after it and,
+// what the slot has no place for, into the stage, which by then has been read. Two warps more do
+// what has to wait for memory between blocks: the clerk publishes each chunk's sums, the scout has
+// the outcome ready that a chunk's second sweep needs. The sweeping warps meet them once a chunk.
+//
+//   sweeping warps   settle | first sweep of chunk k, copies of k + 1   | settle | k + 1 …
+//   clerk                   | sums of k - 1                             | sums of k
+//   scout                   | factors of k + 1, the outcome it settles  | those of k + 2
+//
 // A small tensor is one warp's work from the sums to the update. Small tensors come last, and fill
 // the time in which blocks would wait.
 //
@@ -17,14 +26,22 @@
 // a trip to a counter.
 //
 // Nobody waits for ever. All blocks are resident (a cooperative launch). With a clip they all meet
-// once, before any of them waits for anything else. After that a block waits for a tensor
-// only when it has made the first sweep over all of its own chunks of that tensor and of those
-// before it: settle(), the only place that waits, is called for room for a chunk of a later tensor,
-// or after the last of its own chunks of this one (those without room for them are not kept). So of
+// once, before any of them waits for anything else. After that a block waits for a tensor only when
+// it has made the first sweep over all of its own chunks of that tensor and of those before it:
+//   settle(), before the sweep over a chunk, makes room for that chunk and for the copies of the
+//   next. A block keeps one chunk less of a tensor than it has slots. So if the oldest chunk is of
+//   the same tensor as the one to sweep, there is room already; else it is of an earlier one.
+//   Chunks that are not kept, and chunks after them, want all of an earlier tensor's settled. The
+//   scout waits only for tensors before that of the chunk being swept.
+// The clerk waits for nobody but the sweeping warps, and they, then, for none but the two. So of
 // the tensors without an outcome take the first: nobody who still owes it a chunk is waiting, for
 // all that come before it have their outcome.
 #pragma once
+#include <cuda_pipeline_primitives.h>
+
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -37,11 +54,37 @@ namespace batchops::cuda::optimizer {
 
 // Blocks of a multiprocessor: while one waits for memory or for the others the second works.
 constexpr int kResident = 2;
+// Those of kWarps, which sweep, and two more.
+constexpr int kClerk = kWarps, kScout = kWarps + 1;
+constexpr int kBlock = kThreads + 2 * kWarp;
 constexpr int kSlotBytes = 2 * kChunk * static_cast<int>(sizeof(float));
 // Sets that fit a launch's arguments, of which there are 4 KB.
 constexpr int kMaxSets = 32;
 
-// One float whose operations round once each, so that nothing is contracted.
+// Within a unit in the last place, in one instruction of the special function unit and no branch.
+// The formulas take their errors off again. `b` is 0 or no less than the least normal float, which
+// roots are anyway.
+BATCHOPS_DEVICE float near_sqrt(float a) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return std::sqrt(a) * (1 + 0x1p-23f);  // as far off as the device's may be
+#else
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(a));
+  return root;
+#endif
+}
+BATCHOPS_DEVICE float near_inverse(float b) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return 1 / b * (1 - 0x1p-24f);
+#else
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  return inverse;
+#endif
+}
+
+// One float whose operations round once each, so that nothing is contracted; quotients and roots
+// are only near.
 struct F {
   float v;
 
@@ -50,41 +93,79 @@ struct F {
   BATCHOPS_DEVICE friend F operator+(F a, F b) { return F(__fadd_rn(a.v, b.v)); }
   BATCHOPS_DEVICE friend F operator-(F a, F b) { return F(__fsub_rn(a.v, b.v)); }
   BATCHOPS_DEVICE friend F operator*(F a, F b) { return F(__fmul_rn(a.v, b.v)); }
-  BATCHOPS_DEVICE friend F operator/(F a, F b) { return F(__fdiv_rn(a.v, b.v)); }
+  BATCHOPS_DEVICE friend F operator/(F a, F b) { return F(a.v * near_inverse(b.v)); }
   BATCHOPS_DEVICE friend F operator-(F a) { return F(-a.v); }
 };
 BATCHOPS_DEVICE F fused(F a, F b, F c) { return F(__fmaf_rn(a.v, b.v, c.v)); }
-BATCHOPS_DEVICE F sqrt(F a) { return F(__fsqrt_rn(a.v)); }
-BATCHOPS_DEVICE F max(F a, F b) { return a.v < b.v ? b : a; }
-BATCHOPS_DEVICE F min(F a, F b) { return b.v < a.v ? b : a; }
+BATCHOPS_DEVICE F sqrt(F a) { return F(near_sqrt(a.v)); }
+// Where the formulas take these, a NaN has gone into the sum beside them too.
+BATCHOPS_DEVICE F max(F a, F b) { return F(fmaxf(a.v, b.v)); }
+BATCHOPS_DEVICE F min(F a, F b) { return F(fminf(a.v, b.v)); }
 BATCHOPS_DEVICE F select_le(F a, F b, F yes, F no) { return a.v <= b.v ? yes : no; }
 
 #define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
 #include "kernels/compensated.inl"
 
-// Where the threads of a block keep two floats an element. Each has places of its own, so that no
-// barrier is needed, whatever tensor the slot was for before:
+// Room for two floats an element of a chunk. Each thread has places of its own, so that no barrier
+// is needed, whatever tensor the room was for before:
 //
 //   [2][kInFlight][kThreads] units of kWidth floats
+//
+// An array on its way through has the first half or the second, and elements of two bytes leave the
+// rest of their place empty.
 struct Slot {
   float* floats;  // or null: there is no room
 
   // Elements n … n + W - 1 of those that are this thread's.
   template <int W>
   BATCHOPS_DEVICE void keep(int32_t n, const float (&a)[W], const float (&b)[W]) const {
-    if (floats == nullptr) return;
-    put<W>(place(n), a);
-    put<W>(place(n) + kChunk, b);
+    keep<0, W>(n, a);
+    keep<1, W>(n, b);
+  }
+  template <int kHalf, int W>
+  BATCHOPS_DEVICE void keep(int32_t n, const float (&a)[W]) const {
+    if (floats != nullptr) put<W>(place(kHalf, n), a);
   }
   template <int W>
   BATCHOPS_DEVICE void fetch(int32_t n, float (&a)[W], float (&b)[W]) const {
-    to_float<float, W>(load_unit<float, W>(place(n)), a);
-    to_float<float, W>(load_unit<float, W>(place(n) + kChunk), b);
+    to_float<float, W>(load_unit<float, W>(place(0, n)), a);
+    to_float<float, W>(load_unit<float, W>(place(1, n)), b);
+  }
+
+  // Starts the copies of this thread's units of an array.
+  BATCHOPS_DEVICE void start(int half, const void* array, DType dtype, const Units& units) const {
+    const char* from =
+        static_cast<const char*>(array) + (units.begin + units.thread * kWidth) * size_of(dtype);
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (units.thread + u * kThreads >= units.count) break;
+      if (size_of(dtype) == 4) {
+        __pipeline_memcpy_async(place(half, u * kWidth), from + u * (kThreads * kWidth * 4), 16);
+      } else {
+        __pipeline_memcpy_async(place(half, u * kWidth), from + u * (kThreads * kWidth * 2), 8);
+      }
+    }
+  }
+  // What such a copy has brought.
+  template <class T>
+  BATCHOPS_DEVICE Unit<Held<T>, kWidth> copied(int half, DType dtype, int32_t n) const {
+    const float* from = place(half, n);
+    if constexpr (std::is_same_v<T, Any>) {
+      float values[kWidth];
+      with_element(dtype, [&](auto type) {
+        using E = typename decltype(type)::type;
+        to_float<E, kWidth>(load_unit<E, kWidth>(reinterpret_cast<const E*>(from)), values);
+      });
+      return load_unit<float, kWidth>(values);
+    } else {
+      return load_unit<T, kWidth>(reinterpret_cast<const T*>(from));
+    }
   }
 
  private:
-  BATCHOPS_DEVICE float* place(int32_t n) const {
-    return floats + (n / kWidth * kThreads + static_cast<int>(threadIdx.x)) * kWidth + n % kWidth;
+  BATCHOPS_DEVICE float* place(int half, int32_t n) const {
+    return floats + half * kChunk +
+           (n / kWidth * kThreads + static_cast<int>(threadIdx.x)) * kWidth + n % kWidth;
   }
   template <int W>
   static BATCHOPS_DEVICE void put(float* to, const float (&from)[W]) {
@@ -96,6 +177,55 @@ struct Slot {
     }
   }
 };
+
+// Of a chunk whose copies have come: where they are, and what to call as soon as the stage has been
+// read. The slot is not copied to before the chunk is done with.
+template <class Ahead>
+struct Fetched {
+  static constexpr bool kIs = true;
+  Slot slot, stage;
+  const Ahead& ahead;
+};
+// Of elements that are read from where they are.
+struct NotFetched {
+  static constexpr bool kIs = false;
+};
+
+// Calls use(staged(i, n), rest(i, n), i, n) for each unit of a first sweep; with kSlow in few
+// registers.
+template <bool kSlow, int W, class From, class Staged, class Rest, class Use>
+BATCHOPS_DEVICE void for_each_first(const Units& units, const From& from, Staged&& staged,
+                                    Rest&& rest, Use&& use) {
+  if constexpr (!From::kIs) {
+    struct Loaded {
+      decltype(staged(0, 0)) early;
+      decltype(rest(0, 0)) late;
+    };
+    for_each_unit<W == 1 ? kInFlight : 1>(
+        units, [&](int32_t i) { return Loaded{staged(i, 0), rest(i, 0)}; },
+        [&](const Loaded& raw, int32_t i, int32_t n) { use(raw.early, raw.late, i, n); });
+  } else if constexpr (kSlow) {
+#pragma unroll 1
+    for (int u = 0; u < kInFlight; ++u) {
+      const int32_t i = units.thread + u * kThreads;
+      if (i < units.count) use(staged(i, u * kWidth), rest(i, u * kWidth), i, u);
+    }
+    from.ahead();
+  } else {
+    decltype(staged(0, 0)) early[kInFlight] = {};
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int32_t i = units.thread + u * kThreads;
+      if (i < units.count) early[u] = staged(i, u * kWidth);
+    }
+    from.ahead();
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int32_t i = units.thread + u * kThreads;
+      if (i < units.count) use(early[u], rest(i, u * kWidth), i, u);
+    }
+  }
+}
 
 // The low-precision copies of masters, P, that have changed.
 template <class P, int W>
@@ -116,27 +246,34 @@ BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
 
 // Algorithm gives
 //   kSums                            doubles that are added up over a tensor
+//   kStage                           arrays that the stage has places for
 //   Group, Set                       hyperparameters; Set(group, step, excluded)
 //   with_rates(group, rates)         the group with those of its numbers that are on the device
 //   Factors(Set, C)                  what sweeps make of them; C is what gradients are divided by
+//   sums(factors)                    how many of the first kSums are not 0 in any case
 //   Outcome                          what the second sweep needs of a tensor
 //   outcome(Set, sums, numel, C, grad_scale, stats)
 //   kGradAgain                       whether the second sweep reads g where nothing was kept
-//   first<P, G, W>(entry, units, factors, slot, sums)        adds to sums; see with_units
-//   second<kKept, P, G, W>(entry, units, factors, outcome, slot)
+//   fetch(entry, units, slot, stage)           starts the copies that first() finds there
+//   fetch_second(entry, units, stage)          … and those that second() does, if any
+//   typed(factors)                             whether first<P, G> with types will do
+//   first<P, G, W>(entry, units, factors, from, kept, sums)       adds to sums; see with_units
+//   second<kKept, P, G, W>(entry, units, factors, outcome, kept, stage)
 template <class Algorithm>
 struct StepArguments {
   using Set = typename Algorithm::Set;
   using Outcome = typename Algorithm::Outcome;
 
   Table table;
-  int32_t slots;  // of a block
+  int32_t slots;  // of a block, two or more
   // The workspace. Counters are 0 at first.
-  unsigned* arrived;   // blocks that have added up their gradients' squares
-  unsigned* arrivals;  // [tensors], chunks that have their sums, and one more for the outcome
+  unsigned* arrived;         // blocks that have added up their gradients' squares
+  unsigned* arrivals;        // [tensors], groups that have their sums, and one more for the outcome
+  unsigned* group_arrivals;  // chunks that have
   GradSquares squares;
-  double* sums;       // [chunks, kSums]
-  Outcome* outcomes;  // [tensors]
+  double* sums;        // [chunks, kSums]
+  double* group_sums;  // [groups, kSums]
+  Outcome* outcomes;   // [tensors]
   // Where they are too many for arguments; or, with `by_tensor`, made of step counts on the device.
   const Set* more_sets;
   bool by_tensor;
@@ -158,6 +295,32 @@ struct StepArguments {
   }
 };
 
+// Atomics between blocks. What the releasing thread has seen is seen by who finds its count.
+BATCHOPS_DEVICE unsigned add_one(unsigned* counter) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_ACQ_REL, __NV_THREAD_SCOPE_DEVICE);
+#else
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+#endif
+}
+BATCHOPS_DEVICE unsigned count_of(const unsigned* counter) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE);
+#else
+  unsigned count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(count)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return count;
+#endif
+}
+
 template <class Algorithm>
 class Step {
   static constexpr int kSums = Algorithm::kSums;
@@ -165,21 +328,37 @@ class Step {
   using Outcome = typename Algorithm::Outcome;
 
  public:
-  // `slots`: the dynamic shared memory.
-  BATCHOPS_DEVICE Step(const StepArguments<Algorithm>& args, float* slots)
-      : args_(args), slots_(slots) {}
+  // `memory`: the dynamic shared memory.
+  BATCHOPS_DEVICE Step(const StepArguments<Algorithm>& args, float* memory)
+      : args_(args), memory_(memory) {}
 
   BATCHOPS_DEVICE void run() {
     if (skipped(args_.device)) return forget_stats();
     find_divisor();
-    for (int32_t item = static_cast<int32_t>(blockIdx.x);; item += blocks()) {
-      const bool over = item >= args_.table.items();
-      const bool kept = over || is_kept(item);
-      const int32_t left_out = left_out_before(item);
-      settle(item, over || !kept || left_out >= 0 ? 0 : args_.slots - 1);
-      if (left_out >= 0) sweep_again(left_out);
+    if (warp() == kClerk) return keep_books();
+    if (warp() == kScout) return look_ahead();
+    int32_t item = static_cast<int32_t>(blockIdx.x);
+    meet();
+    if (is_chunk(item)) fetch(item, 0);
+    bool books_are_open = true;
+    for (int32_t turn = 0;; item += blocks()) {
+      const bool chunk = is_chunk(item), over = item >= args_.table.items();
+      if (!chunk && books_are_open) {
+        meet();
+        books_are_open = false;
+      }
+      const bool kept = !chunk || is_kept(item, turn);
+      const int32_t left_out = left_out_before(item, turn);
+      settle(item, turn, over || !kept || left_out >= 0 ? 0 : chunk ? room() - 1 : room());
+      if (left_out >= 0) sweep_again(left_out, turn - 1);
       if (over) break;
-      sweep(item, kept);
+      if (chunk) {
+        sweep(item, turn, kept);
+        meet();
+        ++turn;
+      } else {
+        sweep_small(item);
+      }
     }
   }
 
@@ -187,6 +366,16 @@ class Step {
   static BATCHOPS_DEVICE int32_t blocks() { return static_cast<int32_t>(gridDim.x); }
   static BATCHOPS_DEVICE int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
   static BATCHOPS_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+  // All warps of the block, each at its own place in the code.
+  static BATCHOPS_DEVICE void meet() {
+    __syncwarp();
+    __barrier_sync(1);
+  }
+  // The sweeping warps and the clerk: it has read the sums that they are about to write.
+  static BATCHOPS_DEVICE void hand_over() {
+    __syncwarp();
+    __barrier_sync_count(2, kThreads + kWarp);
+  }
 
   // What gradients are divided by.
   static BATCHOPS_DEVICE double& divisor() {
@@ -200,14 +389,13 @@ class Step {
       if (args_.grad_sum_sq != nullptr) {
         sum_sq = *args_.grad_sum_sq;
       } else {
-        args_.squares.add_up(args_.table);
+        args_.squares.template add_up<kBlock>(args_.table);
         if (threadIdx.x == 0) {
-          __threadfence();
-          atomicAdd(args_.arrived, 1u);
+          add_one(args_.arrived);
           wait_for(args_.arrived, gridDim.x);
         }
         __syncthreads();
-        sum_sq = args_.squares.total();
+        sum_sq = args_.squares.template total<kBlock>();
       }
       by = grad_divisor(sum_sq, args_.max_grad_norm, args_.clip_eps, args_.scale());
     }
@@ -215,25 +403,42 @@ class Step {
     __syncthreads();
   }
 
-  // By one thread; a barrier follows.
+  // By one thread; a barrier of those that go on follows.
   static BATCHOPS_DEVICE void wait_for(const unsigned* counter, unsigned count) {
-    while (*static_cast<const volatile unsigned*>(counter) < count) __nanosleep(20);
-    __threadfence();
+    while (count_of(counter) < count) __nanosleep(20);
+  }
+  BATCHOPS_DEVICE void wait_for_outcome(int32_t tensor) const {
+    wait_for(&args_.arrivals[tensor], static_cast<unsigned>(groups_of(entry(tensor))) + 1);
   }
 
-  // The factors of the set that the warp is at: mostly that of the tensor before.
-  static BATCHOPS_DEVICE Factors& factors() {
-    BATCHOPS_SHARED(factors, Factors[kWarps]);
-    return factors[warp()];
-  }
-  BATCHOPS_DEVICE void use_set_of(int32_t tensor) {
-    const int32_t set = args_.set_of(tensor);
-    if (set == set_) return;
-    set_ = set;
-    __syncwarp();
-    if (lane() == 0) factors() = Factors(args_.set(set_), divisor());
+  // By the sweeping warps, once a tensor.
+  BATCHOPS_DEVICE void wait_in_warp(int32_t tensor) {
+    if (tensor == settled_) return;
+    settled_ = tensor;
+    if (lane() == 0) wait_for_outcome(tensor);
     __syncwarp();
   }
+
+  // What the warps of a block hand each other, by turns.
+  struct Shared {
+    double sums[kSums][kWarps];  // for the clerk
+    // By the scout: those of this turn, of the one before and of the next.
+    unsigned char factors[3 * sizeof(Factors)];
+    // … and of the one after that.
+    Entry entries[4];
+    int32_t entry_tensors[4];
+    Outcome outcomes[2];
+    int32_t tensors[2];  // whose outcomes they are; or below 0
+  };
+  static BATCHOPS_DEVICE Shared& shared() {
+    BATCHOPS_SHARED(shared, Shared);
+    return shared;
+  }
+  static BATCHOPS_DEVICE Factors& factors_at(int32_t turn) {
+    return reinterpret_cast<Factors*>(shared().factors)[turn % 3];
+  }
+
+  static BATCHOPS_DEVICE const Entry& entry_at(int32_t turn) { return shared().entries[turn % 4]; }
 
   BATCHOPS_DEVICE bool is_chunk(int32_t item) const { return item < args_.table.chunks; }
   BATCHOPS_DEVICE const Entry& entry(int32_t tensor) const { return args_.table.entries[tensor]; }
@@ -248,134 +453,305 @@ class Step {
     return is_chunk(item) ? Part(x, item) : Part(x);
   }
 
-  // Whether a block's slots hold its chunks of the item's tensor from the item on.
-  BATCHOPS_DEVICE bool is_kept(int32_t item) const {
-    if (!is_chunk(item)) return true;
-    return entry(tensor_of(item)).last_chunk() - item < args_.slots * blocks();
+  // Chunks of one tensor that a block keeps: one slot is for the copies of the next.
+  BATCHOPS_DEVICE int32_t room() const { return args_.slots - 1; }
+  // Whether they hold the block's chunks of this one's tensor from this one on.
+  BATCHOPS_DEVICE bool is_kept(int32_t chunk, int32_t turn) const {
+    return entry_at(turn).last_chunk() - chunk < room() * blocks();
   }
   // The last chunk not kept of the tensor that ends, for this block, right before the item; below 0
   // where there is none.
-  BATCHOPS_DEVICE int32_t left_out_before(int32_t item) const {
+  BATCHOPS_DEVICE int32_t left_out_before(int32_t item, int32_t turn) const {
     const int32_t last = item - blocks();
     if (last < 0 || !is_chunk(last)) return -1;
-    const Entry& x = entry(tensor_of(last));
-    const int32_t left_out = last - args_.slots * blocks();
+    const Entry& x = entry_at(turn - 1);
+    const int32_t left_out = last - room() * blocks();
     return item > x.last_chunk() && left_out >= x.first_chunk ? left_out : -1;
   }
 
   // The slot so many places before the next free one.
   BATCHOPS_DEVICE Slot slot(int32_t before) const {
     const int32_t i = next_slot_ - before;
-    return {slots_ + (i < 0 ? i + args_.slots : i) * (2 * kChunk)};
+    return {memory_ + ((i < 0 ? i + args_.slots : i) * 2 + Algorithm::kStage) * kChunk};
+  }
+  BATCHOPS_DEVICE Slot stage() const { return {memory_}; }
+  BATCHOPS_DEVICE Slot take_slot(bool keeps) {
+    const Slot taken = slot(0);
+    kept_ += keeps;
+    next_slot_ = next_slot_ + 1 == args_.slots ? 0 : next_slot_ + 1;
+    return taken;
   }
 
-  BATCHOPS_DEVICE void sweep(int32_t item, bool kept) {
-    const int32_t tensor = tensor_of(item);
-    double sums[kSums] = {};
-    if (tensor >= 0) {
-      const Entry& x = entry(tensor);
-      use_set_of(tensor);
-      const Slot free = kept ? slot(0) : Slot{};
-      with_units<true>(part_of(item, x), [&](auto p, auto g, auto width, const Units& units) {
-        Algorithm::template first<typename decltype(p)::type, typename decltype(g)::type,
-                                  decltype(width)::value>(x, units, factors(), free, sums);
-      });
+  // Starts the copies for a chunk, into the next free slot; and those for the second sweep over the
+  // chunk that is kept longest, if that makes room in the next turn.
+  BATCHOPS_DEVICE void fetch(int32_t chunk, int32_t turn) {
+    const Entry& x = entry_at(turn);
+    const Units units = Units::wide(Part(x, chunk));
+    if (units.count > 0) Algorithm::fetch(x, units, slot(0), stage());
+    fetched_second_ = -1;
+    if (Algorithm::kFetchesSecond && kept_ == args_.slots - 1) {
+      const int32_t oldest = chunk - kept_ * blocks();
+      const Entry& y = entry(tensor_of(oldest));
+      const Units again = Units::wide(Part(y, oldest));
+      if (again.count > 0) Algorithm::fetch_second(y, again, stage());
+      fetched_second_ = oldest;
     }
-    if (kept) {
-      ++kept_;
-      next_slot_ = next_slot_ + 1 == args_.slots ? 0 : next_slot_ + 1;
+    __pipeline_commit();
+  }
+
+  BATCHOPS_DEVICE void sweep(int32_t item, int32_t turn, bool kept) {
+    const Slot taken = take_slot(kept), keeper = kept ? taken : Slot{};
+    const Entry& x = entry_at(turn);
+    const Factors& factors = factors_at(turn);
+    const Part part(x, item);
+    const Units wide = Units::wide(part), narrow = Units::narrow(part, wide);
+    const int32_t next = item + blocks();
+    const auto ahead = [&] {
+      if (is_chunk(next)) fetch(next, turn + 1);
+    };
+    double sums[kSums] = {};
+    __pipeline_wait_prior(0);
+    if (wide.count > 0) {
+      const Fetched<decltype(ahead)> from{taken, stage(), ahead};
+      if (Algorithm::typed(factors)) {
+        with_element(x.exact_dtype(), [&](auto p) {
+          with_element(static_cast<DType>(x.g_dtype), [&](auto g) {
+            Algorithm::template first<typename decltype(p)::type, typename decltype(g)::type,
+                                      kWidth>(x, wide, factors, from, keeper, sums);
+          });
+        });
+      } else {
+        Algorithm::template first<Any, Any, kWidth>(x, wide, factors, from, keeper, sums);
+      }
+    } else {
+      ahead();
+    }
+    if (narrow.count > 0) {
+      Algorithm::template first<Any, Any, 1>(x, narrow, factors, NotFetched{}, keeper, sums);
+    }
+    const int used = Algorithm::sums(factors);
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      if (i < used) sums[i] = warp_sum(sums[i]);
+    }
+    hand_over();
+    if (lane() == 0) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) shared().sums[i][warp()] = sums[i];
+    }
+  }
+
+  BATCHOPS_DEVICE void sweep_small(int32_t item) {
+    const Slot keeper = take_slot(true);
+    const int32_t tensor = tensor_of(item);
+    if (tensor < 0) return;
+    const Entry& x = entry(tensor);
+    // Copies for chunks are over, so the stage is free.
+    Factors& factors = reinterpret_cast<Factors*>(memory_)[warp()];
+    if (const int32_t set = args_.set_of(tensor); set != set_) {
+      set_ = set;
+      __syncwarp();
+      if (lane() == 0) factors = Factors(args_.set(set), divisor());
+      __syncwarp();
+    }
+    const Part part(x);
+    const Units wide = Units::wide(part), narrow = Units::narrow(part, wide);
+    double sums[kSums] = {};
+    if (wide.count > 0) {
+      Algorithm::template first<Any, Any, kWidth>(x, wide, factors, NotFetched{}, keeper, sums);
+    }
+    if (narrow.count > 0) {
+      Algorithm::template first<Any, Any, 1>(x, narrow, factors, NotFetched{}, keeper, sums);
     }
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
-    if (is_chunk(item)) {
-      arrive(item, sums);
-    } else if (tensor >= 0 && lane() == 0) {
-      find_outcome(tensor, sums);
-    }
+    if (lane() == 0) find_outcome(tensor, sums);
   }
 
   // Second sweeps over the items that are kept longest, of those before `item`, until at most
   // `most` are kept.
-  BATCHOPS_DEVICE void settle(int32_t item, int32_t most) {
+  BATCHOPS_DEVICE void settle(int32_t item, int32_t turn, int32_t most) {
     for (; kept_ > most; --kept_) {
       const int32_t oldest = item - kept_ * blocks();
       const int32_t tensor = tensor_of(oldest);
-      if (!is_chunk(oldest)) {
-        __syncwarp();  // its outcome is of this warp's lane 0
-        if (tensor < 0) continue;
-      } else if (tensor != settled_) {
-        settled_ = tensor;
-        if (threadIdx.x == 0) {
-          wait_for(&args_.arrivals[tensor], static_cast<unsigned>(entry(tensor).chunks()) + 1);
-        }
-        __syncthreads();
+      __syncwarp();  // a small tensor's outcome is of this warp's lane 0
+      if (tensor < 0) continue;
+      Outcome outcome;
+      if (is_chunk(oldest) && shared().tensors[turn % 2] == tensor) {
+        outcome = shared().outcomes[turn % 2];
+      } else {
+        if (is_chunk(oldest)) wait_in_warp(tensor);
+        outcome = args_.outcomes[tensor];
       }
-      second<true>(part_of(oldest, entry(tensor)), args_.outcomes[tensor], slot(kept_));
+      const bool fetched = Algorithm::kFetchesSecond && oldest == fetched_second_;
+      if (fetched) __pipeline_wait_prior(0);
+      second<true>(part_of(oldest, entry(tensor)), factors_at(turn), outcome, slot(kept_),
+                   fetched ? stage() : Slot{});
     }
   }
 
-  // Where the part was kept, the factors may be those of a later tensor.
+  // Where the part was kept, the factors may be those of another tensor.
   template <bool kKept>
-  BATCHOPS_DEVICE void second(const Part& part, const Outcome& outcome, const Slot& slot) const {
+  BATCHOPS_DEVICE void second(const Part& part, const Factors& factors, const Outcome& outcome,
+                              const Slot& slot, const Slot& stage) const {
     constexpr bool kGrad = Algorithm::kGradAgain && !kKept;
     with_units<kGrad>(part, [&](auto p, auto g, auto width, const Units& units) {
       Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
-                                 decltype(width)::value>(part.x, units, factors(), outcome, slot);
+                                 decltype(width)::value>(part.x, units, factors, outcome, slot,
+                                                         stage);
     });
   }
 
-  // The second sweep over this block's chunks that were not kept, of the tensor settled last; back
-  // to front, for what was read last is still in the L2 cache.
-  BATCHOPS_DEVICE void sweep_again(int32_t last) const {
-    const Entry& x = entry(settled_);
+  // The second sweep over this block's chunks that were not kept, of the tensor of that turn, which
+  // is settled; back to front, for what was read last is still in the L2 cache.
+  BATCHOPS_DEVICE void sweep_again(int32_t last, int32_t turn) {
+    const int32_t tensor = tensor_of(last);
+    wait_in_warp(tensor);
+    const Entry& x = entry(tensor);
+    const Outcome outcome = args_.outcomes[tensor];
     for (int32_t item = last; item >= x.first_chunk; item -= blocks()) {
-      second<false>(Part(x, item), args_.outcomes[settled_], Slot{});
+      second<false>(Part(x, item), factors_at(turn), outcome, Slot{}, Slot{});
     }
   }
 
-  // Brings the sums of a chunk, of which each warp has its share. The first warp goes on with them
-  // alone, the others up to the next chunk's sums.
-  BATCHOPS_DEVICE void arrive(int32_t item, double (&sums)[kSums]) const {
-    BATCHOPS_SHARED(by_warp, double[kSums][kWarps]);
-    __syncthreads();
-    if (lane() == 0) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) by_warp[i][warp()] = sums[i];
+  // ---- the scout
+
+  BATCHOPS_DEVICE void look_ahead() const {
+    int32_t item = static_cast<int32_t>(blockIdx.x), turn = 0;
+    describe(item, 0);
+    __syncwarp();
+    prepare(item, turn);
+    meet();
+    for (; is_chunk(item); item += blocks(), ++turn) {
+      prepare(item + blocks(), turn + 1);
+      meet();
     }
-    __syncthreads();
-    if (warp() > 0) return;
+    meet();
+  }
+
+  // The entry of a chunk, for its turn.
+  BATCHOPS_DEVICE void describe(int32_t chunk, int32_t turn) const {
+    if (!is_chunk(chunk)) return;
+    constexpr int kWords = sizeof(Entry) / sizeof(uint32_t);
+    const int32_t tensor = tensor_of(chunk);
+    if (lane() < kWords) {
+      reinterpret_cast<uint32_t*>(&shared().entries[turn % 4])[lane()] =
+          reinterpret_cast<const uint32_t*>(&entry(tensor))[lane()];
+    }
+    if (lane() == 0) shared().entry_tensors[turn % 4] = tensor;
+  }
+
+  // What the sweeping warps need in a turn, which is of this item, and the entry that they need
+  // then for the copies of the next.
+  BATCHOPS_DEVICE void prepare(int32_t item, int32_t turn) const {
+    describe(item + blocks(), turn + 1);
+    const auto tensor_at = [](int32_t t) { return shared().entry_tensors[t % 4]; };
+    if (is_chunk(item) && lane() == 0) {
+      const int32_t set = args_.set_of(tensor_at(turn));
+      if (turn > 0 && args_.set_of(tensor_at(turn - 1)) == set) {
+        factors_at(turn) = factors_at(turn - 1);
+      } else {
+        factors_at(turn) = Factors(args_.set(set), divisor());
+      }
+    }
+    // As long as all chunks are kept, this is the one that makes room.
+    const int32_t oldest = item - room() * blocks();
+    int32_t tensor = -1;
+    if (oldest >= 0 && is_chunk(oldest)) {
+      tensor = tensor_of(oldest);
+      // Not before the sweep over this block's last chunk of it, which may be in the turn before.
+      if (tensor == tensor_at(turn - 1)) tensor = -1;
+    }
+    if (lane() == 0) {
+      shared().tensors[turn % 2] = tensor;
+      if (tensor >= 0) {
+        wait_for_outcome(tensor);
+        shared().outcomes[turn % 2] = args_.outcomes[tensor];
+      }
+    }
+    __syncwarp();
+  }
+
+  // ---- the clerk
+
+  BATCHOPS_DEVICE void keep_books() const {
+    meet();
+    int32_t item = static_cast<int32_t>(blockIdx.x);
+    if (is_chunk(item)) hand_over();
+    for (; is_chunk(item); item += blocks()) {
+      meet();
+      double sums[kSums];
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(lane() < kWarps ? by_warp[i][lane()] : 0.0);
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] = lane() < kWarps ? shared().sums[i][lane()] : 0.0;
+        sums[i] = sum_of_lanes(sums[i], kWarps);
+      }
+      arrive(item, sums);
+      // Not sooner: who is to meet it here may be waiting for this very chunk.
+      if (is_chunk(item + blocks())) hand_over();
+    }
+    meet();
+  }
+
+  // Sums come together by groups of chunks, and these by tensors.
+  static constexpr int32_t kGroup = kWarp;
+  static BATCHOPS_DEVICE int32_t groups_of(const Entry& x) {
+    return (x.chunks() + kGroup - 1) / kGroup;
+  }
+  // The first of a tensor's groups; more than any of an earlier tensor.
+  static BATCHOPS_DEVICE int32_t first_group(const Entry& x, int32_t tensor) {
+    return x.first_chunk / kGroup + tensor;
+  }
+
+  BATCHOPS_DEVICE static void load_sums(const double* from, double (&sums)[kSums]) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] += from[i];
+  }
+
+  // Brings the sums of a chunk.
+  BATCHOPS_DEVICE void arrive(int32_t item, double (&sums)[kSums]) const {
     const int32_t tensor = tensor_of(item);
+    const Entry& x = entry(tensor);
+    const int32_t chunks = x.chunks(), groups = groups_of(x);
+    const int32_t chunk = item - x.first_chunk, group = chunk / kGroup;
+    const int32_t in_group = group + 1 < groups ? kGroup : chunks - group * kGroup;
+    const int32_t place = first_group(x, tensor);
+    if (!is_last(&args_.group_arrivals[place + group], in_group, sums,
+                 args_.sums + int64_t{item} * kSums)) {
+      return;
+    }
+    const auto add_up = [&](const double* from, int32_t count) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = 0;
+#pragma unroll 2
+      for (int32_t k = lane(); k < count; k += kWarp) load_sums(from + int64_t{k} * kSums, sums);
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
+    };
+    add_up(args_.sums + (int64_t{x.first_chunk} + group * kGroup) * kSums, in_group);
+    if (!is_last(&args_.arrivals[tensor], groups, sums,
+                 args_.group_sums + int64_t{place + group} * kSums)) {
+      return;
+    }
+    if (groups > 1) add_up(args_.group_sums + int64_t{place} * kSums, groups);
+    if (lane() == 0) {
+      find_outcome(tensor, sums);
+      add_one(&args_.arrivals[tensor]);
+    }
+  }
+
+  // Stores the sums and says whether they are the last of `count`: then all are there to see.
+  static BATCHOPS_DEVICE bool is_last(unsigned* counter, int32_t count, const double (&sums)[kSums],
+                                      double* to) {
     unsigned before = 0;
     if (lane() == 0) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) args_.sums[int64_t{item} * kSums + i] = sums[i];
-      __threadfence();
-      before = atomicAdd(&args_.arrivals[tensor], 1u);
-      __threadfence();
+      for (int i = 0; i < kSums; ++i) to[i] = sums[i];
+      before = add_one(counter);
     }
-    const Entry& x = entry(tensor);
-    const int32_t chunks = x.chunks();
-    if (__shfl_sync(kAllLanes, before, 0) + 1 < static_cast<unsigned>(chunks)) return;
-
-    // All of the tensor's sums are there.
-    __syncwarp();
-    const double* of_chunk = args_.sums + int64_t{x.first_chunk} * kSums;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = 0;
-#pragma unroll 4
-    for (int32_t k = lane(); k < chunks; k += kWarp) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] += of_chunk[int64_t{k} * kSums + i];
-    }
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
-    if (lane() == 0) {
-      find_outcome(tensor, sums);
-      __threadfence();
-      atomicAdd(&args_.arrivals[tensor], 1u);
-    }
+    before = __shfl_sync(kAllLanes, before, 0);
+    __syncwarp();  // what lane 0 has seen
+    return before + 1 == static_cast<unsigned>(count);
   }
 
   BATCHOPS_DEVICE void find_outcome(int32_t tensor, const double (&sums)[kSums]) const {
@@ -390,18 +766,19 @@ class Step {
   BATCHOPS_DEVICE void forget_stats() const {
     if (args_.stats == nullptr) return;
     constexpr float nothing = std::numeric_limits<float>::quiet_NaN();
-    for (int32_t i = static_cast<int32_t>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-         i < args_.table.tensors; i += blocks() * kThreads) {
+    for (int32_t i = static_cast<int32_t>(blockIdx.x) * kBlock + static_cast<int>(threadIdx.x);
+         i < args_.table.tensors; i += blocks() * kBlock) {
       args_.stats[i] = {nothing, nothing, nothing, nothing};
     }
   }
 
   const StepArguments<Algorithm>& args_;
-  float* slots_;
+  float* memory_;
   int32_t kept_ = 0;  // of the last items, in slots by turns
   int32_t next_slot_ = 0;
   int32_t set_ = -1;
-  int32_t settled_ = -1;  // a tensor whose outcome is known to be there
+  int32_t settled_ = -1;         // a tensor whose outcome is known to be there
+  int32_t fetched_second_ = -1;  // a chunk whose second sweep finds copies in the stage
 };
 
 // ---- host
@@ -499,9 +876,12 @@ struct StepPlan {
     Cutter cutter(workspace);
     args.arrived = cutter.take<unsigned>(1);
     args.arrivals = cutter.take<unsigned>(args.table.tensors);
+    const size_t groups = args.table.chunks / kWarp + args.table.tensors + 1;
+    args.group_arrivals = cutter.take<unsigned>(groups);
     counter_bytes = cutter.bytes();
     args.squares.sums = cutter.take<double>(args.squares.pieces);
     args.sums = cutter.take<double>(size_t{Algorithm::kSums} * args.table.chunks);
+    args.group_sums = cutter.take<double>(Algorithm::kSums * groups);
     args.outcomes = cutter.take<typename Algorithm::Outcome>(args.table.tensors);
     stored_sets = cutter.take<Set>(stored);
     bytes = cutter.bytes();
@@ -522,12 +902,17 @@ struct StepKernels {
   void (*make_sets)(const SetsToMake<Algorithm>);
 };
 
-// Slots that a block has where kResident of them share a multiprocessor.
-inline int32_t slots_of(const Device& device) {
+// Slots that a block has beside its stage where kResident of them share a multiprocessor or, if
+// that leaves less than the two that it needs, where it has one for itself.
+inline int32_t slots_of(const Device& device, int stage_bytes) {
   constexpr int kReserved = 1024;  // by the driver, of each block
   constexpr int kStatic = 1024;    // what Step declares, rounded up
-  const int share = device.shared_of_all / kResident - kReserved;
-  return ((share < device.shared ? share : device.shared) - kStatic) / kSlotBytes;
+  constexpr int kLeast = 2;
+  const auto slots = [&](int blocks) {
+    const int share = device.shared_of_all / blocks - kReserved;
+    return (std::min(share, device.shared) - kStatic - stage_bytes) / kSlotBytes;
+  };
+  return slots(kResident) >= kLeast ? slots(kResident) : std::max(slots(1), kLeast);
 }
 
 // Puts the sets where the step will find them.
@@ -578,9 +963,12 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
   if (const char* error = place_sets(kernels, plan, stream)) return error;
   Device found;
   if (const char* error = query(kernels.name, device, found)) return error;
-  args.slots = std::max(slots_of(found), 1);
-  LaunchShape shape{dim3(1, 1, 1), dim3(kThreads, 1, 1),
-                    static_cast<size_t>(args.slots) * kSlotBytes};
+  constexpr int kStageBytes = Algorithm::kStage * kChunk * static_cast<int>(sizeof(float));
+  args.slots = slots_of(found, kStageBytes);
+  static const char* const most = std::getenv("BATCHOPS_OPT_SLOTS");  // for measurements
+  if (most != nullptr) args.slots = std::clamp(std::atoi(most), 2, args.slots);
+  LaunchShape shape{dim3(1, 1, 1), dim3(kBlock, 1, 1),
+                    static_cast<size_t>(args.slots) * kSlotBytes + kStageBytes};
   shape.cooperative = true;
   int64_t blocks = 0;
   if (const char* error = resident_blocks(kernels.name, kernels.step, shape, device, &blocks)) {

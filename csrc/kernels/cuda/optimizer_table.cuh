@@ -204,26 +204,26 @@ BATCHOPS_DEVICE void with_units(const Part& part, Sweep&& sweep) {
   }
 }
 
-// Calls use(load(i), i, n) for each unit i of this thread, its n-th, kInFlight loads ahead of the
+// Calls use(load(i), i, n) for each unit i of this thread, its n-th, kAhead loads ahead of the
 // first use. The same units are the same thread's in every sweep.
-template <class Load, class Use>
+template <int kAhead = kInFlight, class Load, class Use>
 BATCHOPS_DEVICE void for_each_unit(const Units& units, Load&& load, Use&& use) {
   int32_t n = 0;
 #pragma unroll 1
-  for (int32_t first = units.thread; first < units.count; first += kInFlight * units.threads) {
+  for (int32_t first = units.thread; first < units.count; first += kAhead * units.threads) {
     // Zeros, or the compiler would carry what is not loaded from turn to turn, in registers.
-    decltype(load(0)) loaded[kInFlight] = {};
+    decltype(load(0)) loaded[kAhead] = {};
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
+    for (int u = 0; u < kAhead; ++u) {
       if (first + u * units.threads < units.count) loaded[u] = load(first + u * units.threads);
     }
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
+    for (int u = 0; u < kAhead; ++u) {
       if (first + u * units.threads < units.count) {
         use(loaded[u], first + u * units.threads, n + u);
       }
     }
-    n += kInFlight;
+    n += kAhead;
   }
 }
 

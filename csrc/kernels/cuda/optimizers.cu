@@ -14,12 +14,12 @@ inline namespace optimizers_cu {
 __global__ void __launch_bounds__(kThreads)
     optimizer_grad_squares(const __grid_constant__ Table table,
                            const __grid_constant__ GradSquares squares) {
-  squares.add_up(table);
+  squares.add_up<kThreads>(table);
 }
 
 __global__ void __launch_bounds__(kThreads)
     optimizer_grad_total(const __grid_constant__ GradSquares squares, double* sum_sq) {
-  const double total = squares.total();
+  const double total = squares.total<kThreads>();
   if (threadIdx.x == 0) *sum_sq = total;
 }
 
