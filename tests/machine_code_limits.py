@@ -105,6 +105,11 @@ LIMITS = {
     "batch_norm_backward_resident channels_first narrow": _norm(2, reads=12, writes=4),
     "batch_norm_backward_resident channels_last wide": _norm(2, reads=6, writes=2),
     "batch_norm_backward_resident channels_last narrow": _norm(2, reads=12, writes=4),
+    # 4 blocks of 64 registers; fewer where planes of several channels are taken together.
+    "batch_norm_forward_flow wide": _norm(2, reads=IN_FLIGHT, writes=1),
+    "batch_norm_forward_flow narrow": _norm(4, reads=IN_FLIGHT, writes=1),
+    "batch_norm_backward_flow wide": _norm(2, reads=2, writes=2),
+    "batch_norm_backward_flow narrow": _norm(4, reads=2, writes=2),
     # group_norm_forward and _backward keep what they load in shared memory: kInFlight units of each
     # tensor at a time, then the elementwise half. AnyActivation goes one unit at a time there. On
     # Blackwell the wide backward takes more than 128 registers.

@@ -66,8 +66,8 @@ def test_three_tensors_meet(library, device, layout, ghost):
 
 def test_workspace_of_a_large_team(library):
     given = {"layout": "channels_last", "activation": "silu", "residual": True}
-    problem = Problem(1, 64, 4096, **given)
-    with batch_norm.device(library, "Turing", multiprocessors=48):
+    problem = Problem(1, 32, 2048, **given)
+    with batch_norm.device(library, "Turing", multiprocessors=24):
         check(problem, run(library, problem))
 
 
@@ -152,7 +152,9 @@ def test_more_sets_than_blocks(watched, shape, layout, ghost, dtype):
                 saved = batch_norm.forward(watched, problem)
             with record(watched, races=True) as backward:
                 batch_norm.backward(watched, problem, saved)
-        assert forward.launches[0].blocks == backward.launches[0].blocks == 64
+        for recording in (forward, backward):
+            (kernel,) = (x for x in recording.launches if x.kernel.endswith(("_flow", "_resident")))
+            assert kernel.blocks == 64 if layout == "channels_last" else kernel.blocks <= 4
         forward.assert_race_free()
         backward.assert_race_free()
 

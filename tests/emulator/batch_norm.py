@@ -164,7 +164,12 @@ DEVICES = {
 }
 
 
-RESIDENT = ("batch_norm_forward_resident", "batch_norm_backward_resident")
+RESIDENT = {  # and the registers that launch bounds allow
+    "batch_norm_forward_resident": 128,
+    "batch_norm_backward_resident": 128,
+    "batch_norm_forward_flow": 64,
+    "batch_norm_backward_flow": 64,
+}
 
 
 @contextmanager
@@ -179,8 +184,8 @@ def device(
     known = DEVICES[name]
     library.emulator_set_device(ctypes.c_size_t(known.shared), known.compute)
     library.emulated_batch_norm_keep(known.keep)
-    for kernel in RESIDENT:  # as launch bounds ask: two blocks
-        library.emulator_set_registers(kernel.encode(), 128)
+    for kernel, registers in RESIDENT.items():
+        library.emulator_set_registers(kernel.encode(), registers)
     try:
         with emulator.schedule(library, order, seed, multiprocessors or known.multiprocessors):
             yield

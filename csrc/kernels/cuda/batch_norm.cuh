@@ -32,6 +32,47 @@ constexpr int kLoadsAhead = !kAnyActivation<Act> ? kInFlight
                             : kCrowded           ? 1
                                                  : 2;
 
+// As merge() of norm.cuh, each lane with several parts on their way at once: where there are many,
+// waiting for one after the other is what takes the time.
+template <int kAhead, class Get, class Reduce>
+BATCHOPS_DEVICE MeanAndVariance merge_ahead(int64_t M, int64_t count, int lane, int lanes, Get get,
+                                            Reduce reduce) {
+  const Moments first = get(int64_t{0});
+  double sums[2] = {};
+  double g = 0.0;
+  for (int64_t k = lane; k < count; k += int64_t{kAhead} * lanes) {
+    Moments parts[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t at = k + int64_t{u} * lanes;
+      parts[u] = at < count ? get(at) : Moments{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    g = static_cast<double>(first.shift) +
+        static_cast<double>(first.sum) / static_cast<double>(first.count);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const Moments m = parts[u];
+      if (m.count == 0.0f) continue;
+      const double n = m.count;
+      const double nd = n * (m.shift - g) + m.sum;
+      sums[0] += nd;
+      sums[1] += m.square + nd * nd / n;
+    }
+  }
+  g = static_cast<double>(first.shift) +
+      static_cast<double>(first.sum) / static_cast<double>(first.count);
+  reduce(sums);
+  const double rest = sums[1] - sums[0] * sums[0] / static_cast<double>(M);
+  return {g + sums[0] / static_cast<double>(M), rest < 0.0 ? 0.0 : rest};  // a NaN stays
+}
+
+// A column for a whole block, in all threads.
+template <int kAhead, class Get>
+BATCHOPS_DEVICE MeanAndVariance merge_in_block(int64_t M, int64_t count, Get get) {
+  return merge_ahead<kAhead>(M, count, static_cast<int>(threadIdx.x), kThreads, get,
+                             [](double (&sums)[2]) { block_sum<kThreads>(sums); });
+}
+
 // ---- host: shapes into work
 
 // The shape as the kernels walk it, and its chunks.
@@ -86,8 +127,11 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
   return plan;
 }
 
-// Neighbouring lanes that share the chunks of one ghost batch in step 2.
+// Neighbouring lanes that share the chunks of one ghost batch in step 2: a block's threads where
+// there are many.
 inline int finish_lanes(const Plan& plan) {
+  constexpr int64_t kMany = 2 * kWarp;
+  if (plan.ghosts == 1 && plan.chunks > kMany) return kThreads;
   int lanes = 1;
   while (lanes < kWarp && (plan.ghosts == 1 || lanes < plan.chunks)) lanes *= 2;
   return lanes;
@@ -135,14 +179,15 @@ struct ChunkGrid {
   int64_t ghosts;
   // Units of a channel (channels_first) or rows (channels_last) of a ghost batch, and of the last.
   int64_t length, last_length;
-  int64_t chunk;   // of them
-  int64_t chunks;  // of a ghost batch
-  int64_t slots;   // chunks of a channel in all
-  int64_t across;  // channels (channels_first), tiles of them (channels_last)
-  int64_t pieces;  // of work
-  bool padded;     // rows are walked as if they were as long as the mask's
-  RowSplit plane;  // channels_first: units of a row
-  RowTiles tiles;  // channels_last
+  int64_t chunk;     // of them
+  int64_t chunks;    // of a ghost batch
+  int64_t slots;     // chunks of a channel in all
+  int64_t across;    // channels (channels_first), tiles of them (channels_last)
+  int64_t pieces;    // of work
+  bool padded;       // rows are walked as if they were as long as the mask's
+  RowSplit plane;    // channels_first: units of a row
+  RowTiles tiles;    // channels_last
+  int together = 1;  // channels whose planes are taken together (PlanesChunk)
 
   ChunkGrid(const Plan& plan, int width)
       : ChunkGrid(plan, width, plan.chunk, plan.chunks, plan.slots(), kTileChannels, 1, false) {}
@@ -175,7 +220,30 @@ struct ChunkGrid {
     last_length = plan.last_samples * of_sample;
     pieces = slots * across;
   }
+
+  // For PlanesChunk: chunks of so many samples.
+  void take_together(const Plan& plan, int width, int channels, int64_t samples) {
+    together = channels;
+    chunk = samples;
+    across = plan.C / channels;
+    length = plan.samples;
+    last_length = plan.last_samples;
+    pieces = slots * across;
+    padded = false;
+    const int64_t units = channels * plan.HxW / width;
+    tiles = RowTiles(units, static_cast<int>(units), 1);
+  }
 };
+
+// channels_first with planes that no unit of `width` elements fits (7 x 7, 14 x 14): planes of so
+// many neighbouring channels make whole units. 1 where a plane does, 0 where it takes too much.
+inline int planes_together(const Plan& plan, int width) {
+  if (plan.channels_last() || plan.HxW % width == 0) return 1;
+  if (plan.HxW < width) return 0;
+  int together = 1;
+  while (together * plan.HxW % width != 0) together *= 2;
+  return plan.C % together == 0 && together * plan.HxW <= int64_t{width} * kThreads ? together : 0;
+}
 
 // Cutting for step 3.
 struct ApplyGrid {
@@ -249,7 +317,9 @@ struct Chunk;
 
 template <int W>
 struct Chunk<Layout::channels_first, W> {
+  static constexpr int kWidth = W;
   static constexpr int kChannels = 1;
+  static constexpr int kAtOnce = W;        // elements of a unit that are worked on together
   static constexpr int kMostChannels = 1;  // of a block
   const ChunkGrid& grid;
   ChunkPlace at;
@@ -285,6 +355,7 @@ struct Chunk<Layout::channels_first, W> {
   BATCHOPS_DEVICE bool has_channel(int) const { return true; }
   // Whether this thread writes the results: sum() leaves them in all.
   BATCHOPS_DEVICE bool writes() const { return threadIdx.x == 0; }
+  BATCHOPS_DEVICE bool writes(int) const { return writes(); }
 
   struct Scratch {};
   template <int kValues>
@@ -312,7 +383,9 @@ struct Chunk<Layout::channels_first, W> {
 
 template <int W>
 struct Chunk<Layout::channels_last, W> {
+  static constexpr int kWidth = W;
   static constexpr int kChannels = W;
+  static constexpr int kAtOnce = W == 8 ? 4 : W;
   static constexpr int kMostChannels = kTileChannels;
   const ChunkGrid& grid;
   ChunkPlace at;
@@ -376,6 +449,102 @@ struct Chunk<Layout::channels_last, W> {
 #pragma unroll
     for (int i = 0; i < kValues * W; ++i) {
       values[i / W][i % W] = scratch.by_thread[i][t % grid.tiles.tile];
+    }
+    __syncthreads();
+  }
+};
+
+// Planes of neighbouring channels taken together: a row of whole units in each sample, of which a
+// thread has one, in every few samples. The chunk's length is in samples, its tile those channels.
+template <int W>
+struct PlanesChunk {
+  static constexpr int kWidth = W;
+  static constexpr int kChannels = W;  // an element each, of one of two channels
+  static constexpr int kAtOnce = W == 8 ? 4 : W;
+  static constexpr int kMostChannels = kThreads / kWarp;
+  const ChunkGrid& grid;
+  ChunkPlace at;
+  int row_of_block, unit;
+  int first, split;  // of its elements' channels; those from `split` on belong to the next one
+  bool active;
+
+  BATCHOPS_DEVICE PlanesChunk(const ChunkGrid& g, int64_t piece) : grid(g), at(g, piece) {
+    const int plane = static_cast<int>(g.HxW);
+    row_of_block = static_cast<int>(threadIdx.x) / g.tiles.tile;
+    unit = static_cast<int>(threadIdx.x) - row_of_block * g.tiles.tile;
+    first = unit * W / plane;
+    split = (first + 1) * plane - unit * W;
+    active = row_of_block < g.tiles.rows_at_once;
+  }
+
+  BATCHOPS_DEVICE int64_t count() const { return at.length * grid.HxW; }
+  BATCHOPS_DEVICE int64_t first_count() const {
+    const unsigned most = kInFlight * grid.tiles.rows_at_once;
+    return (at.length < most ? at.length : most) * grid.HxW;
+  }
+  BATCHOPS_DEVICE int batches() const {
+    return static_cast<int>(ceil_divide<unsigned>(at.length, kInFlight * grid.tiles.rows_at_once));
+  }
+  BATCHOPS_DEVICE Place place(int batch, int u) const {
+    const unsigned r = (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
+    const int plane = static_cast<int>(grid.HxW);
+    const int64_t row = (at.begin + r) * grid.C + first_channel();
+    return {row * plane + unit * W, row + first, unit * W - first * plane, active && r < at.length};
+  }
+  BATCHOPS_DEVICE int channels() const { return grid.together; }
+  BATCHOPS_DEVICE int64_t first_channel() const { return at.across * grid.together; }
+  BATCHOPS_DEVICE int local(int j) const { return j < split ? first : first + 1; }
+  // The thread whose j-th element is the first of its channel.
+  BATCHOPS_DEVICE bool writes(int j) const {
+    return row_of_block == 0 && (j == split || (j == 0 && unit * W == first * grid.HxW));
+  }
+
+  struct Scratch {
+    float parts[2][2][kThreads];  // of a thread's two channels
+    float totals[2][kMostChannels];
+  };
+  template <int kValues>
+  BATCHOPS_DEVICE void sum(float (&values)[kValues][W], Scratch& scratch) const {
+    static_assert(kValues <= 2);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      float of[2] = {};
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        of[0] += j < split ? values[i][j] : 0.0f;
+        of[1] += j < split ? 0.0f : values[i][j];
+      }
+      scratch.parts[i][0][threadIdx.x] = of[0];
+      scratch.parts[i][1][threadIdx.x] = of[1];
+    }
+    __syncthreads();
+    const int c = static_cast<int>(threadIdx.x) / kWarp;
+    const int plane = static_cast<int>(grid.HxW);
+    if (c < grid.together) {
+      const int from = c * plane / W;
+      const int units = ((c + 1) * plane - 1) / W - from + 1;
+      float sums[kValues] = {};
+      for (int row = 0; row < grid.tiles.rows_at_once; ++row) {
+        for (int k = static_cast<int>(threadIdx.x) % kWarp; k < units; k += kWarp) {
+          const int t = row * grid.tiles.tile + from + k;
+          const int second = (from + k) * W < c * plane ? 1 : 0;
+#pragma unroll
+          for (int i = 0; i < kValues; ++i) sums[i] += scratch.parts[i][second][t];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        sums[i] = warp_sum(sums[i]);
+        if (threadIdx.x % kWarp == 0) scratch.totals[i][c] = sums[i];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const float own = scratch.totals[i][first];
+      const float next = split < W ? scratch.totals[i][first + 1] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < W; ++j) values[i][j] = j < split ? own : next;
     }
     __syncthreads();
   }
@@ -447,6 +616,31 @@ struct Piece<Layout::channels_last, W> {
   BATCHOPS_DEVICE Place place(int batch, int u, int64_t&) const {
     const int64_t row = begin + (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
     return {row * grid.row + column, row, column, active && row < end};
+  }
+};
+
+// Coefficients of a tile's channels in shared memory, for threads with eight each: four at a time,
+// so that neighbours find theirs in different banks.
+struct AffineTable {
+  static constexpr int kAtOnce = 4;
+  float4 values[3][2][kTileChannels / (2 * kAtOnce)];
+
+  BATCHOPS_DEVICE void set(int channel, const Affine& a) {
+    const int unit = channel / (2 * kAtOnce);
+    const int half = channel / kAtOnce % 2;
+    const int j = channel % kAtOnce;
+    reinterpret_cast<float*>(&values[0][half][unit])[j] = a.mean;
+    reinterpret_cast<float*>(&values[1][half][unit])[j] = a.scale;
+    reinterpret_cast<float*>(&values[2][half][unit])[j] = a.shift;
+  }
+  BATCHOPS_DEVICE void get(int unit, int half, Affine (&to)[kAtOnce]) const {
+    const float4 mean = values[0][half][unit];
+    const float4 scale = values[1][half][unit];
+    const float4 shift = values[2][half][unit];
+    to[0] = {mean.x, scale.x, shift.x};
+    to[1] = {mean.y, scale.y, shift.y};
+    to[2] = {mean.z, scale.z, shift.z};
+    to[3] = {mean.w, scale.w, shift.w};
   }
 };
 

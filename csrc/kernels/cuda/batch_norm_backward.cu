@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   // Many channels a thread leave few registers: coefficients are read again for each unit.
   constexpr bool kCrowded = kChannels == 8;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
-  BATCHOPS_SHARED(affines, Affine[kCrowded ? kTileChannels : 1]);
+  using Table = std::conditional_t<kCrowded, AffineTable, int>;
+  BATCHOPS_SHARED(table, Table);
   const Gradients& gradients = args.gradients;
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     if constexpr (kCrowded) {
       const int channels = chunk.channels();
       for (int r = threadIdx.x; r < channels; r += kThreads) {
-        affines[r] = gradients.affine(chunk.at.ghost, chunk.first_channel() + r);
+        table.set(r, gradients.affine(chunk.at.ghost, chunk.first_channel() + r));
       }
       __syncthreads();
     } else {
@@ -57,14 +58,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       }
     }
     float sums[2][kChannels];
-    sums_of<T, kLayout, W, kLoadsAhead<Act, kCrowded>, false>(
-        chunk, args.tensors, act,
-        [&] {
-          const int first = kCrowded ? forgotten(chunk.local(0)) : 0;
-          return [&, first](int j) {
-            return kCrowded ? affines[first + j] : affine[kCrowded ? 0 : j];
-          };
-        },
+    sums_of<T, kLoadsAhead<Act, kCrowded>, false>(
+        chunk, args.tensors, act, affines_of<W>(table, affine, chunk),
         [](int, const Loaded<T, W>&) {}, scratch, sums);
 
     if (!chunk.writes()) continue;
@@ -82,10 +77,42 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
-// A warp a channel, `lanes` of its lanes a ghost batch; each adds every lanes-th chunk in turn.
+// A block a channel, or a warp, `lanes` of its lanes a ghost batch; each adds every lanes-th chunk
+// in turn.
 __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_backward_finish(const __grid_constant__ GradientFinishArguments args) {
+  constexpr int kAhead = 4;
   const Gradients& g = args.gradients;
+  const auto sum_of = [&](const float2* __restrict__ sums, int64_t count, int thread,
+                          double (&to)[2]) {
+    for (int64_t k = thread; k < count; k += int64_t{kAhead} * args.lanes) {
+      float2 parts[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int64_t at = k + int64_t{u} * args.lanes;
+        parts[u] = at < count ? sums[at] : make_float2(0.0f, 0.0f);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        to[0] += parts[u].x;
+        to[1] += parts[u].y;
+      }
+    }
+  };
+  if (args.lanes == kThreads) {
+    for (int64_t c = blockIdx.x; c < g.C; c += gridDim.x) {
+      double sums[2] = {};
+      sum_of(args.sums + c * args.slots, args.slots, static_cast<int>(threadIdx.x), sums);
+      block_sum<kThreads>(sums);
+      const ColumnSums of_column = g.sums(0, c, sums[0], sums[1]);
+      if (threadIdx.x == 0 && args.direction != nullptr) {
+        store_direction(g.direction(0, c, of_column), args.direction, args.shift, c);
+      } else if (threadIdx.x == kWarp) {
+        g.store(c, of_column);
+      }
+    }
+    return;
+  }
   const int lane = threadIdx.x % kWarp;
   const int in_team = lane % args.lanes;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
@@ -95,22 +122,16 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     for (int64_t first = 0; first < g.ghosts; first += kWarp / args.lanes) {
       const int64_t ghost = first + lane / args.lanes;
       const bool active = ghost < g.ghosts;
-      double sum = 0.0;
-      double product = 0.0;
+      double sums[2] = {};
       if (active && args.sums_known) {
         const int64_t slot = ghost * args.chunks;
-        const float2* __restrict__ sums = args.sums + c * args.slots + slot;
         const int64_t chunks = ghost + 1 < g.ghosts ? args.chunks : args.slots - slot;
-        for (int64_t k = in_team; k < chunks; k += args.lanes) {
-          const float2 s = sums[k];
-          sum += s.x;
-          product += s.y;
-        }
+        sum_of(args.sums + c * args.slots + slot, chunks, in_team, sums);
       }
-      sum = sum_of_lanes(sum, args.lanes);
-      product = sum_of_lanes(product, args.lanes);
+      sums[0] = sum_of_lanes(sums[0], args.lanes);
+      sums[1] = sum_of_lanes(sums[1], args.lanes);
       if (!active || in_team != 0) continue;
-      const ColumnSums of_column = g.sums(ghost, c, sum, product);
+      const ColumnSums of_column = g.sums(ghost, c, sums[0], sums[1]);
       if (args.direction != nullptr) {
         store_direction(g.direction(ghost, c, of_column), args.direction, args.shift,
                         ghost * g.C + c);
@@ -250,9 +271,9 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
       }
     }
     if (!wants_sums || plan.slots() > 1) {
-      const GradientFinishArguments finish{sums,       plan.chunks,        plan.slots(),
-                                           wants_sums, finish_lanes(plan), direction,
-                                           shift,      gradients};
+      const int lanes = wants_sums ? finish_lanes(plan) : 1;
+      const GradientFinishArguments finish{sums,  plan.chunks, plan.slots(), wants_sums,
+                                           lanes, direction,   shift,        gradients};
       if (const char* error = backward_finish(finish, device, stream)) return error;
     }
     if (!wants_elements) return nullptr;
@@ -284,7 +305,8 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
 }  // namespace batch_norm_backward_cu
 
 const char* backward_finish(const GradientFinishArguments& args, int device, void* stream) {
-  const int64_t pieces = ceil_divide<int64_t>(args.gradients.C, kThreads / kWarp);
+  const int64_t at_once = args.lanes == kThreads ? 1 : kThreads / kWarp;
+  const int64_t pieces = ceil_divide(args.gradients.C, at_once);
   int64_t blocks = 0;
   if (const char* error = grid_size(kBackward, device, pieces, blocks)) return error;
   return launch("batch_norm_backward_finish", batch_norm_backward_finish, blocks, kThreads, 0,

@@ -113,6 +113,15 @@ struct Tensors {
 template <class Act>
 constexpr bool kMayAdd = kAnyActivation<Act>;
 
+// Some of a unit's elements.
+template <class T, int W, int kCount>
+BATCHOPS_DEVICE void to_floats(const Unit<T, W>& unit, int first, float (&to)[kCount]) {
+  float all[W];
+  to_float<T, W>(unit, all);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) to[j] = all[first + j];
+}
+
 // What a thread loads of one place.
 template <class T, int W>
 struct Loaded {
@@ -147,16 +156,55 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
   }
 }
 
+// What gives the coefficients of channels first, first + 1 … of a thread: of `affine`, or of the
+// table where registers are short.
+template <int W, class Table, int kHeld, class MyChunk>
+BATCHOPS_DEVICE auto affines_of(const Table& table, const Affine (&affine)[kHeld],
+                                const MyChunk& chunk) {
+  if constexpr (std::is_same_v<Table, AffineTable>) {
+    return [&](int first) {
+      struct Four {
+        Affine of[AffineTable::kAtOnce];
+        BATCHOPS_DEVICE Affine operator()(int j) const { return of[j]; }
+      } four;
+      table.get(forgotten(chunk.local(0)) / W, first / AffineTable::kAtOnce, four.of);
+      return four;
+    };
+  } else {
+    return [&](int) { return [&](int j) { return affine[j % kHeld]; }; };
+  }
+}
+
+// A unit's bits of the mask, as the chunk walks it.
+template <class MyChunk>
+BATCHOPS_DEVICE unsigned bits_of(const MyChunk&, const uint8_t* mask, int64_t row_bytes,
+                                 const Place& place) {
+  return load_mask(mask, row_bytes, place);
+}
+template <int W>
+BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mask,
+                                 int64_t row_bytes, const Place& place) {
+  const uint8_t* row = mask + place.row * row_bytes;
+  const int64_t byte = place.column / 8;
+  const int bit = static_cast<int>(place.column % 8);
+  const int own = chunk.split < W ? chunk.split : W;
+  unsigned bits = row[byte];
+  if (bit + own > 8) bits |= unsigned{row[byte + 1]} << 8;
+  bits >>= bit;
+  if (own == W) return bits;
+  return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
+}
+
 // The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
-// affines() gives what gives the coefficients of its j-th channel; keep(i, loaded) gets what it
-// loads of its i-th unit. kShort: the chunk is too short for the errors of a plain sum to grow.
-template <class T, Layout kLayout, int W, int kAhead, bool kShort, class Act, class Affines,
-          class Keep>
-BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args, const Act& act,
-                             Affines affines, Keep keep,
-                             typename Chunk<kLayout, W>::Scratch& scratch,
-                             float (&sums)[2][Chunk<kLayout, W>::kChannels]) {
-  constexpr int kChannels = Chunk<kLayout, W>::kChannels;
+// affines(first) gives what gives the coefficients of its channel first + j; keep(i, loaded) gets
+// what it loads of its i-th unit. kShort: the chunk is too short for the errors of a plain sum to
+// grow.
+template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Keep>
+BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
+                             Affines affines, Keep keep, typename MyChunk::Scratch& scratch,
+                             float (&sums)[2][MyChunk::kChannels]) {
+  constexpr int W = MyChunk::kWidth;
+  constexpr int kChannels = MyChunk::kChannels;
   const T* __restrict__ dy = static_cast<const T*>(args.dy);
   const T* __restrict__ x = static_cast<const T*>(args.x);
   const T* __restrict__ residual = static_cast<const T*>(args.residual);
@@ -181,28 +229,33 @@ BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args
         loaded[u].x = load_unit<T, W>(x + place.offset);
         if (adds) loaded[u].residual = load_unit<T, W>(residual + place.offset);
         if (Act::kNeedsZ && mask != nullptr) {
-          loaded[u].bits = load_mask(mask, args.mask_row, place);
+          loaded[u].bits = bits_of(chunk, mask, args.mask_row, place);
         }
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        if (!valid[u]) continue;
-        const auto affine = affines();
-        keep(batch * kInFlight + part + u, loaded[u]);
-        float dz[W];
-        float v[W];
-        float r[W] = {};
-        to_float<T, W>(loaded[u].dy, dz);
-        to_float<T, W>(loaded[u].x, v);
-        if (adds) to_float<T, W>(loaded[u].residual, r);
-        differentiate(
-            act, dz, v, r, [&](int j) { return affine(j % kChannels); }, mask != nullptr, adds,
-            loaded[u].bits);
+        if (valid[u]) keep(batch * kInFlight + part + u, loaded[u]);
+      }
+      constexpr int kAtOnce = MyChunk::kAtOnce;
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          const int c = j % kChannels;
-          (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += dz[j];
-          (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * (v[j] - affine(c).mean);
+      for (int first = 0; first < W; first += kAtOnce) {
+        const auto affine = affines(first);
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          if (!valid[u]) continue;
+          float dz[kAtOnce];
+          float v[kAtOnce];
+          float r[kAtOnce] = {};
+          to_floats(loaded[u].dy, first, dz);
+          to_floats(loaded[u].x, first, v);
+          if (adds) to_floats(loaded[u].residual, first, r);
+          differentiate(act, dz, v, r, affine, mask != nullptr, adds, loaded[u].bits >> first);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int c = (first + j) % kChannels;
+            (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += dz[j];
+            (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * (v[j] - affine(j).mean);
+          }
         }
       }
     }
@@ -218,10 +271,10 @@ BATCHOPS_DEVICE void sums_of(const Chunk<kLayout, W>& chunk, const Tensors& args
 }
 
 // dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
-// direction_of(u, j) gives the coefficients of element j.
-template <class T, int W, int kAhead, class Act, class Load, class DirectionOf>
+// direction_of(u, j) gives the coefficients of element j, bits(place) a unit's bits of the mask.
+template <class T, int W, int kAhead, class Act, class Load, class DirectionOf, class Bits>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
-                               Load load, DirectionOf direction_of) {
+                               Load load, DirectionOf direction_of, Bits bits) {
   const uint8_t* __restrict__ mask = args.mask;
   T* __restrict__ dx = static_cast<T*>(args.dx);
   T* __restrict__ dresidual = static_cast<T*>(args.dresidual);
@@ -233,7 +286,7 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
     if (!places[u].valid) continue;
     load(u, places[u], loaded[u]);
     if (Act::kNeedsZ && mask != nullptr) {
-      loaded[u].bits = load_mask(mask, args.mask_row, places[u]);
+      loaded[u].bits = bits(places[u]);
     }
   }
 #pragma unroll
@@ -260,6 +313,14 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
     }
     store_unit<T, W>(dx + places[u].offset, dz);
   }
+}
+// The same; a unit's bits of the mask lie in one byte.
+template <class T, int W, int kAhead, class Act, class Load, class DirectionOf>
+BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
+                               Load load, DirectionOf direction_of) {
+  propagate<T, W, kAhead>(args, act, places, load, direction_of, [&](const Place& place) {
+    return load_mask(args.mask, args.mask_row, place);
+  });
 }
 
 // The slots of `plan`'s chunks added up: directions of columns, gradients of channels.

@@ -30,6 +30,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   BATCHOPS_SHARED(own_sums, float2[kTile]);
   BATCHOPS_SHARED(directions, Direction[kTile]);
+  using Table = std::conditional_t<kCrowded, AffineTable, int>;
+  BATCHOPS_SHARED(table, Table);
   const Tensors& tensors = args.tensors;
   const T* __restrict__ dy = static_cast<const T*>(tensors.dy);
   const T* __restrict__ x = static_cast<const T*>(tensors.x);
@@ -51,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       Affine affine[kCrowded ? 1 : kChannels] = {};
       if constexpr (kCrowded) {
         for (int r = threadIdx.x; r < channels; r += kThreads) {
-          const Affine a = g.affine(ghost, chunk.first_channel() + r);
-          directions[r] = {a.mean, a.scale, 0.0f, 0.0f, a.shift};
+          table.set(r, g.affine(ghost, chunk.first_channel() + r));
         }
         __syncthreads();
       } else {
@@ -64,14 +65,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         }
       }
       float sums[2][kChannels];
-      sums_of<T, kLayout, W, kAhead, true>(
-          chunk, tensors, act,
-          [&] {
-            const int first = kCrowded ? forgotten(chunk.local(0)) : 0;
-            return [&, first](int j) {
-              return kCrowded ? directions[first + j].affine() : affine[kCrowded ? 0 : j];
-            };
-          },
+      sums_of<T, kAhead, true>(
+          chunk, tensors, act, affines_of<W>(table, affine, chunk),
           [&](int i, const Loaded<T, W>& loaded) {
             if (!kept.has(i)) return;
             kept.at(0, i) = loaded.dy;
@@ -151,6 +146,149 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
+// channels_first: a set is a ghost batch's channel, or as many as have their planes taken together.
+template <class T, int W, bool kPlanes, class Act>
+__global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8))
+    batch_norm_backward_flow(const __grid_constant__ ResidentArguments args,
+                             const __grid_constant__ Act act) {
+  using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
+  constexpr int kChannels = MyChunk::kChannels;
+  constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
+  BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
+  BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
+  const Tensors& tensors = args.tensors;
+  const T* __restrict__ dy = static_cast<const T*>(tensors.dy);
+  const T* __restrict__ x = static_cast<const T*>(tensors.x);
+  const T* __restrict__ residual = static_cast<const T*>(tensors.residual);
+  const bool adds = kMayAdd<Act> && residual != nullptr;
+  const Team& team = args.team;
+  const Gradients& g = args.gradients;
+  const Passing<float2, Direction> passing{team};
+  const int rank = static_cast<int>(blockIdx.x % team.parts);
+  const int64_t teams = gridDim.x / team.parts;
+  const auto piece_of = [&](int64_t set, int64_t& ghost) {
+    ghost = set / args.grid.across;
+    return (ghost * team.parts + rank) * args.grid.across + (set - ghost * args.grid.across);
+  };
+  // The set whose sums are next, and the one before, whose sums have been left.
+  int64_t set = blockIdx.x / team.parts;
+  int64_t before = -1;
+  Kept<T, W> kept{bytes, team.kept};
+  Kept<T, W> other{
+      bytes + (adds ? 3 : 2) * team.kept * kThreads * static_cast<int>(sizeof(Unit<T, W>)),
+      team.kept};
+
+  for (;; before = set, set += teams) {
+    if (set < team.sets) {
+      int64_t ghost;
+      const MyChunk chunk(args.grid, piece_of(set, ghost));
+      Affine affine[kPlanes ? 2 : 1];
+      affine[0] = g.affine(ghost, chunk.first_channel() + chunk.local(0));
+      if constexpr (kPlanes) {
+        affine[1] = g.affine(ghost, chunk.first_channel() + chunk.local(W - 1));
+      }
+      float sums[2][kChannels];
+      sums_of<T, kAhead, true>(
+          chunk, tensors, act,
+          [&](int first) {
+            return [&, first](int j) {
+              if constexpr (kPlanes) return first + j < chunk.split ? affine[0] : affine[1];
+              return affine[0];
+            };
+          },
+          [&](int i, const Loaded<T, W>& loaded) {
+            if (!kept.has(i)) return;
+            kept.at(0, i) = loaded.dy;
+            kept.at(1, i) = loaded.x;
+            if (adds) kept.at(2, i) = loaded.residual;
+          },
+          scratch, sums);
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        if (chunk.writes(j)) {
+          passing.sums(set, rank, chunk.local(j)) = make_float2(sums[0][j], sums[1][j]);
+        }
+      }
+      if (passing.arrive(set)) {
+        int channel = 0;
+        int thread = static_cast<int>(threadIdx.x);
+        int threads = kThreads;
+        if constexpr (kPlanes) {  // a warp each
+          channel = thread / kWarp;
+          thread %= kWarp;
+          threads = kWarp;
+        }
+        const bool writes = thread == 0 && channel < chunk.channels();
+        double all[2] = {};
+        for (int k = thread; k < team.parts && channel < chunk.channels(); k += threads) {
+          const float2 part = passing.sums(set, k, channel);
+          all[0] += part.x;
+          all[1] += part.y;
+        }
+        if constexpr (kPlanes) {
+          all[0] = warp_sum(all[0]);
+          all[1] = warp_sum(all[1]);
+        } else {
+          block_sum<kThreads>(all);
+        }
+        if (writes) {
+          const int64_t c = chunk.first_channel() + channel;
+          const ColumnSums of_column = g.sums(ghost, c, all[0], all[1]);
+          passing.result(set, channel) = g.direction(ghost, c, of_column);
+          if (args.columns == nullptr) {
+            g.store(c, of_column);
+          } else {
+            args.columns[c * g.ghosts + ghost] =
+                make_float2(static_cast<float>(all[0]), static_cast<float>(all[1]));
+          }
+        }
+        passing.tell(set);
+      }
+    }
+    if (before >= 0) {
+      int64_t ghost;
+      const MyChunk chunk(args.grid, piece_of(before, ghost));
+      passing.wait(before);
+      Direction direction[kPlanes ? 2 : 1];
+      direction[0] = passing.result(before, chunk.local(0));
+      if constexpr (kPlanes) direction[1] = passing.result(before, chunk.local(W - 1));
+      for (int batch = chunk.batches() - 1; batch >= 0; --batch) {
+#pragma unroll 1
+        for (int part = 0; part < kInFlight; part += kAhead) {
+          Place places[kAhead];
+#pragma unroll
+          for (int u = 0; u < kAhead; ++u) places[u] = chunk.place(batch, part + u);
+          propagate<T, W, kAhead>(
+              tensors, act, places,
+              [&](int u, const Place& place, Loaded<T, W>& to) {
+                const int i = batch * kInFlight + part + u;
+                if (other.has(i)) {
+                  to.dy = other.at(0, i);
+                  to.x = other.at(1, i);
+                  if (adds) to.residual = other.at(2, i);
+                } else {
+                  to.dy = load_unit<T, W>(dy + place.offset);
+                  to.x = load_unit<T, W>(x + place.offset);
+                  if (adds) to.residual = load_unit<T, W>(residual + place.offset);
+                }
+              },
+              [&](int, int j) {
+                if constexpr (kPlanes) return j < chunk.split ? direction[0] : direction[1];
+                return direction[0];
+              },
+              [&](const Place& place) {
+                return bits_of(chunk, tensors.mask, tensors.mask_row, place);
+              });
+        }
+      }
+    }
+    if (set >= team.sets) break;
+    const Kept<T, W> next = other;
+    other = kept;
+    kept = next;
+  }
+}
+
 Keeping keeping_of(const BatchNormShape& shape, bool residual) {
   // Without a mask to write, rows need no padding.
   return {residual ? 3 : 2, static_cast<int>(size_of(shape.dtype)), sizeof(float2), false};
@@ -166,9 +304,7 @@ size_t columns_bytes(const Plan& plan) {
 size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,
                                    const Device& device) {
   const Keeping keeping = keeping_of(shape, residual);
-  const Residency found = make_residency(plan, keeping, device);
-  if (!found.possible) return 0;
-  return TeamPlaces(found, keeping).bytes() + columns_bytes(plan);
+  return team_bytes(plan, keeping, device) + columns_bytes(plan);
 }
 
 const char* backward_resident(const BatchNormBackward& args, const Plan& plan, void* workspace,
@@ -178,7 +314,9 @@ const char* backward_resident(const BatchNormBackward& args, const Plan& plan, v
   if (const char* error = query(kBackward, device, on)) return error;
   const Tensors tensors(args, plan);
   const Keeping keeping = keeping_of(shape, tensors.residual != nullptr);
-  const Residency found = make_residency(plan, keeping, on);
+  const std::initializer_list<const void*> pointers = {args.dy, args.x, tensors.residual, args.dx,
+                                                       args.dresidual};
+  const Residency found = residency_for(plan, keeping, on, pointers);
   if (!found.possible) return nullptr;
   const TeamPlaces places(found, keeping);
   auto* columns =
@@ -187,19 +325,35 @@ const char* backward_resident(const BatchNormBackward& args, const Plan& plan, v
           : reinterpret_cast<float2*>(static_cast<unsigned char*>(workspace) + places.bytes());
   const Gradients gradients = gradients_of(args, plan);
 
+  const auto run_planes = [&](auto type, auto width, auto act) -> const char* {
+    using T = typename decltype(type)::type;
+    constexpr int W = decltype(width)::value;
+    const ResidentArguments to{tensors, columns, residency::grid(plan, keeping, found, W),
+                               make_team<T, W>(plan, keeping, found, places, workspace), gradients};
+    return launch_team(kBackward, "batch_norm_backward_flow",
+                       batch_norm_backward_flow<T, W, true, decltype(act)>, found, to, act, device,
+                       stream, done);
+  };
   const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
     constexpr int W = decltype(width)::value;
     const ResidentArguments to{tensors, columns, residency::grid(plan, keeping, found, W),
                                make_team<T, W>(plan, keeping, found, places, workspace), gradients};
+    if constexpr (kLayout == Layout::channels_first) {
+      if (found.flow) {
+        return launch_team(kBackward, "batch_norm_backward_flow",
+                           batch_norm_backward_flow<T, W, false, decltype(act)>, found, to, act,
+                           device, stream, done);
+      }
+    }
     return launch_team(kBackward, "batch_norm_backward_resident",
                        batch_norm_backward_resident<T, kLayout, W, decltype(act)>, found, to, act,
                        device, stream, done);
   };
-  const char* error = dispatch_resident(
-      kBackward, shape, plan, {args.dy, args.x, tensors.residual, args.dx, args.dresidual}, run,
-      tensors.residual != nullptr);
+  const bool any = tensors.residual != nullptr;
+  const char* error = found.planes ? dispatch_planes(kBackward, shape, run_planes, any)
+                                   : dispatch_resident(kBackward, shape, plan, pointers, run, any);
   const bool wants_parameters = args.dweight != nullptr || args.dbias != nullptr;
   if (error != nullptr || !done || columns == nullptr || !wants_parameters) return error;
   const GradientFinishArguments finish{columns, 1,       plan.ghosts, true,

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
     Moments found[kChannels];
-    moments_of<T, kLayout, W, false>(chunk, x, [](int, const Unit<T, W>&) {}, scratch, found);
+    moments_of<false>(chunk, x, [](int, const Unit<T, W>&) {}, scratch, found);
     if (!chunk.writes()) continue;
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
@@ -50,10 +50,26 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
-// A warp a channel, `lanes` of its lanes a ghost batch.
+// A block a channel, or a warp, `lanes` of its lanes a ghost batch.
 __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_finish(const __grid_constant__ FinishArguments args) {
+  constexpr int kAhead = 4;
   const Statistics& s = args.statistics;
+  if (args.lanes == kThreads) {
+    for (int64_t c = blockIdx.x; c < s.C; c += gridDim.x) {
+      const Moments* __restrict__ moments = args.moments + c * args.slots;
+      const MeanAndVariance found =
+          merge_in_block<kAhead>(s.M, args.slots, [&](int64_t k) { return moments[k]; });
+      // By two warps, so that neither waits for what the other loads.
+      if (threadIdx.x == 0) {
+        const Affine a = s.store(0, c, found.mean, found.square / static_cast<double>(s.last_M));
+        if (args.affine != nullptr) args.affine[c] = packed(a);
+      } else if (threadIdx.x == kWarp && s.runs()) {
+        s.update(c, found.mean, found.square);
+      }
+    }
+    return;
+  }
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
   for (int64_t c = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; c < s.C;
@@ -80,9 +96,12 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const int64_t slot = active ? ghost * args.chunks : 0;
       const int64_t chunks = !active ? 0 : ghost + 1 < s.ghosts ? args.chunks : args.slots - slot;
       const int64_t M = s.count(ghost);
-      const MeanAndVariance found = merge(
+      const MeanAndVariance found = merge_ahead<kAhead>(
           M, chunks, in_team, args.lanes, [&](int64_t k) { return moments[slot + k]; },
-          [&](double value) { return sum_of_lanes(value, args.lanes); });
+          [&](double (&sums)[2]) {
+            sums[0] = sum_of_lanes(sums[0], args.lanes);
+            sums[1] = sum_of_lanes(sums[1], args.lanes);
+          });
       if (!active || in_team != 0) continue;
       if (args.known == Known::chunks) {
         const Affine a = s.store(ghost, c, found.mean, found.square / static_cast<double>(M));
@@ -208,8 +227,9 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
       const Known known = args.have_stats ? Known::stats
                           : args.training ? Known::chunks
                                           : Known::running;
-      const FinishArguments finish{known,  moments,   plan.chunks, plan.slots(), finish_lanes(plan),
-                                   affine, statistics};
+      const int lanes = known == Known::chunks ? finish_lanes(plan) : 1;
+      const FinishArguments finish{known, moments, plan.chunks, plan.slots(),
+                                   lanes, affine,  statistics};
       if (const char* error = forward_finish(finish, device, stream)) return error;
     }
     const float slope = static_cast<float>(shape.slope);
@@ -237,7 +257,8 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
 }  // namespace batch_norm_forward_cu
 
 const char* forward_finish(const FinishArguments& args, int device, void* stream) {
-  const int64_t pieces = ceil_divide<int64_t>(args.statistics.C, kThreads / kWarp);
+  const int64_t at_once = args.lanes == kThreads ? 1 : kThreads / kWarp;
+  const int64_t pieces = ceil_divide(args.statistics.C, at_once);
   int64_t blocks = 0;
   if (const char* error = grid_size(kForward, device, pieces, blocks)) return error;
   return launch("batch_norm_finish", batch_norm_finish, blocks, kThreads, 0, stream, args);

@@ -82,11 +82,12 @@ inline bool walks_mask(const BatchNormForward& args) {
 
 // Moments of a chunk for the thread's channels, in all threads. keep(i, unit) gets each unit that
 // it loads, by its number. kShort: the chunk is too short for the errors of a plain sum to grow.
-template <class T, Layout kLayout, int W, bool kShort, class Keep>
-BATCHOPS_DEVICE void moments_of(const Chunk<kLayout, W>& chunk, const T* __restrict__ x, Keep keep,
-                                typename Chunk<kLayout, W>::Scratch& scratch,
-                                Moments (&found)[Chunk<kLayout, W>::kChannels]) {
-  constexpr int kChannels = Chunk<kLayout, W>::kChannels;
+template <bool kShort, class T, class MyChunk, class Keep>
+BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, Keep keep,
+                                typename MyChunk::Scratch& scratch,
+                                Moments (&found)[MyChunk::kChannels]) {
+  constexpr int W = MyChunk::kWidth;
+  constexpr int kChannels = MyChunk::kChannels;
   Unit<T, W> units[kInFlight];
   bool valid[kInFlight];
   const auto load = [&](int batch) {
@@ -162,10 +163,12 @@ struct Elementwise {
 };
 
 // y of `kAhead` units; all lanes of a warp together. load(u, place) gives a unit of x,
-// affine_of(u, j) the coefficients of its element j.
-template <class T, int W, int kAhead, class Act, class Load, class AffineOf>
+// affine_of(u, j) the coefficients of its element j; store(u, place, bits) takes its bits of the
+// mask.
+template <class T, int W, int kAhead, class Act, class Load, class AffineOf, class Store>
 BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
-                               const Place (&places)[kAhead], Load load, AffineOf affine_of) {
+                               const Place (&places)[kAhead], Load load, AffineOf affine_of,
+                               Store store) {
   const T* __restrict__ residual = static_cast<const T*>(args.residual);
   T* __restrict__ y = static_cast<T*>(args.y);
   Unit<T, W> units[kAhead];
@@ -196,10 +199,17 @@ BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
       for_each_element(act, v, r, [](auto functor, float z, float) { return functor.forward(z); });
       store_unit<T, W>(y + places[u].offset, v);
     }
-    if (Act::kMaskable && args.mask != nullptr) {
-      store_mask<W>(args.mask, args.mask_row, places[u], bits);
-    }
+    if (Act::kMaskable && args.mask != nullptr) store(u, places[u], bits);
   }
+}
+// The same; each unit's bits go to the mask at once.
+template <class T, int W, int kAhead, class Act, class Load, class AffineOf>
+BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
+                               const Place (&places)[kAhead], Load load, AffineOf affine_of) {
+  normalise<T, W, kAhead>(args, act, places, load, affine_of,
+                          [&](int, const Place& place, unsigned bits) {
+                            store_mask<W>(args.mask, args.mask_row, place, bits);
+                          });
 }
 
 // The slots of `plan`'s chunks merged, the running statistics updated; or, where something is

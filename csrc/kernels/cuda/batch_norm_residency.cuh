@@ -23,6 +23,7 @@ constexpr int kMostResidentTile = 128;  // channels of a set
 // Bytes of a part from which it is worth being shared out further.
 constexpr int64_t kSmallPart = 24 * 1024;
 constexpr int64_t kSector = 32;
+constexpr int64_t kLine = 128;
 constexpr int64_t kTileBytes = 256;  // channels_last: of a row
 
 // Whether anything is kept at all: BATCHOPS_CUDA_RESIDENT=0 in the environment of the process says
@@ -31,6 +32,32 @@ extern bool keep_on_chip;
 // Multiprocessors that teams, which all wait until the last block has come, leave to kernels that
 // run beside them (a reduction of gradients): BATCHOPS_CUDA_SM_MARGIN, 0 without it.
 extern int spared_multiprocessors;
+
+// For measuring: channels_last in teams; channels_first in a flow of sets.
+extern bool teams_of_rows;
+extern bool flows;
+extern bool together;  // … by planes of several channels, where a plane is small
+
+// Blocks on a multiprocessor where sets flow: up to 64 and 80 registers a thread.
+constexpr int kFlowing = 4;
+constexpr int kPlanesFlowing = 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kMorePlanes = 0;
+#else
+constexpr int kMorePlanes = kPlanesFlowing - kLeastResident;
+#endif
+// By launch bounds. Code for others than sm_90 takes some registers more.
+template <class Act>
+constexpr int blocks_where_flowing(bool planes, bool crowded = false) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  if (!planes) return kLeastResident;
+#else
+  if (!planes) return kFlowing;
+#endif
+  if (kAnyActivation<Act> && crowded) return 1;
+  return kLeastResident + (crowded || kAnyActivation<Act> ? 0 : kMorePlanes);
+}
+constexpr int64_t kPlanesBytes = 4096;  // half of what PlanesChunk and its mask take
 
 inline int for_teams(const Device& device) {
   return clamp(device.multiprocessors - spared_multiprocessors, 1, device.multiprocessors);
@@ -49,12 +76,14 @@ struct Residency {
   bool possible = false;
   int parts = 1;         // of a set
   bool cluster = false;  // they are one
+  bool flow = false;     // a block has two sets at once
+  bool planes = false;   // of which are taken together, `tile` of them; `chunk` is in samples
   int64_t sets = 0;
   int tile = 1;       // channels of a set
   int64_t chunk = 0;  // of a part: elements (channels_first), rows (channels_last)
   int64_t bytes = 0;  // dynamic shared memory of a block
 
-  bool team() const { return parts > 1 && !cluster; }
+  bool team() const { return flow || (parts > 1 && !cluster); }
   int even(int size) const { return static_cast<int>(kSector) / size; }
 };
 
@@ -64,7 +93,9 @@ namespace residency {
 inline int64_t static_bytes(const Plan& plan, const Keeping& keeping) {
   if (!plan.channels_last()) return 1024;
   const int64_t widest = 16 / keeping.size;
-  return 2 * widest * kThreads * 4 + kMostResidentTile * 48 + 1024;
+  const bool table = keeping.size == 2 && keeping.tensors > 1;  // the backward's
+  return 2 * widest * kThreads * 4 + kMostResidentTile * 48 +
+         (table ? static_cast<int64_t>(sizeof(AffineTable)) : 0) + 1024;
 }
 
 // What is left for tensors with so many blocks on a multiprocessor.
@@ -81,19 +112,17 @@ inline int64_t length(const Plan& plan, const Keeping& keeping) {
 }
 
 inline ChunkGrid grid(const Plan& plan, const Keeping& keeping, const Residency& found, int width) {
-  return {plan,
-          width,
-          found.chunk,
-          found.parts,
-          plan.ghosts * found.parts,
-          found.tile,
-          found.even(keeping.size),
-          keeping.mask};
+  ChunkGrid made(plan, width, found.chunk, found.parts, plan.ghosts * found.parts, found.tile,
+                 found.even(keeping.size), keeping.mask);
+  if (found.planes) made.take_together(plan, width, found.tile, found.chunk);
+  return made;
 }
 
 // Units that a thread has of a part.
 inline int64_t units(const Plan& plan, const Keeping& keeping, const Residency& found, int width) {
-  if (!plan.channels_last()) return ceil_divide<int64_t>(found.chunk, int64_t{kThreads} * width);
+  if (!plan.channels_last() && !found.planes) {
+    return ceil_divide<int64_t>(found.chunk, int64_t{kThreads} * width);
+  }
   return ceil_divide<int64_t>(found.chunk, grid(plan, keeping, found, width).tiles.rows_at_once);
 }
 
@@ -125,6 +154,47 @@ inline int64_t parts_for(const Plan& plan, const Keeping& keeping, Residency& fo
     if (found.bytes <= room) return parts;
   }
   return 0;
+}
+
+// A set flows through the chip: while a team's blocks wait for each other's sums of one, they sum
+// over the next. So there are two buffers, and many small blocks. What does not fit a buffer is
+// read again from the L2 cache.
+inline bool flow(const Plan& plan, const Keeping& keeping, const Device& device, bool planes,
+                 Residency& found) {
+  constexpr int64_t kLeastPart = 8 * 1024;
+  constexpr int64_t kLongest = 131072;  // elements: longer parts would want more careful sums
+  const int64_t widest = 16 / keeping.size;
+  found.tile = planes ? planes_together(plan, static_cast<int>(widest)) : 1;
+  found.flow = true;
+  found.planes = planes;
+  if (planes && (found.tile < 2 || !together)) return false;
+  found.sets = plan.columns() / found.tile;
+  const int64_t length_of_set = planes ? plan.most_samples() : length(plan, keeping);
+  const int64_t row = planes ? found.tile * plan.HxW : 1;  // elements of what is counted
+  const int64_t grain = planes ? 1 : 256;                  // a chunk is a multiple of this
+  const int64_t at_once = planes ? kThreads / (row / widest) : kThreads * widest;
+  const int64_t bytes_at_once = unit_bytes(keeping, static_cast<int>(widest));
+  int blocks = planes ? kPlanesFlowing : kFlowing;
+  int64_t buffer = 0;
+  for (;; blocks /= 2) {
+    if (blocks == 0) return false;
+    buffer = room(plan, keeping, device, blocks) / 2 - (planes ? kPlanesBytes : 0);
+    if (buffer >= bytes_at_once) break;
+  }
+  const int64_t resident = int64_t{blocks} * device.multiprocessors;
+  const int64_t fits = buffer / bytes_at_once * at_once;
+  const int64_t bytes_of_set = length_of_set * row * keeping.size * keeping.tensors;
+  int64_t parts = clamp<int64_t>(ceil_divide(length_of_set, fits), 1, resident);
+  // As many sets in each turn, and no block that they leave over.
+  const int64_t turns = ceil_divide(found.sets, resident / parts);
+  const int64_t share = resident / ceil_divide(found.sets, turns);
+  const int64_t useful = clamp<int64_t>(bytes_of_set / kLeastPart, 1, share);
+  if (useful > parts) parts = useful;
+  found.parts = static_cast<int>(parts);
+  found.chunk = round_up<int64_t>(ceil_divide(length_of_set, parts), grain);
+  const int64_t needed = ceil_divide(found.chunk, at_once) * bytes_at_once;
+  found.bytes = 2 * (needed < buffer ? needed : buffer);
+  return found.chunk <= 8 * fits && found.chunk * row <= kLongest;
 }
 
 // Ways to hold a set, from the one that costs least.
@@ -180,23 +250,43 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
 }  // namespace residency
 
 // The widest tiles that fit; where none does, the narrowest in part, if that is at least half.
-inline Residency make_residency(const Plan& plan, const Keeping& keeping, Device device) {
+inline Residency make_residency(const Plan& plan, const Keeping& keeping, Device device,
+                                bool planes = false) {
   using residency::Way;
   device.multiprocessors = for_teams(device);
   Residency found;
   if (!keep_on_chip) return found;
+  if (planes && !flows) return found;
+  if (!plan.channels_last() && flows) {
+    found.possible = residency::flow(plan, keeping, device, planes, found);
+    return found;
+  }
   const int64_t narrowest = plan.channels_last() ? kSector / keeping.size : 1;
   int64_t widest = narrowest;
   while (plan.channels_last() && widest < plan.C && widest * keeping.size < kTileBytes) widest *= 2;
+  // Teams read rows in pieces of a few sectors, which costs memory more than a second pass: so only
+  // where all of it is held at once, in pieces of lines or whole rows.
+  const int64_t of_line = kLine / keeping.size;
+  const int64_t piece = plan.C < of_line ? round_up(plan.C, narrowest) : of_line;
+  const auto all_at_once = [&] {
+    return !plan.channels_last() || (teams_of_rows && found.sets == 1) ||
+           (teams_of_rows && found.sets * found.parts <= int64_t{2} * device.multiprocessors);
+  };
   for (const Way way : {Way::neighbours, Way::team, Way::any_team}) {
     // Rows in pieces of one sector are worth a team's trouble to avoid.
-    const int64_t least = way == Way::neighbours && widest > narrowest ? 2 * narrowest : narrowest;
+    int64_t least = way == Way::neighbours && widest > narrowest ? 2 * narrowest : narrowest;
+    if (plan.channels_last() && way != Way::neighbours) least = piece < widest ? piece : widest;
     for (int64_t tile = way == Way::any_team ? least : widest; tile >= least; tile /= 2) {
       found.tile = static_cast<int>(tile);
-      found.possible = residency::fits(plan, keeping, device, way, found);
+      found.possible =
+          residency::fits(plan, keeping, device, way, found) && (!found.team() || all_at_once());
       if (found.possible) return found;
     }
   }
+  found.sets =
+      plan.ghosts * (plan.channels_last() ? ceil_divide<int64_t>(plan.C, found.tile) : plan.C);
+  found.cluster = false;
+  if (!all_at_once()) return found;
   const int64_t pair = 2 * residency::room(plan, keeping, device, 2);
   const int64_t alone = residency::room(plan, keeping, device, 1);
   const int blocks = pair * 5 > alone * 4 ? 2 : 1;
@@ -219,19 +309,25 @@ struct Team {
   bool cluster;
   void* sums;          // [sets, parts, channels], where a team meets
   unsigned* arrivals;  // [sets], 0 at first; null where none meets
+  void* results;       // [sets], where sets flow
 };
 
 // Where the parts of the workspace of a team lie.
 struct TeamPlaces {
-  size_t sums;  // bytes
+  static constexpr size_t kResult = 32;  // bytes of a set's
+  size_t sums;                           // bytes
   size_t arrivals;
+  size_t results;
 
   TeamPlaces(const Residency& found, const Keeping& keeping)
       : sums(found.team()
                  ? static_cast<size_t>(found.sets * found.parts * found.tile * keeping.sums)
                  : 0),
-        arrivals(found.team() ? round_up<size_t>(static_cast<size_t>(found.sets) * 4, 16) : 0) {}
-  size_t bytes() const { return sums + arrivals; }
+        arrivals(found.team() ? round_up<size_t>(static_cast<size_t>(found.sets) * 4, 16) : 0),
+        results(found.flow ? static_cast<size_t>(found.sets * found.tile) * kResult : 0) {
+    sums = round_up<size_t>(sums, 16);
+  }
+  size_t bytes() const { return sums + arrivals + results; }
 };
 
 template <class T, int W>
@@ -240,7 +336,7 @@ Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
   Team team{};
   team.sets = found.sets;
   team.parts = found.parts;
-  const int64_t fit = found.bytes / residency::unit_bytes(keeping, W);
+  const int64_t fit = found.bytes / (found.flow ? 2 : 1) / residency::unit_bytes(keeping, W);
   const int64_t all = residency::units(plan, keeping, found, W);
   team.kept = static_cast<int>(fit < all ? fit : all);
   team.channels = found.tile;
@@ -254,6 +350,7 @@ Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
     team.sums = workspace;
     team.arrivals =
         reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + places.sums);
+    team.results = static_cast<unsigned char*>(workspace) + places.sums + places.arrivals;
   }
   return team;
 }
@@ -282,6 +379,40 @@ const char* dispatch_resident(const char* operation, const BatchNormShape& shape
   });
 }
 
+// Where sets are to flow by planes of several channels: of whole units, if pointers allow it.
+inline Residency residency_for(const Plan& plan, const Keeping& keeping, const Device& device,
+                               std::initializer_list<const void*> pointers) {
+  const Residency planes = make_residency(plan, keeping, device, true);
+  bool aligned = planes.possible;
+  for (const void* p : pointers) aligned = aligned && is_aligned(p, 16);
+  return aligned ? planes : make_residency(plan, keeping, device);
+}
+
+// Of the workspace, wherever the tensors lie.
+inline size_t team_bytes(const Plan& plan, const Keeping& keeping, const Device& device) {
+  size_t most = 0;
+  for (const bool planes : {false, true}) {
+    const Residency found = make_residency(plan, keeping, device, planes);
+    const size_t bytes = found.possible ? TeamPlaces(found, keeping).bytes() : 0;
+    if (bytes > most) most = bytes;
+  }
+  return most;
+}
+
+// Calls run(TypeIs<T>, integral_constant<int, W>, activation) with units of 16 bytes.
+template <class F>
+const char* dispatch_planes(const char* operation, const BatchNormShape& shape, F&& run,
+                            bool any = false) {
+  const float slope = static_cast<float>(shape.slope);
+  return dispatch_dtype(operation, shape.dtype, [&](auto type) -> const char* {
+    constexpr int W = kWidest<typename decltype(type)::type>;
+    const std::integral_constant<int, W> width{};
+    if (any) return run(type, width, AnyActivation{shape.activation, slope});
+    return with_activation<Identity, Relu>(shape.activation, slope,
+                                           [&](auto act) { return run(type, width, act); });
+  });
+}
+
 // Launches `kernel`, which takes `args` with a Team in it, and `act`. Leaves `done` alone where
 // there is no room for a team: on the device, or in what a process or a stream may have of it,
 // which is less than the device where multiprocessors have been set apart.
@@ -297,7 +428,8 @@ const char* launch_team(const char* operation, const char* name,
     Device on;
     if (const char* error = query(operation, device, on)) return error;
     if (const char* error = resident_blocks(name, kernel, shape, device, &blocks)) return error;
-    const int64_t teams = blocks / on.multiprocessors * for_teams(on) / found.parts;
+    const int64_t most = blocks / on.multiprocessors * for_teams(on) / found.parts;
+    const int64_t teams = most == 0 ? 0 : ceil_divide(found.sets, ceil_divide(found.sets, most));
     if (teams == 0) return nullptr;
     blocks = (teams < found.sets ? teams : found.sets) * found.parts;
     if (const char* error =
@@ -333,6 +465,52 @@ struct Kept {
   BATCHOPS_DEVICE Unit<T, W>& at(int tensor, int i) const {
     return reinterpret_cast<Unit<T, W>*>(
         bytes)[(tensor * units + i) * kThreads + static_cast<int>(threadIdx.x)];
+  }
+};
+
+// How the blocks of a team learn of a set's outcome, where sets flow: each leaves its sums, and the
+// last to come makes of them what all wait for. A count of parts + 1 says that it is there.
+template <class Sums, class Result>
+struct Passing {
+  static_assert(sizeof(Result) <= TeamPlaces::kResult);
+  const Team& team;
+
+  BATCHOPS_DEVICE Sums& sums(int64_t set, int64_t part, int channel) const {
+    return static_cast<Sums*>(team.sums)[(set * team.parts + part) * team.channels + channel];
+  }
+  BATCHOPS_DEVICE Result& result(int64_t set, int channel) const {
+    return *reinterpret_cast<Result*>(static_cast<unsigned char*>(team.results) +
+                                      (set * team.channels + channel) *
+                                          static_cast<int64_t>(TeamPlaces::kResult));
+  }
+
+  // All threads, after those that leave the block's sums: whether the block is the last one.
+  BATCHOPS_DEVICE bool arrive(int64_t set) const {
+    BATCHOPS_SHARED(last, int);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(team.arrivals + set, 1u) + 1 == static_cast<unsigned>(team.parts) ? 1 : 0;
+      __threadfence();
+    }
+    __syncthreads();
+    return last != 0;
+  }
+  // All threads of the last block, once the results are written.
+  BATCHOPS_DEVICE void tell(int64_t set) const {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    atomicAdd(team.arrivals + set, 1u);
+  }
+  // All threads. Afterwards the result can be read.
+  BATCHOPS_DEVICE void wait(int64_t set) const {
+    if (threadIdx.x == 0) {
+      const volatile unsigned* arrivals = team.arrivals + set;
+      while (*arrivals <= static_cast<unsigned>(team.parts)) __nanosleep(20);
+      __threadfence();
+    }
+    __syncthreads();
   }
 };
 
