@@ -136,11 +136,11 @@ LIMITS = {
     # float g. A thread has 2 units of 4 elements in flight: 16 bytes of float m, v, p and g; 8 of
     # 16-bit p and g, which narrows those accesses but keeps all tensors in step. The first sweep
     # finds copies in shared memory: those of the first chunk are started by themselves, those of
-    # the next one for each pair, for what is rare, and where no unit fits. LAMB copies four tensors,
-    # LARS p, g and the m of a second sweep. LAMB's second sweep, where nothing was kept, loads p, m
-    # and v, and where p gave its place to caution, p; LARS' m and, where nothing was kept, all
-    # three. Small tensors have a unit at a time, of any dtype. Elements that no unit fits go one by
-    # one. Dynamic shared memory: what sm_75 has for the one block that has room there.
+    # the next one for each pair, for what is rare, and where no unit fits. LAMB copies four, LARS
+    # p, g and the m of a second sweep. LAMB's second sweep, where nothing was kept, loads p, m and
+    # v, and where p gave its place to caution, p; LARS' m and, where nothing was kept, all three.
+    # Small tensors have a unit at a time, of any dtype. Elements that no unit fits go one by one.
+    # Dynamic shared memory: what sm_75 has for the one block that has room there.
     "lamb_step": Limits(
         1,
         reads=2 * (12 * 4 + 3 * 2 + 1 + 1) + 4,

@@ -369,3 +369,32 @@ def test_norms_are_checked_to_the_last_element(monkeypatch, bench, variant, phas
             outputs[position] = flat.view(output.shape)
             with pytest.raises(AssertionError, match=f"output {position}"):
                 check(given(outputs), 0)
+
+
+def test_both_sides_of_a_sweep_compute_the_same(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCH))
+    sweep = importlib.import_module("sweep")
+    tiny = [(2, 32, 4, 4), (1, 64, 3, 3)]
+    monkeypatch.setattr(sweep, "GROUP_NORM_SHAPES", tiny)
+    monkeypatch.setattr(sweep, "BATCH_NORM_SHAPES", tiny)
+    monkeypatch.setattr(sweep, "SMALL", [])
+    names = []
+    for case in sweep.norms(None):
+        names.append(case.name)
+        outputs = {}
+        for side in ("batchops", "torch"):
+            generator = torch.Generator().manual_seed(0)
+            call = case.make(side, lambda shape, g=generator: torch.randn(shape, generator=g))
+            found = call()
+            outputs[side] = found if isinstance(found, tuple) else (found,)
+        tolerance = 1e-5 if "fp32" in case.name else 0.1  # norm-wise; torch rounds in between
+        for got, want in zip(outputs["batchops"], outputs["torch"], strict=True):
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+            assert (got - want).float().norm() <= tolerance * want.float().norm(), case.name
+    assert len(set(names)) == len(names) == 2 * (2 * 2 * 4 + 2 * 2 * 6)
+    assert all(
+        case.bytes == 8 * 1024
+        for case in sweep.norms(2)
+        if "plain forward, 2×32" in case.name and "fp32" in case.name
+    )

@@ -206,3 +206,14 @@ def test_a_block_filled_beside_static_memory(library, dtype, rows):
     problem = Problem(1, channels, rows, layout="channels_last", dtype=dtype)
     with batch_norm.device(library, "small"):
         check(problem, run(library, problem))
+
+
+@LAYOUT
+def test_infinite_running_mean(library, layout):
+    """What is subtracted is infinite, and so is y; a low part of it would be NaN."""
+    problem = Problem(2, 3, 4, layout=layout, dtype="f32", training=False)
+    problem.arrays["running_mean"][1:] = np.inf, -np.inf
+    y = decoded(problem, batch_norm.forward(library, problem), "y")
+    assert np.isfinite(y.take(0, axis=1)).all()
+    assert (y.take(1, axis=1) == -np.inf).all()
+    assert (y.take(2, axis=1) == np.inf).all()

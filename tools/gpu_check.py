@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -71,7 +72,9 @@ def commands(part: str, out: Path) -> list[list[str]]:
             ]
         ]
     if part == "tests":
-        return [[python, "-m", "pytest", "-q", WITHOUT_EMULATOR, "-m", "cuda", "tests"]]
+        return [
+            [python, "-m", "pytest", "-q", *all_cores(), WITHOUT_EMULATOR, "-m", "cuda", "tests"]
+        ]
     if part in SANITIZERS:
         check = [sanitizer(), "--tool", part, "--error-exitcode", str(SANITIZER_FAILED)]
         # torch's own kernels, and errors of calls that torch tries and handles, are not ours.
@@ -89,6 +92,11 @@ def commands(part: str, out: Path) -> list[list[str]]:
 def report(out: Path) -> list[str]:
     script = str(ROOT / "bench" / "report.py")
     return [sys.executable, script, str(out / RUN), "--out", str(out / "results")]
+
+
+def all_cores() -> list[str]:
+    """Most of a test's time is the reference's, on the CPU."""
+    return ["-n", "auto"] if importlib.util.find_spec("xdist") else []
 
 
 def only_our_kernels() -> list[str]:

@@ -35,7 +35,7 @@ struct Statistics {
     const int64_t columns = ghosts * C;
     float* column = stats + ghost * C + c;
     const float high = static_cast<float>(mean);
-    const float low = static_cast<float>(mean - high);
+    const float low = mean == high ? 0.0f : static_cast<float>(mean - high);  // also of infinity
     const float rstd = static_cast<float>(1.0 / sqrt(variance + eps));
     if (writes) {
       column[0] = high;
