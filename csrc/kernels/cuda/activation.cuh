@@ -53,17 +53,17 @@ BATCHOPS_DEVICE float inverse_fast(float a) {
 
 // σ(z) = 1 / (1 + e^-z) and 1 - σ(z), neither of them by a difference, in a third of the
 // instructions that exp and a division take: a GPU reads the elements of bfloat16 faster than those
-// could be done. e^-z is at most 2^127, whose inverse is 0: both are 0 then, so that z · σ(z) is
-// NaN at -∞ alone.
+// could be done. Beyond 2^127 the inverse of e^-z is 0, and both are: so z · σ(z) is NaN at -∞
+// alone.
 struct FastLogistic {
   float value, complement;
 };
 BATCHOPS_DEVICE FastLogistic logistic(float z) {
   constexpr float kLog2E = 1.44269502f;
-  const float t = -kLog2E * z;
-  const float e = exp2_fast(::fminf(t, 127.0f));
+  constexpr float kMost = 1.70141183e38f;  // 2^127
+  const float e = exp2_fast(-kLog2E * z);
   const float value = inverse_fast(1.0f + e);
-  return {value, e * value};
+  return {value, ::fminf(e, kMost) * value};
 }
 
 using Scalar = float;

@@ -118,9 +118,15 @@ struct Pixels {
     const int step = cut.by_unit.rows_at_once;
     for_units<W>(cut.by_unit, [&](int first, int row, bool active) {
       if (!active) return;
+      const int64_t line = int64_t{step} * cut.C;
+      const int kept_line = step * cut.kept_row;
+      int64_t at = offset(row, first);
+      int i = local(row, first);
 #pragma unroll 4
       for (int r = row; r < rows; r += step) {
-        copy_async<T, W>(to + local(r, first), from + offset(r, first));
+        copy_async<T, W>(to + i, from + at);
+        at += line;
+        i += kept_line;
       }
     });
   }
@@ -159,10 +165,13 @@ struct Pixels {
         if (active) shift[j] = shifts[first + j];
       }
       if (active) {
+        const T* from = kept + local(row, first);
+        const int kept_line = step * cut.kept_row;
 #pragma unroll 4
         for (int r = row; r < rows; r += step) {
           float v[kSum];
-          to_float<T, kSum>(load_unit<T, kSum>(kept + local(r, first)), v);
+          to_float<T, kSum>(load_unit<T, kSum>(from), v);
+          from += kept_line;
 #pragma unroll
           for (int j = 0; j < kSum; ++j) {
             const float d = v[j] - shift[j];
@@ -254,6 +263,10 @@ struct Pixels {
       for (int j = 0; j < W; ++j) {
         if (active) k[j] = job.make(channel_of(first + j), group_of_channel(first + j));
       }
+      const int64_t line = int64_t{step} * cut.C;  // from a thread's row to its next
+      const int kept_line = step * cut.kept_row;
+      int64_t at = offset(row, first);
+      int i = local(row, first);
 #pragma unroll 1
       for (int r0 = 0; r0 < rows; r0 += step * kAhead) {
         typename Job::template Held<W> held[kAhead];
@@ -262,7 +275,7 @@ struct Pixels {
         for (int a = 0; a < kAhead; ++a) {
           const int r = r0 + a * step + row;
           if (!active || r >= rows) continue;
-          job.template load_outer<W>(*this, held[a], offset(r, first), local(r, first));
+          job.template load_outer<W>(*this, held[a], at + a * line, i + a * kept_line);
           if (job.masked()) bits[a] = mask_bits(job.mask, r, first);
         }
 #pragma unroll
@@ -271,12 +284,14 @@ struct Pixels {
           const bool valid = active && r < rows;
           unsigned found = 0;
           if (valid) {
-            found = job.template run<W>(held[a], offset(r, first), Range{0, W}, Each{k}, bits[a]);
+            found = job.template run<W>(held[a], at + a * line, Range{0, W}, Each{k}, bits[a]);
           }
           if (job.writes_mask()) {
             store_mask_byte<W>(job.mask_to + mask_byte(r, first), valid && first % 8 == 0, found);
           }
         }
+        at += kAhead * line;
+        i += kAhead * kept_line;
       }
     });
   }
