@@ -47,8 +47,7 @@ BATCHOPS_DEVICE MeanAndVariance merge_ahead(int64_t M, int64_t count, int lane, 
       const int64_t at = k + int64_t{u} * lanes;
       parts[u] = at < count ? get(at) : Moments{0.0f, 0.0f, 0.0f, 0.0f};
     }
-    g = static_cast<double>(first.shift) +
-        static_cast<double>(first.sum) / static_cast<double>(first.count);
+    g = static_cast<double>(first.shift) + static_cast<double>(first.sum) * inverse(first.count);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const Moments m = parts[u];
@@ -56,14 +55,14 @@ BATCHOPS_DEVICE MeanAndVariance merge_ahead(int64_t M, int64_t count, int lane, 
       const double n = m.count;
       const double nd = n * (m.shift - g) + m.sum;
       sums[0] += nd;
-      sums[1] += m.square + nd * nd / n;
+      sums[1] += m.square + nd * nd * inverse(n);
     }
   }
-  g = static_cast<double>(first.shift) +
-      static_cast<double>(first.sum) / static_cast<double>(first.count);
+  g = static_cast<double>(first.shift) + static_cast<double>(first.sum) * inverse(first.count);
   reduce(sums);
-  const double rest = sums[1] - sums[0] * sums[0] / static_cast<double>(M);
-  return {g + sums[0] / static_cast<double>(M), rest < 0.0 ? 0.0 : rest};  // a NaN stays
+  const double part = inverse(static_cast<double>(M));
+  const double rest = sums[1] - sums[0] * sums[0] * part;
+  return {g + sums[0] * part, rest < 0.0 ? 0.0 : rest};  // a NaN stays
 }
 
 // A column for a whole block, in all threads.

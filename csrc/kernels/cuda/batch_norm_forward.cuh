@@ -36,7 +36,7 @@ struct Statistics {
     float* column = stats + ghost * C + c;
     const float high = static_cast<float>(mean);
     const float low = mean == high ? 0.0f : static_cast<float>(mean - high);  // also of infinity
-    const float rstd = static_cast<float>(1.0 / sqrt(variance + eps));
+    const float rstd = static_cast<float>(inverse_root(variance + eps));
     if (writes) {
       column[0] = high;
       column[columns] = low;

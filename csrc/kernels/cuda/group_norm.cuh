@@ -476,7 +476,8 @@ BATCHOPS_DEVICE Terms forward_terms(const MeanAndVariance& found, int64_t M, dou
   Terms terms{};
   terms.mean = static_cast<float>(found.mean);
   terms.low = static_cast<float>(found.mean - terms.mean);
-  terms.rstd = static_cast<float>(1.0 / sqrt(found.square / static_cast<double>(M) + eps));
+  terms.rstd =
+      static_cast<float>(inverse_root(found.square * inverse(static_cast<double>(M)) + eps));
   return terms;
 }
 
@@ -512,6 +513,29 @@ BATCHOPS_DEVICE Terms load_terms(const float* stats, int64_t groups, int64_t gro
   terms.low = stats[groups + group];
   terms.rstd = stats[2 * groups + group];
   return terms;
+}
+
+// ---- the arithmetic of an element
+
+// bfloat16 cannot hold a mean so far from its deviation that x must be centred before it is scaled:
+// its coefficients are folded, for an instruction less an element and a register less a column.
+template <class T>
+constexpr bool kFolded = std::is_same_v<T, __nv_bfloat16>;
+
+template <class T>
+BATCHOPS_DEVICE Affine make_affine_of(const Terms& t, float weight, float bias) {
+  Affine made = make_affine(t.mean, t.low, t.rstd, weight, bias);
+  if (kFolded<T>) made.shift = __fmaf_rn(-t.mean, made.scale, made.shift);
+  return made;
+}
+// What is scaled.
+template <class T>
+BATCHOPS_DEVICE float centred_of(const Affine& a, float x) {
+  return kFolded<T> ? x : __fsub_rn(x, a.mean);
+}
+// Of that.
+BATCHOPS_DEVICE float scaled_of(const Affine& a, float centred) {
+  return __fmaf_rn(centred, a.scale, a.shift);
 }
 
 // ---- parameters of a channel

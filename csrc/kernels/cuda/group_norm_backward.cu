@@ -30,6 +30,7 @@ struct BackwardArguments {
   float2* directions;  // [groups]: along, constant; where streamed
   Affines affines;
   bool recomputes;  // z
+  bool folded;      // kFolded<T>
 };
 
 // One element of dz, and of dx. kResident: the tensors are in shared memory.
@@ -43,10 +44,10 @@ struct BackwardJob {
   static constexpr int kAhead = kResident || kAnyActivation<Act> ? 1 : 2;
   // Elements of a unit whose coefficients are in registers at once.
   template <int W>
-  static constexpr int kPiece = sum_width(W);
+  static constexpr int kPiece = kFolded<T> && !Act::kNeedsZ ? W : sum_width(W);
   // … where each is looked up.
   template <int W>
-  static constexpr int kOddPiece = Act::kNeedsZ && W > 2 ? 2 : kPiece<W>;
+  static constexpr int kOddPiece = Act::kNeedsZ && W > 2 ? 2 : sum_width(W);
   template <int W>
   struct Held {
     Unit<T, W> x, dy, residual;
@@ -71,7 +72,7 @@ struct BackwardJob {
   BATCHOPS_DEVICE bool adds_residual() const { return Act::kNeedsZ && args.residual != nullptr; }
 
   BATCHOPS_DEVICE Coefficients make_with(const Terms& t, float weight, float bias) const {
-    return {make_affine(t.mean, t.low, t.rstd, weight, bias), t.along, t.constant, weight};
+    return {make_affine_of<T>(t, weight, bias), t.along, t.constant, weight};
   }
   BATCHOPS_DEVICE Coefficients make(int64_t c, int r) const {
     return make_with(arena.terms()[r], args.affines.weight_of(c),
@@ -108,15 +109,15 @@ struct BackwardJob {
     if (adds_residual()) held.residual = walk.template load_at<T, W>(residual, at);
   }
 
-  // x - mean.
+  // What is scaled: x - mean, or x.
   template <int W, class CoefficientsOf>
   BATCHOPS_DEVICE void centre(const Held<W>& held, CoefficientsOf k, float (&centred)[W]) const {
     to_float<T, W>(held.x, centred);
 #pragma unroll
-    for (int j = 0; j < W; ++j) centred[j] = __fsub_rn(centred[j], k(j).affine.mean);
+    for (int j = 0; j < W; ++j) centred[j] = centred_of<T>(k(j).affine, centred[j]);
   }
 
-  // dz; z is rounded as Affine rounds it.
+  // dz; z is rounded as in the forward.
   template <int W, class CoefficientsOf>
   BATCHOPS_DEVICE void differentiate(const Held<W>& held, CoefficientsOf k, unsigned bits,
                                      const float (&centred)[W], float (&dz)[W]) const {
@@ -134,7 +135,7 @@ struct BackwardJob {
       if (adds) to_float<T, W>(held.residual, z);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const float normalised = __fmaf_rn(centred[j], k(j).affine.scale, k(j).affine.shift);
+        const float normalised = scaled_of(k(j).affine, centred[j]);
         z[j] = adds ? __fadd_rn(normalised, z[j]) : normalised;
       }
       for_each_element<1>(act, dz, z, [](auto functor, float gradient, float of) {
@@ -150,7 +151,10 @@ struct BackwardJob {
     centre<W>(held, k, centred);
     differentiate<W>(held, k, bits, centred, dz);
 #pragma unroll
-    for (int j = 0; j < W; ++j) sink(j, dz[j], dz[j] * centred[j]);
+    for (int j = 0; j < W; ++j) {
+      const float x = kFolded<T> ? __fsub_rn(centred[j], k(j).affine.mean) : centred[j];
+      sink(j, dz[j], dz[j] * x);
+    }
   }
 
   template <int W, class CoefficientsOf>
@@ -174,10 +178,13 @@ struct BackwardJob {
   }
 };
 
-BATCHOPS_DEVICE float2 direction_of(const Terms& t, double A, double B, int64_t M) {
+// `folded`: for what is not centred before.
+BATCHOPS_DEVICE float2 direction_of(const Terms& t, double A, double B, int64_t M, bool folded) {
   const double rstd = t.rstd;
-  const double along = -rstd * rstd * B / static_cast<double>(M);
-  const double constant = -rstd * A / static_cast<double>(M) - along * t.low;
+  const double part = inverse(static_cast<double>(M));
+  const double along = -rstd * rstd * B * part;
+  const double mean = folded ? static_cast<double>(t.mean) + t.low : t.low;
+  const double constant = -rstd * A * part - along * mean;
   return make_float2(static_cast<float>(along), static_cast<float>(constant));
 }
 
@@ -309,7 +316,7 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
           B += sum.y;
         }
       }
-      const float2 direction = direction_of(terms[r], A, B, args.cut.M);
+      const float2 direction = direction_of(terms[r], A, B, args.cut.M, kFolded<T>);
       terms[r].along = direction.x;
       terms[r].constant = direction.y;
     }
@@ -409,8 +416,8 @@ __global__ void __launch_bounds__(kFinishBlock)
     }
     block_sum<kFinishBlock>(sums);
     if (threadIdx.x == 0) {
-      args.directions[group] =
-          direction_of(load_terms(args.stats, cut.groups, group), sums[0], sums[1], cut.M);
+      args.directions[group] = direction_of(load_terms(args.stats, cut.groups, group), sums[0],
+                                            sums[1], cut.M, args.folded);
     }
   }
 }
@@ -583,6 +590,7 @@ const char* backward(const GroupNormBackward& args, void* workspace, int device,
     to.directions = places + (space.rows + space.chunks) * to.cut.C;
     to.affines = affines_of(args.weight, args.bias, shape.param_dtype);
     to.recomputes = recomputes;
+    to.folded = kFolded<T>;
 
     const bool sums = to.cut.resident || wants_parameters || args.dx != nullptr;
     if (sums) {

@@ -63,7 +63,7 @@ struct ForwardJob {
 
   BATCHOPS_DEVICE Coefficients make(int64_t c, int r) const {
     const Terms& t = terms[r];
-    return {make_affine(t.mean, t.low, t.rstd, args.affines.weight_of(c), args.affines.bias_of(c))};
+    return {make_affine_of<T>(t, args.affines.weight_of(c), args.affines.bias_of(c))};
   }
   template <int W>
   BATCHOPS_DEVICE void make_row(int64_t c, int r, Coefficients (&k)[W]) const {
@@ -71,7 +71,7 @@ struct ForwardJob {
     float w[W], b[W];
     args.affines.load<W>(c, w, b);
 #pragma unroll
-    for (int j = 0; j < W; ++j) k[j] = {make_affine(t.mean, t.low, t.rstd, w[j], b[j])};
+    for (int j = 0; j < W; ++j) k[j] = {make_affine_of<T>(t, w[j], b[j])};
   }
 
   template <int W, class Walk>
@@ -97,7 +97,7 @@ struct ForwardJob {
     unsigned bits = 0;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      float z = k(j)(v[j]);
+      float z = scaled_of(k(j), centred_of<T>(k(j), v[j]));
       if (adds) z = __fadd_rn(z, r[j]);
       v[j] = z;
       if constexpr (Act::kMaskable) {

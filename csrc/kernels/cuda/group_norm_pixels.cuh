@@ -122,8 +122,18 @@ struct Pixels {
       const int kept_line = step * cut.kept_row;
       int64_t at = offset(row, first);
       int i = local(row, first);
-#pragma unroll 4
-      for (int r = row; r < rows; r += step) {
+      int left = (rows - row + step - 1) / step;
+#pragma unroll 1
+      for (; left >= kInFlight; left -= kInFlight) {
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+          copy_async<T, W>(to + i + k * kept_line, from + at + k * line);
+        }
+        at += kInFlight * line;
+        i += kInFlight * kept_line;
+      }
+#pragma unroll 1
+      for (; left > 0; --left) {
         copy_async<T, W>(to + i, from + at);
         at += line;
         i += kept_line;
@@ -167,17 +177,27 @@ struct Pixels {
       if (active) {
         const T* from = kept + local(row, first);
         const int kept_line = step * cut.kept_row;
-#pragma unroll 4
-        for (int r = row; r < rows; r += step) {
+        const auto take = [&](const T* unit) {
           float v[kSum];
-          to_float<T, kSum>(load_unit<T, kSum>(from), v);
-          from += kept_line;
+          to_float<T, kSum>(load_unit<T, kSum>(unit), v);
 #pragma unroll
           for (int j = 0; j < kSum; ++j) {
             const float d = v[j] - shift[j];
             sums[j].x += d;
             sums[j].y += d * d;
           }
+        };
+        int left = (rows - row + step - 1) / step;
+#pragma unroll 1
+        for (; left >= kInFlight; left -= kInFlight) {
+#pragma unroll
+          for (int k = 0; k < kInFlight; ++k) take(from + k * kept_line);
+          from += kInFlight * kept_line;
+        }
+#pragma unroll 1
+        for (; left > 0; --left) {
+          take(from);
+          from += kept_line;
         }
       }
       add_up<kSum>(tiles, first_of_turn, sums, arena);

@@ -88,10 +88,16 @@ struct Slices {
     const int units = (end + W - 1) / W;
     const bool past = W > 1 && base + int64_t{units} * W > cut.numel;  // the tensor's end
     const T* __restrict__ x = from + base;
-#pragma unroll 4
-    for (int t = threadIdx.x; t < units - past; t += kBlock) {
-      copy_async<T, W>(to + t * W, x + t * W);
+    int t = threadIdx.x;
+#pragma unroll 1
+    for (; t + (kInFlight - 1) * kBlock < units - past; t += kInFlight * kBlock) {
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        copy_async<T, W>(to + (t + k * kBlock) * W, x + (t + k * kBlock) * W);
+      }
     }
+#pragma unroll 1
+    for (; t < units - past; t += kBlock) copy_async<T, W>(to + t * W, x + t * W);
     if (past && threadIdx.x == 0) {
       for (int i = (units - 1) * W; i < end; ++i) to[i] = x[i];
     }
@@ -166,16 +172,28 @@ struct Slices {
       team_sum(teams.lanes, sum);
       const float shift = sum.x / sum.y;
       sum = make_float2(0.0f, 0.0f);
-#pragma unroll 4
-      for (int i = mine; i < of.end; i += step) {
+      const auto take = [&](const T* unit) {
         float v[W];
-        to_float<T, W>(load_unit<T, W>(x + i), v);
+        to_float<T, W>(load_unit<T, W>(unit), v);
 #pragma unroll
         for (int j = 0; j < W; ++j) {
           const float d = v[j] - shift;
           sum.x += d;
           sum.y += d * d;
         }
+      };
+      const T* from = x + mine;
+      int left = mine < of.end ? (of.end - mine + step - 1) / step : 0;
+#pragma unroll 1
+      for (; left >= kInFlight; left -= kInFlight) {
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) take(from + k * step);
+        from += kInFlight * step;
+      }
+#pragma unroll 1
+      for (; left > 0; --left) {
+        take(from);
+        from += step;
       }
       team_sum(teams.lanes, sum);
       if (lane == 0 && s < total) {
