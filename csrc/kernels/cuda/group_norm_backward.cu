@@ -464,7 +464,7 @@ constexpr int kAcross = kWarp;                    // channels of a block
 constexpr int kDown = kParameterBlock / kAcross;  // rows it adds at once
 constexpr int64_t kMostRowChunks = 64;
 
-__global__ void __launch_bounds__(kParameterBlock)
+__global__ void __launch_bounds__(kParameterBlock, kLeastResident)
     group_norm_backward_parameters(const __grid_constant__ ParameterArguments args) {
   BATCHOPS_SHARED(by_line, double2[kDown][kAcross]);
   const int across = threadIdx.x % kAcross;

@@ -233,10 +233,15 @@ struct Slices {
             typename Job::template Held<kWidth> held;
             job.template load<kWidth>(held, i);
             const unsigned bits = job.masked() ? mask_bits(job.mask, i) : 0u;
-            job.template add<kWidth>(held, Same{k}, bits, [&](int, float a, float b) {
-              sum.x += a;
-              sum.y += b;
-            });
+            constexpr int kPiece = sum_width(kWidth);
+#pragma unroll
+            for (int h = 0; h < kWidth; h += kPiece) {
+              const auto piece = job.template piece<kPiece>(held, h / kPiece);
+              job.template add<kPiece>(piece, Same{k}, bits >> h, [&](int, float a, float b) {
+                sum.x += a;
+                sum.y += b;
+              });
+            }
           };
         },
         arena.slots(), arena.channels());
