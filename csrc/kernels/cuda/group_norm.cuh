@@ -31,7 +31,7 @@ namespace batchops::cuda::group {
 // Two blocks of a multiprocessor have up to 80 registers a thread: enough for the coefficients of
 // eight columns, and 24 warps.
 constexpr int kBlock = 384;
-constexpr int kFinishBlock = 128;
+constexpr int kFinishBlock = 256;
 constexpr int kWidestUnit = 8;
 constexpr int64_t kSmallPart = 24 * 1024;  // bytes: small groups are put together up to this
 constexpr int64_t kEnoughPart = 4 * 1024;  // … and at least to this

@@ -332,13 +332,12 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
   }
 }
 
-// Blocks on a multiprocessor at the least. Blackwell's code for wide units whose z is made again
-// needs more than the 80 registers of two; float and SiLU manage. So does, everywhere, what knows
-// its activation at run time only.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// Blocks on a multiprocessor at the least. What knows its activation at run time only needs more
+// than the 80 registers of two, and for others than sm_90 so does the code for 16-bit units whose z
+// is made again.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 template <class T, int W, class Act>
-constexpr int kLeastBlocks =
-    W > 1 && Act::kNeedsZ && (sizeof(T) == 2 || kAnyActivation<Act>) ? 1 : kLeastResident;
+constexpr int kLeastBlocks = kAnyActivation<Act> || (W == 8 && Act::kNeedsZ) ? 1 : kLeastResident;
 #else
 template <class T, int W, class Act>
 constexpr int kLeastBlocks = kAnyActivation<Act> ? 1 : kLeastResident;
@@ -392,7 +391,7 @@ __global__ void __launch_bounds__(kFinishBlock)
     group_norm_backward_finish(const __grid_constant__ BackwardArguments args) {
   const Cut& cut = args.cut;
   for (int64_t group = blockIdx.x; group < cut.groups; group += gridDim.x) {
-    const int64_t n = group / cut.G;
+    const int64_t n = static_cast<unsigned>(group) / static_cast<unsigned>(cut.G);
     const int64_t g = group - n * cut.G;
     double sums[2] = {};
     // Channels side by side, and parts one below the other as far as there are threads.
@@ -423,7 +422,7 @@ __global__ void __launch_bounds__(kFinishBlock)
 }
 
 template <class T, Layout kLayout, int W, class Act>
-__global__ void __launch_bounds__(kBlock, kLeastResident)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<T, W, Act>)
     group_norm_backward_apply(const __grid_constant__ BackwardArguments args,
                               const __grid_constant__ Act act) {
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);

@@ -110,8 +110,18 @@ struct ForwardJob {
   }
 };
 
+// Blocks on a multiprocessor at the least. What ptxas makes of eight columns for others than
+// sm_90 needs more than the 80 registers of two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+template <class T, Layout kLayout, int W>
+constexpr int kLeastBlocks = kLayout == Layout::channels_last && W == 8 ? 1 : kLeastResident;
+#else
+template <class T, Layout kLayout, int W>
+constexpr int kLeastBlocks = kLeastResident;
+#endif
+
 template <class T, Layout kLayout, int W, class Act>
-__global__ void __launch_bounds__(kBlock, kLeastResident)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<T, kLayout, W>)
     group_norm_forward(const __grid_constant__ ForwardArguments args,
                        const __grid_constant__ Act act) {
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
@@ -159,19 +169,23 @@ __global__ void __launch_bounds__(kFinishBlock)
     group_norm_forward_finish(const __grid_constant__ ForwardArguments args) {
   const Cut& cut = args.cut;
   for (int64_t group = blockIdx.x; group < cut.groups; group += gridDim.x) {
-    const int64_t n = group / cut.G;
-    const int64_t g = group - n * cut.G;
-    const int64_t first = cut.pixels ? g * cut.D / cut.width : 0;
-    const int64_t last = cut.pixels ? ((g + 1) * cut.D - 1) / cut.width : 0;
+    // Groups so large that they are streamed, and their parts, are few.
+    const auto n = static_cast<unsigned>(group) / static_cast<unsigned>(cut.G);
+    const auto g = static_cast<unsigned>(group) - n * static_cast<unsigned>(cut.G);
+    const auto D = static_cast<unsigned>(cut.D);
+    const auto width = static_cast<unsigned>(cut.width);
+    const auto parts = static_cast<unsigned>(cut.parts);
+    const unsigned first = cut.pixels ? g * D / width : 0;
+    const unsigned last = cut.pixels ? ((g + 1) * D - 1) / width : 0;
     const auto get = [&](int64_t k) {
       if (!cut.pixels) return args.moments[group * cut.parts + k];
-      const int64_t tile = k / cut.parts;
-      const int64_t piece = (n * cut.tiles + first + tile) * cut.parts + (k - tile * cut.parts);
-      const int64_t local = g - (first + tile) * cut.width / cut.D;
+      const unsigned tile = static_cast<unsigned>(k) / parts;
+      const int64_t piece = (n * cut.tiles + first + tile) * parts + (k - int64_t{tile} * parts);
+      const unsigned local = g - (first + tile) * width / D;
       return args.moments[piece * cut.local_groups + local];
     };
-    const auto found = merge(cut.M, (last - first + 1) * cut.parts, static_cast<int>(threadIdx.x),
-                             kFinishBlock, get, [](double value) {
+    const auto found = merge(cut.M, int64_t{last - first + 1} * parts,
+                             static_cast<int>(threadIdx.x), kFinishBlock, get, [](double value) {
                                double values[1] = {value};
                                block_sum<kFinishBlock>(values);
                                return values[0];
@@ -186,7 +200,7 @@ __global__ void __launch_bounds__(kFinishBlock)
 
 // Back to front: what was read last is still in the cache.
 template <class T, Layout kLayout, int W, class Act>
-__global__ void __launch_bounds__(kBlock, kLeastResident)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<T, kLayout, W>)
     group_norm_forward_apply(const __grid_constant__ ForwardArguments args,
                              const __grid_constant__ Act act) {
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
