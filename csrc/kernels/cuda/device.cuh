@@ -50,12 +50,16 @@ inline const char* ask(const char* operation, int device, Device& found) {
   // What the device itself makes of older code has none.
   found.clusters = major >= 9 && attributes.ptxVersion >= 90;
   if (!found.clusters) return nullptr;
-  found.most_cluster = 8;  // wherever there are clusters
-  // Sixteen take a graphics processing cluster with as many multiprocessors to spare.
-  LaunchShape shape{dim3(16, 1, 1), dim3(512, 1, 1), static_cast<size_t>(found.shared), 16};
-  int clusters = 0;
-  if (resident_clusters(operation, code_probe<0>, shape, &clusters) == nullptr && clusters > 0) {
-    found.most_cluster = 16;
+  // Blocks that take a multiprocessor each: sixteen of them are more than every part of a device,
+  // or every device, has room for.
+  for (unsigned size = 16; size > 1; size /= 2) {
+    const LaunchShape shape{dim3(size, 1, 1), dim3(512, 1, 1), static_cast<size_t>(found.shared),
+                            size};
+    int clusters = 0;
+    if (resident_clusters(operation, code_probe<0>, shape, &clusters) == nullptr && clusters > 0) {
+      found.most_cluster = static_cast<int>(size);
+      break;
+    }
   }
   return nullptr;
 }

@@ -56,7 +56,13 @@ struct RowTeams {
     const int64_t teams = kBlock / lanes;
     const int64_t most = clamp<int64_t>(length / (int64_t{lanes} * width * 2), 1, teams);
     const int64_t wanted = rows >= teams ? 1 : clamp<int64_t>(teams / rows, 1, most);
-    segment = static_cast<int>(round_up<int64_t>(ceil_divide(length, wanted), 8));
+    // … so that teams end together.
+    int64_t best = wanted;
+    for (int64_t more = wanted + 1; more <= most && more <= 4 * wanted; ++more) {
+      if (ceil_divide(rows * more, teams) * best < ceil_divide(rows * best, teams) * more)
+        best = more;
+    }
+    segment = static_cast<int>(round_up<int64_t>(ceil_divide(length, best), 8));
     segments = static_cast<int>(ceil_divide<int64_t>(length, segment));
     by_segments = FastDivide(static_cast<unsigned>(segments));
   }
@@ -163,7 +169,7 @@ inline SharedPlan plan_shared(const Cut& cut, const Purpose& purpose, int width)
   const int64_t tensor = round_up<int64_t>(int64_t{cut.elements} * purpose.size, 16);
   plan.tensor = static_cast<int>(tensor);
   take(tensor * purpose.tensors);
-  int64_t slots = cut.pixels ? int64_t{kBlock} * sum_width(width) : 0;  // float2
+  int64_t slots = cut.pixels ? int64_t{kBlock + 1} * sum_width(width) : 0;  // float2
   const auto segments = [&](int64_t rows, const RowTeams& teams, int64_t each) {
     if (rows * teams.segments * each > slots) slots = rows * teams.segments * each;
   };
@@ -263,10 +269,12 @@ inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& d
   const bool aligned = cut.parts == 1 || !cut.padded;
   cut.whole_groups = cut.M % unit == 0 && aligned;
   cut.whole_channels = cut.HxW % unit == 0 && aligned;
-  cut.tabled = unit > 1 && cut.whole_channels && cut.HxW >= kLongPlane;
+  cut.tabled =
+      unit > 1 && cut.whole_channels && cut.HxW >= kLongPlane && cut.HxW < int64_t{1} << 30;
   cut.over_groups = RowTeams(cut.local_groups, length, cut.whole_groups ? unit : 1);
   cut.over_channels =
-      RowTeams(cut.channels, cut.HxW < length ? cut.HxW : length, cut.whole_channels ? unit : 1);
+      RowTeams(cut.parts > 1 ? clamp<int64_t>(cut.chunk / cut.HxW, 1, cut.channels) : cut.channels,
+               cut.HxW < length ? cut.HxW : length, cut.whole_channels ? unit : 1);
   cut.over_group_channels =
       RowTeams(cut.local_groups, cut.D < cut.channels ? cut.D : cut.channels, 1);
   cut.group_lanes = merging_lanes(cut.local_groups, cut.over_groups.segments);
@@ -308,14 +316,25 @@ inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int uni
 
   const int64_t bytes = int64_t{purpose.size} * purpose.tensors;
   Cut found{};
+  // With units of either width: the workspace is asked for before it is known which.
+  const auto shared_bytes = [&](const Cut& of) {
+    int64_t most = 0;
+    for (const int each : {1, 16 / purpose.size}) {
+      Cut whole = of;
+      complete(whole, purpose, each, device);
+      const int64_t total = plan_shared(whole, purpose, kWidestUnit).total;
+      if (total > most) most = total;
+    }
+    return most;
+  };
   const auto fits = [&](int64_t room) {
     Cut whole = cut;  // complete() may find that fewer parts do
     // Nothing so large that its size overflows the plan's integers.
     const int64_t rough = cut.pixels ? ceil_divide(cut.HxW, int64_t{cut.parts}) * cut.width
                                      : ceil_divide(cut.whole * cut.M, int64_t{cut.parts});
     if (rough * bytes > room) return false;
+    if (shared_bytes(whole) > room) return false;
     complete(whole, purpose, unit, device);
-    if (plan_shared(whole, purpose, kWidestUnit).total > room) return false;
     found = whole;
     return true;
   };
@@ -365,8 +384,8 @@ inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int uni
     cut.chunk = 2 * part / bytes;
     do {
       cut.chunk = round_up<int64_t>(cut.chunk / 2, 64);
-      complete(cut, purpose, unit, device);
-    } while (plan_shared(cut, purpose, kWidestUnit).total > device.shared && cut.chunk > 64);
+    } while (shared_bytes(cut) > device.shared && cut.chunk > 64);
+    complete(cut, purpose, unit, device);
   }
   return cut;
 }
@@ -489,6 +508,7 @@ BATCHOPS_DEVICE void merge_groups(int groups, int lanes, CountOf count_of, Eleme
 #pragma unroll 1
   for (int first = 0; first < groups * lanes; first += kBlock) {
     const int item = first + static_cast<int>(threadIdx.x);
+    if (item - item % kWarp >= groups * lanes) break;  // nothing for all of the warp
     const bool active = item < groups * lanes;
     const int r = active ? item / lanes : 0;
     const int lane = item % lanes;
@@ -588,6 +608,19 @@ struct Affines {
     }
   }
 };
+
+// f(job), or what of the job knows nothing of a residual: so that loops do not ask for each
+// element.
+template <class Job, class F>
+BATCHOPS_DEVICE void by_residual(const Job& job, F f) {
+  if constexpr (Job::kSplits) {
+    if (!job.adds_residual()) {
+      f(job.plain());
+      return;
+    }
+  }
+  f(job);
+}
 
 // ---- elements
 

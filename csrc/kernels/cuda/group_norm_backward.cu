@@ -34,8 +34,13 @@ struct BackwardArguments {
 };
 
 // One element of dz, and of dx. kResident: the tensors are in shared memory.
-template <class T, class Act, bool kResident>
+template <class T, class Act, bool kResident, bool kMayAdd = true>
 struct BackwardJob {
+  static constexpr bool kLone = kResident && !Act::kMaskable;
+  static constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
+  static constexpr bool kSplits =
+      kResident && sizeof(T) == 2 && Act::kNeedsZ && kMayAdd && !kAnyActivation<Act>;
+
   struct alignas(16) Coefficients {
     Affine affine;
     float along, constant;
@@ -69,7 +74,13 @@ struct BackwardJob {
 
   BATCHOPS_DEVICE bool masked() const { return Act::kMaskable && mask != nullptr; }
   BATCHOPS_DEVICE static constexpr bool writes_mask() { return false; }
-  BATCHOPS_DEVICE bool adds_residual() const { return Act::kNeedsZ && args.residual != nullptr; }
+  BATCHOPS_DEVICE bool adds_residual() const {
+    if constexpr (!kMayAdd || !Act::kNeedsZ) return false;
+    return args.residual != nullptr;
+  }
+  BATCHOPS_DEVICE auto plain() const {
+    return BackwardJob<T, Act, kResident, false>(args, act, arena);
+  }
 
   BATCHOPS_DEVICE Coefficients make_with(const Terms& t, float weight, float bias) const {
     return {make_affine_of<T>(t, weight, bias), t.along, t.constant, weight};
@@ -304,7 +315,7 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
 
   if (args.dx != nullptr) {
     float2* sums = arena.sums();
-    if (args.cut.cluster()) cluster_sync();
+    if (args.cut.cluster()) cluster_sync();  // the others' sums are there
     for (int r = threadIdx.x; r < part.groups; r += kBlock) {
       double A = sums[r].x;
       double B = sums[r].y;
@@ -321,15 +332,14 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
       terms[r].constant = direction.y;
     }
     __syncthreads();
+    if (args.cut.cluster()) cluster_arrive();  // their sums have been read
   }
   if (args.dx != nullptr || args.dresidual != nullptr) {
     Walk(args.cut, forgotten(piece)).template apply<T, W>(job);
   }
-  if (args.cut.cluster()) {
-    cluster_sync();  // no block leaves while others may read its sums
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
+  // No block leaves, or writes other sums, while others may read its own.
+  if (args.cut.cluster() && args.dx != nullptr) cluster_wait();
 }
 
 // Blocks on a multiprocessor at the least. What knows its activation at run time only needs more
@@ -478,12 +488,16 @@ __global__ void __launch_bounds__(kParameterBlock, kLeastResident)
     if (c < C) {
       const PartsOf parts(args.cut, args.skips ? c % args.cut.D : 0);
       const int64_t end = (k + 1) * args.chunk < args.rows ? (k + 1) * args.chunk : args.rows;
+      int64_t row = k * args.chunk + down;
+      // Of the row among its sample's; a division once rather than at each row.
+      int slot = args.skips ? static_cast<int>(row % args.cut.parts) : 0;
+      const int slots_on = args.skips ? kDown % args.cut.parts : 0;
 #pragma unroll 4
-      for (int64_t row = k * args.chunk + down; row < end; row += kDown) {
-        if (args.skips) {
-          const int64_t slot = row % args.cut.parts;
-          if (slot < parts.first || slot > parts.last) continue;
-        }
+      for (; row < end; row += kDown) {
+        const bool counts = slot >= parts.first && slot <= parts.last;
+        slot += slots_on;
+        if (args.skips && slot >= args.cut.parts) slot -= args.cut.parts;
+        if (args.skips && !counts) continue;
         const float2 s = args.from[row * C + c];
         sum.x += s.x;
         sum.y += s.y;

@@ -23,8 +23,12 @@ struct ForwardArguments {
 };
 
 // The elementwise half. x comes from shared memory (kResident) or from the tensor.
-template <class T, class Act, bool kResident>
+template <class T, class Act, bool kResident, bool kMayAdd = true>
 struct ForwardJob {
+  static constexpr bool kLone = kResident && !Act::kMaskable;
+  static constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
+  static constexpr bool kSplits = kResident && sizeof(T) == 2 && kMayAdd && !kAnyActivation<Act>;
+
   struct alignas(16) Coefficients : Affine {};
   static constexpr int kAhead = kResident || kAnyActivation<Act> ? 1 : 2;
   // Elements of a unit whose coefficients are in registers at once.
@@ -59,11 +63,20 @@ struct ForwardJob {
     return {part_of<kPart>(held.x, i), part_of<kPart>(held.residual, i)};
   }
   BATCHOPS_DEVICE static constexpr bool masked() { return false; }
+  BATCHOPS_DEVICE bool adds_residual() const {
+    if constexpr (!kMayAdd) return false;
+    return args.residual != nullptr;
+  }
+  BATCHOPS_DEVICE auto plain() const {
+    return ForwardJob<T, Act, kResident, false>(args, act, arena);
+  }
   BATCHOPS_DEVICE bool writes_mask() const { return Act::kMaskable && mask_to != nullptr; }
 
+  BATCHOPS_DEVICE Coefficients make_with(const Terms& t, float weight, float bias) const {
+    return {make_affine_of<T>(t, weight, bias)};
+  }
   BATCHOPS_DEVICE Coefficients make(int64_t c, int r) const {
-    const Terms& t = terms[r];
-    return {make_affine_of<T>(t, args.affines.weight_of(c), args.affines.bias_of(c))};
+    return make_with(terms[r], args.affines.weight_of(c), args.affines.bias_of(c));
   }
   template <int W>
   BATCHOPS_DEVICE void make_row(int64_t c, int r, Coefficients (&k)[W]) const {
@@ -83,7 +96,7 @@ struct ForwardJob {
     } else {
       held.x = walk.template load_at<T, W>(x, at);
     }
-    if (residual != nullptr) held.residual = walk.template load_at<T, W>(residual, at);
+    if (adds_residual()) held.residual = walk.template load_at<T, W>(residual, at);
   }
 
   template <int W, class CoefficientsOf>
@@ -92,7 +105,7 @@ struct ForwardJob {
     float v[W];
     float r[W] = {};
     to_float<T, W>(held.x, v);
-    const bool adds = args.residual != nullptr;
+    const bool adds = adds_residual();
     if (adds) to_float<T, W>(held.residual, r);
     unsigned bits = 0;
 #pragma unroll
@@ -155,12 +168,10 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T, kLayout, W>)
           args.stats[2 * args.cut.groups + group] = terms.rstd;
         });
     __syncthreads();
+    if (args.cut.cluster()) cluster_arrive();
     part.template apply<T, W>(ForwardJob<T, Act, true>(args, act, arena));
-    if (args.cut.cluster()) {
-      cluster_sync();  // no block leaves while others may read its moments
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
+    if (args.cut.cluster()) cluster_wait();
   }
 }
 

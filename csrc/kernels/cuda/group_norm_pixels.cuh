@@ -74,6 +74,17 @@ struct Pixels {
     return load_unit<T, W>(from + at);
   }
 
+  // Of W columns from `first`, a multiple of W: their parameters by wide loads.
+  template <int W, class Job, class Coefficients>
+  BATCHOPS_DEVICE void coefficients(const Job& job, int first, Coefficients (&k)[W]) const {
+    float w[W], b[W];
+    job.args.affines.template load<W>(channel_of(first), w, b);
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      k[j] = job.make_with(job.arena.terms()[group_of_channel(first + j)], w[j], b[j]);
+    }
+  }
+
   // ---- what is kept, and sums over it
 
   // channels[c] = the sum over the block's threads of sums[j], of column c = the thread's first
@@ -85,7 +96,7 @@ struct Pixels {
     float2* to = arena.channels();
     const int items = tiles.tile * W * tiles.lanes;
 #pragma unroll
-    for (int j = 0; j < W; ++j) slots[j * kBlock + threadIdx.x] = sums[j];
+    for (int j = 0; j < W; ++j) slots[j * (kBlock + 1) + threadIdx.x] = sums[j];
     __syncthreads();
 #pragma unroll 1
     for (int base = 0; base < items; base += kBlock) {
@@ -96,7 +107,7 @@ struct Pixels {
       const bool active = item < items && column < channels;
       float2 sum = make_float2(0.0f, 0.0f);
       if (active) {
-        const float2* of_column = slots + line % W * kBlock + line / W;
+        const float2* of_column = slots + line % W * (kBlock + 1) + line / W;
         for (int k = lane; k < tiles.rows_at_once; k += tiles.lanes) {
           const float2 more = of_column[k * tiles.tile];
           sum.x += more.x;
@@ -153,18 +164,19 @@ struct Pixels {
     __syncthreads();
     for_units<kSum>(tiles, [&](int first, int row, bool active) {
       if (active && row == 0) {
-        float mean[kSum] = {};
-        int count = 0;
-#pragma unroll 1
-        for (; count < kInFlight && count * step < rows; ++count) {
-          float v[kSum];
-          to_float<T, kSum>(load_unit<T, kSum>(kept + local(count * step, first)), v);
+        // Halfway between the middle two of the first four rows: an outlier is neither of them.
+        float v[4][kSum];
 #pragma unroll
-          for (int j = 0; j < kSum; ++j) mean[j] += v[j];
+        for (int k = 0; k < 4; ++k) {
+          const int r = k * step < rows ? k * step : 0;
+          to_float<T, kSum>(load_unit<T, kSum>(kept + local(r, first)), v[k]);
         }
-        const float part = 1.0f / static_cast<float>(count);
 #pragma unroll
-        for (int j = 0; j < kSum; ++j) shifts[first + j] = mean[j] * part;
+        for (int j = 0; j < kSum; ++j) {
+          const float low = ::fmaxf(::fminf(v[0][j], v[1][j]), ::fminf(v[2][j], v[3][j]));
+          const float high = ::fminf(::fmaxf(v[0][j], v[1][j]), ::fmaxf(v[2][j], v[3][j]));
+          shifts[first + j] = 0.5f * low + 0.5f * high;
+        }
       }
       __syncthreads();
       float shift[kSum] = {};
@@ -237,19 +249,21 @@ struct Pixels {
 #pragma unroll
       for (int j = 0; j < kSum; ++j) {
         sums[j] = make_float2(0.0f, 0.0f);
-        if (active) k[j] = job.make(channel_of(first + j), group_of_channel(first + j));
       }
       if (active) {
-#pragma unroll 2
-        for (int r = row; r < rows; r += tiles.rows_at_once) {
-          typename Job::template Held<kSum> held;
-          job.template load<kSum>(held, local(r, first));
-          const unsigned bits = job.masked() ? mask_bits(job.mask, r, first) : 0u;
-          job.template add<kSum>(held, Each{k}, bits, [&](int j, float s, float p) {
-            sums[j].x += s;
-            sums[j].y += p;
-          });
-        }
+        coefficients<kSum>(job, first, k);
+        by_residual(job, [&](const auto& of) {
+#pragma unroll Job::kUnroll
+          for (int r = row; r < rows; r += tiles.rows_at_once) {
+            typename std::decay_t<decltype(of)>::template Held<kSum> held;
+            of.template load<kSum>(held, local(r, first));
+            const unsigned bits = of.masked() ? mask_bits(of.mask, r, first) : 0u;
+            of.template add<kSum>(held, Each{k}, bits, [&](int j, float s, float p) {
+              sums[j].x += s;
+              sums[j].y += p;
+            });
+          }
+        });
       }
       add_up<kSum>(tiles, first_of_turn, sums, arena);
       first_of_turn += tiles.tile * kSum;
@@ -279,40 +293,54 @@ struct Pixels {
     const int step = tiles.rows_at_once;
     for_units<W>(tiles, [&](int first, int row, bool active) {
       typename Job::Coefficients k[W];
-#pragma unroll
-      for (int j = 0; j < W; ++j) {
-        if (active) k[j] = job.make(channel_of(first + j), group_of_channel(first + j));
-      }
-      const int64_t line = int64_t{step} * cut.C;  // from a thread's row to its next
-      const int kept_line = step * cut.kept_row;
-      int64_t at = offset(row, first);
-      int i = local(row, first);
+      if (active) coefficients<W>(job, first, k);
+      by_residual(job, [&](const auto& of) {
+        using Of = std::decay_t<decltype(of)>;
+        int64_t at = offset(row, first);
+        if constexpr (Of::kLone) {  // what is done for an element concerns no other thread
+          if (!active) return;
+          int i = local(row, first);
+          const int64_t stride = int64_t{step} * cut.C;
+          const int i_step = step * cut.kept_row;
+#pragma unroll Of::kUnroll
+          for (int r = row; r < rows; r += step) {
+            typename Of::template Held<W> held;
+            of.template load_outer<W>(*this, held, at, i);
+            of.template run<W>(held, at, Range{0, W}, Each{k}, 0u);
+            at += stride;
+            i += i_step;
+          }
+          return;
+        }
+        const int64_t stride = int64_t{step} * cut.C;
+        int i = local(row, first);
+        const int i_step = step * cut.kept_row;
 #pragma unroll 1
-      for (int r0 = 0; r0 < rows; r0 += step * kAhead) {
-        typename Job::template Held<W> held[kAhead];
-        unsigned bits[kAhead] = {};
+        for (int r = row; r - row < rows; r += step * kAhead) {
+          typename Of::template Held<W> held[kAhead];
+          unsigned bits[kAhead] = {};
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const int r = r0 + a * step + row;
-          if (!active || r >= rows) continue;
-          job.template load_outer<W>(*this, held[a], at + a * line, i + a * kept_line);
-          if (job.masked()) bits[a] = mask_bits(job.mask, r, first);
-        }
+          for (int a = 0; a < kAhead; ++a) {
+            if (!active || r + a * step >= rows) continue;
+            of.template load_outer<W>(*this, held[a], at + a * stride, i + a * i_step);
+            if (of.masked()) bits[a] = mask_bits(of.mask, r + a * step, first);
+          }
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const int r = r0 + a * step + row;
-          const bool valid = active && r < rows;
-          unsigned found = 0;
-          if (valid) {
-            found = job.template run<W>(held[a], at + a * line, Range{0, W}, Each{k}, bits[a]);
+          for (int a = 0; a < kAhead; ++a) {
+            const bool valid = active && r + a * step < rows;
+            unsigned found = 0;
+            if (valid) {
+              found = of.template run<W>(held[a], at + a * stride, Range{0, W}, Each{k}, bits[a]);
+            }
+            if (of.writes_mask()) {
+              store_mask_byte<W>(of.mask_to + mask_byte(r + a * step, first),
+                                 valid && first % 8 == 0, found);
+            }
           }
-          if (job.writes_mask()) {
-            store_mask_byte<W>(job.mask_to + mask_byte(r, first), valid && first % 8 == 0, found);
-          }
+          at += kAhead * stride;
+          i += kAhead * i_step;
         }
-        at += kAhead * line;
-        i += kAhead * kept_line;
-      }
+      });
     });
   }
 };

@@ -224,27 +224,30 @@ struct Slices {
   }
   template <class T, int kRead, class Job>
   BATCHOPS_DEVICE void channels_by(const Job& job, const Arena& arena) const {
-    sum_rows<kRead>(
-        channels, cut.over_channels, [this](int r) { return range_of_channel(r); },
-        [this, &job](int r) {
-          const auto k = job.make(channel_of(r), group_of_channel(r));
-          return [this, &job, k](auto width, int i, float2& sum) {
-            constexpr int kWidth = decltype(width)::value;
-            typename Job::template Held<kWidth> held;
-            job.template load<kWidth>(held, i);
-            const unsigned bits = job.masked() ? mask_bits(job.mask, i) : 0u;
-            constexpr int kPiece = sum_width(kWidth);
+    by_residual(job, [&](const auto& of_job) {
+      using Of = std::decay_t<decltype(of_job)>;
+      sum_rows<kRead>(
+          channels, cut.over_channels, [this](int r) { return range_of_channel(r); },
+          [this, &of_job](int r) {
+            const auto k = of_job.make(channel_of(r), group_of_channel(r));
+            return [this, &of_job, k](auto width, int i, float2& sum) {
+              constexpr int kWidth = decltype(width)::value;
+              typename Of::template Held<kWidth> held;
+              of_job.template load<kWidth>(held, i);
+              const unsigned bits = of_job.masked() ? mask_bits(of_job.mask, i) : 0u;
+              constexpr int kPiece = sum_width(kWidth);
 #pragma unroll
-            for (int h = 0; h < kWidth; h += kPiece) {
-              const auto piece = job.template piece<kPiece>(held, h / kPiece);
-              job.template add<kPiece>(piece, Same{k}, bits >> h, [&](int, float a, float b) {
-                sum.x += a;
-                sum.y += b;
-              });
-            }
-          };
-        },
-        arena.slots(), arena.channels());
+              for (int h = 0; h < kWidth; h += kPiece) {
+                const auto piece = Of::template piece<kPiece>(held, h / kPiece);
+                of_job.template add<kPiece>(piece, Same{k}, bits >> h, [&](int, float a, float b) {
+                  sum.x += a;
+                  sum.y += b;
+                });
+              }
+            };
+          },
+          arena.slots(), arena.channels());
+    });
   }
 
   BATCHOPS_DEVICE Range channels_of_group(int r) const {
@@ -280,44 +283,54 @@ struct Slices {
     }
   }
 
+  // Units of which all is in the tensor.
+  struct Whole {
+    template <class T, int W>
+    BATCHOPS_DEVICE Unit<T, W> load_at(const T* from, int64_t at) const {
+      return load_unit<T, W>(from + at);
+    }
+  };
+
   // Whole units that lie within a channel each.
   template <int W, class Job>
   BATCHOPS_DEVICE void apply_planes(const Job& job) const {
     constexpr int kAhead = Job::kAhead;
     using Coefficients = typename Job::Coefficients;
     Coefficients* table = job.arena.template table<Coefficients>();
+    const unsigned column_in = static_cast<unsigned>(column) - static_cast<unsigned>(begin);
     for (int r = threadIdx.x; r < channels; r += kBlock) {
       table[r] = job.make(channel_of(r), group_of_channel(r));
     }
     __syncthreads();
+    by_residual(job, [&](const auto& of) {
+      using Of = std::decay_t<decltype(of)>;
 #pragma unroll 1
-    for (int first = begin; first < end; first += kBlock * kAhead * W) {
-      const int i0 = first + static_cast<int>(threadIdx.x) * W;
-      typename Job::template Held<W> held[kAhead];
-      unsigned bits[kAhead] = {};
+      for (int first = begin; first < end; first += kBlock * kAhead * W) {
+        const int i0 = first + static_cast<int>(threadIdx.x) * W;
+        typename Of::template Held<W> held[kAhead];
+        unsigned bits[kAhead] = {};
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int i = i0 + u * kBlock * W;
-        if (i >= end) continue;
-        job.template load_outer<W>(*this, held[u], base + i, i);
-        if (job.masked()) bits[u] = mask_bits(job.mask, i);
-      }
+        for (int u = 0; u < kAhead; ++u) {
+          const int i = i0 + u * kBlock * W;
+          if (i >= end) continue;
+          of.template load_outer<W>(Whole{}, held[u], base + i, i);
+          if (of.masked()) bits[u] = mask_bits(of.mask, i);
+        }
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int i = i0 + u * kBlock * W;
-        unsigned found = 0;
-        if (i < end) {
-          unsigned r;
-          int64_t at;
-          cut.plane.step(column, static_cast<unsigned>(i - begin), r, at);
-          const Coefficients k = table[r];
-          found = job.template run<W>(held[u], base + i, Range{0, W}, Same{k}, bits[u]);
-        }
-        if (job.writes_mask()) {
-          store_mask_byte<W>(job.mask_to + (base + i) / 8, i < end && (base + i) % 8 == 0, found);
+        for (int u = 0; u < kAhead; ++u) {
+          const int i = i0 + u * kBlock * W;
+          unsigned found = 0;
+          if (i < end) {
+            const unsigned r = cut.plane.divide.quotient(column_in + static_cast<unsigned>(i));
+            const Coefficients k = table[r];
+            found = of.template run<W>(held[u], base + i, Range{0, W}, Same{k}, bits[u]);
+          }
+          if (of.writes_mask()) {
+            store_mask_byte<W>(of.mask_to + (base + i) / 8, i < end && (base + i) % 8 == 0, found);
+          }
         }
       }
-    }
+    });
   }
 
   template <int W, class Job>

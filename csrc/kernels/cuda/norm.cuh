@@ -175,6 +175,17 @@ BATCHOPS_DEVICE void cluster_sync() {
 #endif
 }
 
+BATCHOPS_DEVICE void cluster_arrive() {
+#if BATCHOPS_HAS_CLUSTERS
+  static_cast<void>(cooperative_groups::this_cluster().barrier_arrive());
+#endif
+}
+BATCHOPS_DEVICE void cluster_wait() {
+#if BATCHOPS_HAS_CLUSTERS
+  cooperative_groups::this_cluster().barrier_wait();
+#endif
+}
+
 // The same place in the shared memory of another block of the cluster.
 template <class T>
 BATCHOPS_DEVICE T* of_rank(T* place, [[maybe_unused]] int rank) {

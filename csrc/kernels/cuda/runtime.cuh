@@ -122,8 +122,12 @@ class Allowances {
           cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, current());
       if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
       if (error != cudaSuccess) return error;
-      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  most - static_cast<int>(attributes.sharedSizeBytes));
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most - static_cast<int>(attributes.sharedSizeBytes));
+      if (error != cudaSuccess) return error;
+      // Of what a multiprocessor has for its cache and for this: as many blocks are meant to run.
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
     });
   }
   // A context of its own on the same device may not have heard of it.

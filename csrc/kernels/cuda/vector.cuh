@@ -73,6 +73,18 @@ BATCHOPS_DEVICE Unit<T, kPart> part_of(const Unit<T, W>& unit, int i) {
 
 template <class T, int W>
 BATCHOPS_DEVICE void to_float(const Unit<T, W>& unit, float (&to)[W]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && W % 2 == 0) {
+    // The upper half is a float but for its lower bits: one instruction each.
+    uint32_t words[W / 2];
+    memcpy(static_cast<void*>(words), &unit.bits, sizeof words);
+#pragma unroll
+    for (int j = 0; j < W / 2; ++j) {
+      const uint32_t low = words[j] << 16, high = words[j] & 0xffff0000u;
+      memcpy(&to[2 * j], &low, sizeof low);
+      memcpy(&to[2 * j + 1], &high, sizeof high);
+    }
+    return;
+  }
   T elements[W];
   memcpy(static_cast<void*>(elements), &unit.bits, sizeof elements);
 #pragma unroll
