@@ -6,6 +6,7 @@ Runs the kernels' own cutting and walking of parts in the emulator with no tenso
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -78,3 +79,15 @@ def test_beyond_32_bits(library, shape, layout, backward, mask):
                 assert at["mask"] == element // row
             assert at["first_sum"] % C == at["channel"]
             assert at["first_sum"] // C // parts == n
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_do_not_depend_on_the_unit(library, layout, backward):
+    """The workspace is asked for before the pointers are there that decide about it."""
+    for C, side, G in itertools.product((24, 64, 320, 592), (14, 26, 36, 38, 56, 112), (1, 8)):
+        shape = (8, C, side * side, G)
+        narrow, wide = (
+            place(library, shape, layout, width, backward, False, 0)[1:] for width in (1, 4)
+        )
+        assert narrow == wide, shape
