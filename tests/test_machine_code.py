@@ -49,6 +49,19 @@ def test_enough_blocks_are_resident(kernels):
     assert not wrong, "\n".join(wrong)
 
 
+def test_two_blocks_of_group_norm_on_hopper(kernels):
+    """One computes while the other waits for memory."""
+    for kernel in kernels:
+        wide = kernel.base.startswith("group_norm") and kernel.unit is not None
+        if kernel.target == "sm_90" and wide and "AnyActivation" not in kernel.arguments:
+            found = occupancy.resident(
+                "sm_90",
+                threads=machine_code_limits.GROUP_NORM_THREADS,
+                registers=kernel.registers,
+            )
+            assert found.blocks >= 2, f"{kernel.name}: {kernel.registers} registers"
+
+
 def test_global_memory_is_accessed_in_the_width_meant(kernels):
     wrong = []
     for kernel in kernels:
