@@ -110,6 +110,7 @@ struct Cut {
   bool tabled;  // … of planes so long that the coefficients of channels are a table
   RowSplit plane, mask_rows, padded_rows;
   FastDivide by_C, by_D;
+  WideDivide by_parts, by_tiles, by_G, by_HxW, by_mask_row;
   // pixels
   int64_t width, tiles;  // columns
   int64_t mask_row_bytes;
@@ -208,7 +209,8 @@ inline int merging_lanes(int64_t groups, int64_t count) {
 }
 
 // Everything that follows from parts, chunk and width.
-inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& device) {
+inline void complete_but_divisions(Cut& cut, const Purpose& purpose, int unit,
+                                   const Device& device) {
   cut.rounds = 1;
   cut.by_sample = false;
   if (cut.pixels) {
@@ -281,6 +283,12 @@ inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& d
   cut.part_lanes = merging_lanes(cut.local_groups, cut.parts);
 }
 
+inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& device) {
+  complete_but_divisions(cut, purpose, unit, device);
+  cut.by_parts = WideDivide(cut.parts);
+  cut.by_tiles = WideDivide(cut.pixels ? cut.tiles : 1);
+}
+
 // With HxW = 1 both layouts are slices, unless two groups would share a byte of the mask.
 inline bool walks_pixels(const GroupNormShape& shape, bool mask) {
   if (shape.layout == Layout::channels_first) return false;
@@ -310,6 +318,9 @@ inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int uni
   cut.padded_row = cut.padded ? round_up<int64_t>(cut.mask_row, 8) : cut.mask_row;
   cut.mask_row_bytes = mask_row_bytes(cut.mask_row);
   cut.pixels = walks_pixels(shape, purpose.mask);
+  cut.by_G = WideDivide(cut.G);
+  cut.by_HxW = WideDivide(cut.HxW);
+  cut.by_mask_row = WideDivide(cut.mask_row);
   cut.plane = RowSplit(cut.HxW);
   cut.mask_rows = RowSplit(cut.mask_row);
   cut.padded_rows = RowSplit(cut.padded_row);

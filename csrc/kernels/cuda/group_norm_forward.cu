@@ -123,18 +123,20 @@ struct ForwardJob {
   }
 };
 
-// Blocks on a multiprocessor at the least. What ptxas makes of eight columns for others than
-// sm_90 needs more than the 80 registers of two.
+// Blocks on a multiprocessor at the least. What ptxas makes of eight columns needs more than the 80
+// registers of two, on sm_90 only where the activation is known at run time.
+template <Layout kLayout, int W>
+constexpr bool kEightColumns = kLayout == Layout::channels_last && W == 8;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-template <class T, Layout kLayout, int W>
-constexpr int kLeastBlocks = kLayout == Layout::channels_last && W == 8 ? 1 : kLeastResident;
+template <Layout kLayout, int W, class Act>
+constexpr int kLeastBlocks = kEightColumns<kLayout, W> ? 1 : kLeastResident;
 #else
-template <class T, Layout kLayout, int W>
-constexpr int kLeastBlocks = kLeastResident;
+template <Layout kLayout, int W, class Act>
+constexpr int kLeastBlocks = kEightColumns<kLayout, W> && kAnyActivation<Act> ? 1 : kLeastResident;
 #endif
 
 template <class T, Layout kLayout, int W, class Act>
-__global__ void __launch_bounds__(kBlock, kLeastBlocks<T, kLayout, W>)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kLayout, W, Act>)
     group_norm_forward(const __grid_constant__ ForwardArguments args,
                        const __grid_constant__ Act act) {
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T, kLayout, W>)
       continue;
     }
     if (args.cut.cluster()) cluster_sync();
-    const int64_t slot = piece % args.cut.parts;
+    const int64_t slot = piece - args.cut.by_parts.quotient(piece) * args.cut.parts;
     merge_groups(
         part.groups, args.cut.part_lanes, [&](int) { return args.cut.parts; },
         [&](int) { return args.cut.M; },
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(kFinishBlock)
 
 // Back to front: what was read last is still in the cache.
 template <class T, Layout kLayout, int W, class Act>
-__global__ void __launch_bounds__(kBlock, kLeastBlocks<T, kLayout, W>)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks<kLayout, W, Act>)
     group_norm_forward_apply(const __grid_constant__ ForwardArguments args,
                              const __grid_constant__ Act act) {
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);

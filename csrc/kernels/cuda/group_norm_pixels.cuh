@@ -24,16 +24,17 @@ struct Pixels {
   int channels;
 
   BATCHOPS_DEVICE Pixels(const Cut& c, int64_t piece) : cut(c) {
-    const int64_t set = piece / cut.parts;
+    const int64_t set = cut.by_parts.quotient(piece);
     const int64_t slot = piece - set * cut.parts;
-    const int64_t n = set / cut.tiles;
+    const int64_t n = cut.by_tiles.quotient(set);
     first_column = (set - n * cut.tiles) * cut.width;
     const int64_t columns = cut.C - first_column;
     channels = static_cast<int>(columns < cut.width ? columns : cut.width);
-    const int64_t g = first_column / cut.D;
+    const int64_t g = cut.by_D.quotient(static_cast<unsigned>(first_column));
     first_group = n * cut.G + g;
     into_group = static_cast<int>(first_column - g * cut.D);
-    groups = static_cast<int>((first_column + channels - 1) / cut.D - g + 1);
+    groups = static_cast<int>(
+        cut.by_D.quotient(static_cast<unsigned>(first_column + channels - 1)) - g + 1);
     const int64_t left = cut.HxW - slot * cut.chunk;
     rows = static_cast<int>(left < cut.chunk ? left : cut.chunk);
     first_row = n * cut.HxW + slot * cut.chunk;

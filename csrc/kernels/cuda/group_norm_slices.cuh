@@ -32,23 +32,23 @@ struct Slices {
       groups = static_cast<int>(left < cut.whole ? left : cut.whole);
       to = groups * cut.M;
     } else {
-      first_group = piece / cut.parts;
+      first_group = cut.by_parts.quotient(piece);
       slot = piece - first_group * cut.parts;
       groups = 1;
       from = unpadded(slot * cut.chunk);
       to = slot + 1 == cut.parts ? cut.M : unpadded((slot + 1) * cut.chunk);
     }
-    const int64_t n = first_group / cut.G;
+    const int64_t n = cut.by_G.quotient(first_group);
     const int64_t first = first_group * cut.M + from;
     base = first & ~int64_t{7};
     begin = static_cast<int>(first - base);
     end = begin + static_cast<int>(to - from);
-    const int64_t plane = from / cut.HxW;
+    const int64_t plane = cut.by_HxW.quotient(from);
     column = from - plane * cut.HxW;
     channel = static_cast<unsigned>((first_group - n * cut.G) * cut.D + plane);
     first_sum = (n * cut.parts + slot) * cut.C + channel;
-    channels = static_cast<int>((to - 1) / cut.HxW - plane + 1);
-    mask_row = first / cut.mask_row;
+    channels = static_cast<int>(cut.by_HxW.quotient(to - 1) - plane + 1);
+    mask_row = cut.by_mask_row.quotient(first);
     mask_column = first - mask_row * cut.mask_row;
   }
 
