@@ -34,6 +34,19 @@ BATCHOPS_DEVICE void add_grad_squares(const Part& part, double& total) {
   add_grad_squares<Any, 1>(part.x, Units::narrow(part, wide), total);
 }
 
+// Summed over the block, in every thread, by way of a place for each warp. It ends with a barrier.
+template <int kBlock>
+BATCHOPS_DEVICE double sum_of_block(double value, double* by_warp) {
+  const double sum = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) by_warp[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  double total = by_warp[0];
+#pragma unroll
+  for (int w = 1; w < kBlock / kWarp; ++w) total += by_warp[w];
+  __syncthreads();
+  return total;
+}
+
 struct GradSquares {
   int32_t items;   // of a piece
   int32_t pieces;  // in all
@@ -48,38 +61,37 @@ struct GradSquares {
   // This block's pieces; back to front, so that the gradients that a step begins with are the last
   // ones read, and still in the L2 cache. Threads of a block beyond kThreads have nothing to add.
   template <int kBlock>
-  BATCHOPS_DEVICE void add_up(const Table& table) const {
+  BATCHOPS_DEVICE void add_up(const Table& table, double* by_warp) const {
     for (int32_t piece = pieces - 1 - static_cast<int32_t>(blockIdx.x); piece >= 0;
          piece -= static_cast<int32_t>(gridDim.x)) {
-      double total[1] = {0};
+      double total = 0;
       const int32_t begin = piece * items;
       const int32_t end = begin + items < table.items() ? begin + items : table.items();
       for (int32_t item = end; threadIdx.x < kThreads && item-- > begin;) {
         if (item < table.chunks) {
-          add_grad_squares(Part(table.entries[table.tensor_of[item]], item), total[0]);
+          add_grad_squares(Part(table.entries[table.tensor_of[item]], item), total);
           continue;
         }
         const int32_t index =
             (item - table.chunks) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
         if (index < table.smalls) {
-          add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total[0]);
+          add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total);
         }
       }
-      block_sum<kBlock>(total);
-      if (threadIdx.x == 0) sums[piece] = total[0];
+      total = sum_of_block<kBlock>(total, by_warp);
+      if (threadIdx.x == 0) sums[piece] = total;
     }
   }
 
   // In every thread, once all pieces are there.
   template <int kBlock>
-  BATCHOPS_DEVICE double total() const {
-    double total[1] = {0};
+  BATCHOPS_DEVICE double total(double* by_warp) const {
+    double total = 0;
     for (auto i = static_cast<int32_t>(threadIdx.x); threadIdx.x < kThreads && i < pieces;
          i += kThreads) {
-      total[0] += sums[i];
+      total += sums[i];
     }
-    block_sum<kBlock>(total);
-    return total[0];
+    return sum_of_block<kBlock>(total, by_warp);
   }
 };
 

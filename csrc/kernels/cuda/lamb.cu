@@ -146,6 +146,7 @@ struct Lamb {
                                      const Outcome& outcome, const Slot& slot, const Slot&) {
     const StepConstants step(outcome);
     const bool apart = outcome.apart != 0;
+    const Copy copy(x);
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
     struct Loaded {
@@ -181,7 +182,7 @@ struct Lamb {
             p_i[j] = updated(F(p_i[j]), {F(high[j]), F(low[j])}, step).v;
           }
           p.template store<W>(i, p_i);
-          if (x.master != nullptr) publish<P, W>(x, units.begin, i, p_i);
+          copy.publish<P, W>(units.begin, i, p_i);
         });
   }
 

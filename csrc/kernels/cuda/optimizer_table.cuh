@@ -24,7 +24,6 @@ struct Entry {
   float* m;
   float* v;
   float* master;  // or null
-  float* step;    // or null
   int64_t numel;
   int32_t first_chunk;       // of a small tensor, its place among the small ones
   int32_t set;               // see optimizer_sets
@@ -41,17 +40,21 @@ struct Entry {
   }
   BATCHOPS_DEVICE int32_t last_chunk() const { return first_chunk + chunks() - 1; }
 };
-static_assert(sizeof(Entry) == 72);
+static_assert(sizeof(Entry) == 64);
+struct Row : Entry {
+  float* step;  // or null
+};
+static_assert(sizeof(Row) == 72);
 
 // How tensors come to items; the smalls and chunks are counted on the host.
 struct Table {
-  const Entry* entries;      // [tensors]
+  const Row* entries;        // [tensors]
   const int32_t* tensor_of;  // [chunks + smalls]
   int32_t tensors, chunks = 0, smalls = 0;
 
   Table() = default;
   Table(const OptimizerTensor* x, int64_t count, const void* table)
-      : entries(static_cast<const Entry*>(table)),
+      : entries(static_cast<const Row*>(table)),
         tensor_of(reinterpret_cast<const int32_t*>(entries + count)),
         tensors(static_cast<int32_t>(count)) {
     for (int64_t i = 0; i < count; ++i) {
@@ -63,7 +66,7 @@ struct Table {
     }
   }
   size_t bytes() const {
-    return tensors * sizeof(Entry) + (int64_t{chunks} + smalls) * sizeof(int32_t);
+    return tensors * sizeof(Row) + (int64_t{chunks} + smalls) * sizeof(int32_t);
   }
   __host__ __device__ int32_t items() const { return chunks + (smalls + kWarps - 1) / kWarps; }
 };
