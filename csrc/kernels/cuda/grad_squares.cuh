@@ -7,22 +7,27 @@
 namespace batchops::cuda::optimizer {
 
 // Each block of a step adds up all of them.
-constexpr int32_t kMostPieces = 4096;
+constexpr int32_t kMostPieces = 2048;
+// Loads ahead of the first use.
+constexpr int kSquaresAhead = 8;
 
 // Adds this thread's share.
 template <class G, int W>
 BATCHOPS_DEVICE void add_grad_squares(const Entry& x, const Units& units, double& total) {
   const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
-  for_each_unit(
+  double sums[2] = {};  // so that one does not wait for the other
+  for_each_unit<kSquaresAhead>(
       units, [&](int32_t i) { return g.template load<W>(i); },
       [&](const Unit<Held<G>, W>& raw, int32_t, int32_t) {
         float value[W];
         to_float<Held<G>, W>(raw, value);
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          total = fma(static_cast<double>(value[j]), static_cast<double>(value[j]), total);
+          double& sum = sums[j % 2];
+          sum = fma(static_cast<double>(value[j]), static_cast<double>(value[j]), sum);
         }
       });
+  total += sums[0] + sums[1];
 }
 BATCHOPS_DEVICE void add_grad_squares(const Part& part, double& total) {
   const Units wide = Units::wide(part);
@@ -69,7 +74,11 @@ struct GradSquares {
       const int32_t end = begin + items < table.items() ? begin + items : table.items();
       for (int32_t item = end; threadIdx.x < kThreads && item-- > begin;) {
         if (item < table.chunks) {
-          add_grad_squares(Part(table.entries[table.tensor_of[item]], item), total);
+          // Chunks of one tensor are one part.
+          const Entry& x = table.entries[table.tensor_of[item]];
+          const int32_t first = x.first_chunk > begin ? x.first_chunk : begin;
+          add_grad_squares(Part(x, first, item + 1 - first), total);
+          item = first;
           continue;
         }
         const int32_t index =
@@ -87,6 +96,7 @@ struct GradSquares {
   template <int kBlock>
   BATCHOPS_DEVICE double total(double* by_warp) const {
     double total = 0;
+#pragma unroll 8
     for (auto i = static_cast<int32_t>(threadIdx.x); threadIdx.x < kThreads && i < pieces;
          i += kThreads) {
       total += sums[i];

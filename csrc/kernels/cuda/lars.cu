@@ -59,6 +59,7 @@ struct Lars {
 
   static BATCHOPS_DEVICE int sums(const Factors&) { return kSums; }
   static BATCHOPS_DEVICE bool typed(const Factors&) { return true; }
+  static BATCHOPS_DEVICE constexpr bool typed_second(const Outcome&) { return true; }
 
   static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
                                     const Slot&) {

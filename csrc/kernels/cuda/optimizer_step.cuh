@@ -12,7 +12,9 @@
 // While a chunk is computed the copies of the next one are under way, into the slot after it and,
 // what the slot has no place for, into the stage, which by then has been read. Two warps more do
 // what has to wait for memory between blocks: the clerk publishes each chunk's sums, the scout has
-// the outcome ready that a chunk's second sweep needs. The sweeping warps meet them once a chunk.
+// the outcome and the entry ready that a chunk's second sweep needs, and asks memory a turn before
+// it needs the answer itself. The sweeping warps meet the scout once a chunk. For the clerk they
+// leave the sums, and wait only if it still has to read the ones before.
 //
 //   sweeping warps   settle | first sweep of chunk k, copies of k + 1   | settle | k + 1 …
 //   clerk                   | sums of k - 1                             | sums of k
@@ -33,15 +35,15 @@
 //   the same tensor as the one to sweep, there is room already; else it is of an earlier one.
 //   Chunks that are not kept, and chunks after them, want all of an earlier tensor's settled. The
 //   scout waits only for tensors before that of the chunk being swept.
-// The clerk waits for nobody but the sweeping warps, and they, then, for none but the two. So of
-// the tensors without an outcome take the first: nobody who still owes it a chunk is waiting, for
+// The clerk waits for nobody but the sweeping warps' next sums, and they, then, for none but the
+// two: whatever they have left for the clerk is published whether or not they go on. So of the
+// tensors without an outcome take the first: nobody who still owes it a chunk is waiting, for
 // all that come before it have their outcome.
 #pragma once
 #include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -66,8 +68,8 @@ constexpr int32_t kGroup = 128;
 constexpr int kMaxSets = 32;
 
 // Within a unit in the last place, in one instruction of the special function unit and no branch.
-// The formulas take their errors off again. `b` is 0 or no less than the least normal float, which
-// roots are anyway.
+// The formulas take their errors off again. A denormal `b` counts as 0. No root is one, so that
+// only a denormal eps·b beside a v of 0 could be.
 BATCHOPS_DEVICE float near_sqrt(float a) {
 #ifdef BATCHOPS_CUDA_EMULATOR
   return std::sqrt(a) * (1 + 0x1p-23f);  // as far off as the device's may be
@@ -287,6 +289,7 @@ BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
 //   fetch(entry, units, slot, stage)           starts the copies that first() finds there
 //   fetch_second(entry, units, stage)          … and those that second() does, if any
 //   typed(factors)                             whether first<P, G> with types will do
+//   typed_second(outcome)                      … and whether second<…> will
 //   first<P, G, W>(entry, units, factors, from, kept, sums)       adds to sums; see with_units
 //   second<kKept, P, G, W>(entry, units, factors, outcome, kept, stage)
 template <class Algorithm>
@@ -360,6 +363,15 @@ BATCHOPS_DEVICE unsigned acquired(const unsigned* counter) {
   return count;
 #endif
 }
+// Brings this warp to a barrier of the block without waiting there.
+template <int kBarrier, int kCount>
+BATCHOPS_DEVICE void barrier_arrive() {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  __barrier_arrive_count(kBarrier, kCount);
+#else
+  asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kCount) : "memory");
+#endif
+}
 // Without the acquire, which would empty the L1 cache each time.
 BATCHOPS_DEVICE unsigned glimpsed(const unsigned* counter) {
 #ifdef BATCHOPS_CUDA_EMULATOR
@@ -396,12 +408,11 @@ class Step {
     if (warp() == kClerk) return keep_books();
     if (warp() == kScout) return look_ahead(lookout);
     meet();
-    bool books_are_open = true;
     for (int32_t turn = 0;; item += blocks()) {
       const bool chunk = is_chunk(item), over = item >= args_.table.items();
-      if (!chunk && books_are_open) {
+      if (!chunk && (item < blocks() || is_chunk(item - blocks()))) {
         meet();
-        books_are_open = false;
+        if (lane() == 0) warp_factors().set = -1;
       }
       const bool kept = !chunk || is_kept(item, turn);
       const int32_t left_out = left_out_before(item, turn);
@@ -421,16 +432,31 @@ class Step {
  private:
   static BATCHOPS_DEVICE int32_t blocks() { return static_cast<int32_t>(gridDim.x); }
   static BATCHOPS_DEVICE int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+  // For addresses that the compiler would else keep in registers over all of the loops.
+  static BATCHOPS_DEVICE int not_kept(int i) {
+#ifndef BATCHOPS_CUDA_EMULATOR
+    asm volatile("" : "+r"(i));
+#endif
+    return i;
+  }
   static BATCHOPS_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-  // All warps of the block, each at its own place in the code.
+  // The sweeping warps and the scout, each at its own place in the code.
   static BATCHOPS_DEVICE void meet() {
     __syncwarp();
-    __barrier_sync(1);
+    __barrier_sync_count(1, kThreads + kWarp);
   }
-  // The sweeping warps and the clerk: it has read the sums that they are about to write.
-  static BATCHOPS_DEVICE void hand_over() {
+  // Between the sweeping warps and the clerk, who goes on at once when it gives the sums' places
+  // back, as they do when they have written them: each side waits for the other's last word only.
+  static constexpr int kFree = 2, kFull = 3;
+  template <int kBarrier>
+  static BATCHOPS_DEVICE void say() {
     __syncwarp();
-    __barrier_sync_count(2, kThreads + kWarp);
+    barrier_arrive<kBarrier, kThreads + kWarp>();
+  }
+  template <int kBarrier>
+  static BATCHOPS_DEVICE void wait_to_be() {
+    __syncwarp();
+    __barrier_sync_count(kBarrier, kThreads + kWarp);
   }
 
   // What gradients are divided by.
@@ -469,7 +495,7 @@ class Step {
     settled_ = tensor;
     if (threadIdx.x == 0) wait_for(&args_.ready[tensor], 1);
     __syncwarp();
-    __barrier_sync_count(3, kThreads);
+    __barrier_sync_count(4, kThreads);
   }
 
   // Turns before a chunk's second sweep in which its entry is there: copies for it start one
@@ -598,11 +624,22 @@ class Step {
     for (int i = 0; i < kSums; ++i) {
       if (i < used) sums[i] = warp_sum(sums[i]);
     }
-    hand_over();
+    wait_to_be<kFree>();
     if (lane() == 0) {
+      const int place = not_kept(warp());
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) shared().sums[i][warp()] = sums[i];
+      for (int i = 0; i < kSums; ++i) shared().sums[i][place] = sums[i];
     }
+    say<kFull>();
+  }
+
+  // Of this warp's small tensors. Copies for chunks are over, so the stage is free.
+  struct SetFactors {
+    Factors factors;
+    int32_t set;
+  };
+  BATCHOPS_DEVICE SetFactors& warp_factors() const {
+    return reinterpret_cast<SetFactors*>(memory_)[not_kept(warp())];
   }
 
   BATCHOPS_DEVICE void sweep_small(int32_t item) {
@@ -610,14 +647,13 @@ class Step {
     const int32_t tensor = tensor_of(item);
     if (tensor < 0) return;
     const Entry& x = entry(tensor);
-    // Copies for chunks are over, so the stage is free.
-    Factors& factors = reinterpret_cast<Factors*>(memory_)[warp()];
-    if (const int32_t set = args_.set_of(tensor, x); set != set_) {
-      set_ = set;
-      __syncwarp();
-      if (lane() == 0) factors = Factors(args_.set(set), divisor());
-      __syncwarp();
+    __syncwarp();
+    if (lane() == 0) {
+      const int32_t set = args_.set_of(tensor, x);
+      if (set != warp_factors().set) warp_factors() = {Factors(args_.set(set), divisor()), set};
     }
+    __syncwarp();
+    const Factors& factors = warp_factors().factors;
     const Part part(x);
     const Units wide = Units::wide(part), narrow = Units::narrow(part, wide);
     double sums[kSums] = {};
@@ -659,11 +695,13 @@ class Step {
   BATCHOPS_DEVICE void second(const Part& part, const Factors& factors, const Outcome& outcome,
                               const Slot& slot, const Slot& stage) const {
     constexpr bool kGrad = Algorithm::kGradAgain && !kKept;
-    with_units<kGrad>(part, [&](auto p, auto g, auto width, const Units& units) {
-      Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
-                                 decltype(width)::value>(part.x, units, factors, outcome, slot,
-                                                         stage);
-    });
+    with_units<kGrad>(
+        part, Algorithm::typed_second(outcome),
+        [&](auto p, auto g, auto width, const Units& units) {
+          Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
+                                     decltype(width)::value>(part.x, units, factors, outcome, slot,
+                                                             stage);
+        });
   }
 
   // The second sweep over this block's chunks that were not kept, of the tensor of that turn, which
@@ -793,11 +831,10 @@ class Step {
   // ---- the clerk
 
   BATCHOPS_DEVICE void keep_books() const {
-    meet();
     int32_t item = static_cast<int32_t>(blockIdx.x);
-    if (is_chunk(item)) hand_over();
+    if (is_chunk(item)) say<kFree>();
     for (int32_t turn = 0; is_chunk(item); item += blocks(), ++turn) {
-      meet();
+      wait_to_be<kFull>();
       const Entry x = entry_at(turn);
       const int32_t tensor = shared().entry_tensors[turn % 4];
       double sums[kSums];
@@ -806,11 +843,10 @@ class Step {
         sums[i] = lane() < kWarps ? shared().sums[i][lane()] : 0.0;
         sums[i] = sum_of_lanes(sums[i], kWarps);
       }
+      // Each sum has been shuffled to all lanes, so that all have read theirs.
+      if (is_chunk(item + blocks())) say<kFree>();
       arrive(item, tensor, x, sums);
-      // Not sooner: who is to meet it here may be waiting for this very chunk.
-      if (is_chunk(item + blocks())) hand_over();
     }
-    meet();
   }
 
   // Sums come together by groups of chunks, and these by tensors.
@@ -902,7 +938,6 @@ class Step {
   float* memory_;
   int32_t kept_ = 0;  // of the last items, in slots by turns
   int32_t next_slot_ = 0;
-  int32_t set_ = -1;
   int32_t settled_ = -1;         // a tensor whose outcome is known to be there
   int32_t fetched_second_ = -1;  // a chunk whose second sweep finds copies in the stage
 };
@@ -1029,16 +1064,18 @@ struct StepKernels {
   void (*make_sets)(const SetsToMake<Algorithm>);
 };
 
-// Slots that a block has beside its stage where kResident of them share a multiprocessor or, if
-// that leaves less than the two that it needs, where it has one for itself.
+// Slots that a block has beside its stage: where kResident of them share a multiprocessor or, if
+// that leaves less than it takes to have a chunk's outcome come while another one is swept, where
+// it has one for itself.
 inline int32_t slots_of(const Device& device, int stage_bytes) {
-  constexpr int kReserved = 1024;  // by the driver, of each block
-  constexpr int kLeast = 2;
+  constexpr int kReserved = 1024;                           // by the driver, of each block
+  constexpr int kWorth = 3, kLeast = 2, kMost = kWarp / 2;  // for the scout's lanes
   const auto slots = [&](int blocks) {
     const int share = device.shared_of_all / blocks - kReserved;
     return (std::min(share, device.shared) - kStaticBytes - stage_bytes) / kSlotBytes;
   };
-  return slots(kResident) >= kLeast ? slots(kResident) : std::max(slots(1), kLeast);
+  const int shared = slots(kResident);
+  return std::clamp(shared >= kWorth ? shared : slots(1), kLeast, kMost);
 }
 
 // Puts the sets where the step will find them.
@@ -1091,8 +1128,6 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
   if (const char* error = query(kernels.name, device, found)) return error;
   constexpr int kStageBytes = Algorithm::kStage * kChunk * static_cast<int>(sizeof(float));
   args.slots = slots_of(found, kStageBytes);
-  static const char* const most = std::getenv("BATCHOPS_OPT_SLOTS");  // for measurements
-  if (most != nullptr) args.slots = std::clamp(std::atoi(most), 2, args.slots);
   LaunchShape shape{dim3(1, 1, 1), dim3(kBlock, 1, 1),
                     static_cast<size_t>(args.slots) * kSlotBytes + kStageBytes};
   shape.cooperative = true;

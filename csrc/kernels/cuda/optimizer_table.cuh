@@ -78,14 +78,15 @@ struct Part {
   int32_t count;
   int32_t thread, threads;
 
-  // A chunk, all threads of the block.
-  BATCHOPS_DEVICE Part(const Entry& entry, int32_t item)
+  // A chunk, or several from one on, all threads of the block.
+  BATCHOPS_DEVICE Part(const Entry& entry, int32_t item, int32_t chunks = 1)
       : x(entry),
         begin((item - entry.first_chunk) * int64_t{kChunk}),
         thread(static_cast<int32_t>(threadIdx.x)),
         threads(kThreads) {
     const int64_t left = entry.numel - begin;
-    count = static_cast<int32_t>(left < kChunk ? left : kChunk);
+    const int64_t most = int64_t{chunks} * kChunk;
+    count = static_cast<int32_t>(left < most ? left : most);
   }
   // A small tensor, the threads of this warp.
   BATCHOPS_DEVICE explicit Part(const Entry& entry)
@@ -186,14 +187,16 @@ struct Units {
   }
 };
 
-// Calls sweep(TypeIs<P>, TypeIs<G>, integral_constant W, units) with the types of p and g or, one
-// by one, Any. Without kGrad G is Any in any case.
+// Calls sweep(TypeIs<P>, TypeIs<G>, integral_constant W, units) with the types of p and g or, not
+// `typed` or one by one, Any. Without kGrad G is Any in any case.
 template <bool kGrad, class Sweep>
-BATCHOPS_DEVICE void with_units(const Part& part, Sweep&& sweep) {
+BATCHOPS_DEVICE void with_units(const Part& part, bool typed, Sweep&& sweep) {
   const Units wide = Units::wide(part);
-  if (wide.count > 0) {
+  constexpr std::integral_constant<int, kWidth> width;
+  if (wide.count > 0 && !typed) {
+    sweep(TypeIs<Any>{}, TypeIs<Any>{}, width, wide);
+  } else if (wide.count > 0) {
     with_element(part.x.exact_dtype(), [&](auto p) {
-      constexpr std::integral_constant<int, kWidth> width;
       if constexpr (kGrad) {
         with_element(static_cast<DType>(part.x.g_dtype), [&](auto g) { sweep(p, g, width, wide); });
       } else {
