@@ -473,7 +473,8 @@ void Block::arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool 
          site);
   }
   const unsigned expected = count == 0 || count == all ? threads_ : count;
-  if (barriers_complete_ >> id & 1) release_barriers();  // the one before
+  // Who does not wait may come again before those who do have gone on.
+  if (barriers_[id].split && barriers_complete_ >> id & 1) release_barriers();
   Barrier& barrier = barriers_[id];
   if (barrier.arrived == 0) {
     barrier = {expected, 0, 0, thread.linear, aligned};
