@@ -174,7 +174,7 @@ LIMITS = {
     "lars_make_sets": Limits(2, threads=32),
     "optimizer_send_entries": Limits(4),
     "optimizer_index": Limits(4),
-    "optimizer_grad_squares": Limits(4, reads=2),
+    "optimizer_grad_squares": Limits(4, reads=8),
     "optimizer_grad_total": Limits(4),
     "code_probe": Limits(0, threads=0),  # never launched
 }

@@ -71,8 +71,8 @@ def test_global_memory_is_accessed_in_the_width_meant(kernels):
 
 @pytest.mark.parametrize("target", occupancy.TARGETS)
 def test_the_optimizers_slots_leave_room_for_two_blocks(kernels, target):
-    """What slots_of in optimizer_step.cuh makes of each device, against what it has: two slots at
-    the least, for one block where two have less."""
+    """What slots_of in optimizer_step.cuh makes of each device, against what it has: three slots at
+    the least for each of two blocks, or one block with all that there is. On sm_75 that is two."""
     sm = occupancy.TARGETS[target]
     for kernel in kernels:
         if kernel.base not in machine_code_limits.STAGES:
@@ -82,10 +82,10 @@ def test_the_optimizers_slots_leave_room_for_two_blocks(kernels, target):
         for blocks in (2, 1):
             share = min(sm.shared // blocks - 1024, sm.shared_a_block) - 1024 - stage
             slots = share // machine_code_limits.SLOT
-            if slots >= 2:
+            if slots >= 3:
                 break
-        assert slots >= 2
-        assert blocks == 2 or target == "sm_75"
+        assert slots >= (2 if target == "sm_75" else 5 if blocks == 1 else 3)
+        assert blocks == 2 or sm.shared < 128 * 1024
         limits = replace(
             machine_code_limits.limits(kernel),
             blocks=blocks,

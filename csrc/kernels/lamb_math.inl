@@ -43,7 +43,8 @@ BATCHOPS_OPTIMIZER_INLINE F second_moment(F v, F g, const Constants& c) {
   return fused(c.beta2.high, v, fused(t, g, fused(t_error, g, c.beta2.low * v)));
 }
 
-// A value as high - low, good to about 2^-44.
+// A value as high - low, good to about 2^-44; where it is a quotient by a root that is not much more
+// than eps·b, to 2^-24 of it.
 struct Quotient {
   F high, low;
 };
@@ -58,7 +59,8 @@ BATCHOPS_OPTIMIZER_INLINE Quotient quotient(F m, F v, const Constants& c) {
   const F d = root + c.eps.high;
   const F inverse = F(1.0f) / d;
   // d's low part: the addition's error, and the root's, (v - root²) / (2·root). 1 / d stands in for
-  // 1 / root: where they differ much, eps is so large that the root's error hardly counts.
+  // 1 / root: where they differ, d has more of eps, and a smaller part of the root's error counts.
+  // At worst, root = eps, a quarter of it in d is left.
   const F d_low = ((max(root, c.eps.high) - d) + min(root, c.eps.high)) +
                   fused(fused(root, root, -under) - under_low, F(-0.5f) * inverse, c.eps.low);
   const F q = m * inverse;

@@ -55,6 +55,11 @@ inline void __barrier_sync_count(unsigned id, unsigned count, Site site = Site::
   cuda_emulator::wait_for_barrier(id, count, false, false, site);
 }
 
+// barrier.arrive of PTX, which CUDA has no name for: those who wait there see what was done before.
+inline void __barrier_arrive_count(unsigned id, unsigned count, Site site = Site::current()) {
+  cuda_emulator::arrive_at_barrier(id, count, site);
+}
+
 inline void __syncwarp(unsigned mask = 0xffffffffu, Site site = Site::current()) {
   cuda_emulator::wait_for_warp(cuda_emulator::Collective::sync, mask, 0, 0, site);
 }

@@ -147,8 +147,8 @@ DEVICES = {
     "Hopper": Device(2),  # 4 blocks of 6 slots: what most tests have stays on the chip
     "small": Device(2, 56 * 1024),  # 2 blocks of 2 slots, alone on their multiprocessors
     "alone": Device(1, 72 * 1024, blocks=1),  # one block of 3 slots
-    # 2 blocks of 2 slots and LAMB's stage, which are 48 KB: with what is static more than a kernel
-    # has unasked
+    # 2 slots for each of 2 blocks would be too few: one block of 5, and more shared memory than a
+    # kernel has unasked
     "Ada": Device(1, 99 * 1024),
 }
 

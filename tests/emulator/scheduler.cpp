@@ -461,8 +461,8 @@ void Block::exchange(Warp& warp, unsigned first, unsigned lanes) {
 
 // ---------------------------------------------------------------- barriers
 
-void Block::arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool aligned, bool vote,
-                              const Site& site) {
+void Block::arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool waits, bool aligned,
+                              bool vote, const Site& site) {
   thread.at(site);
   if (id >= 16) fail(thread, "barrier " + std::to_string(id) + ", expected 0 to 15", site);
   const unsigned all = (threads_ + 31) / 32 * 32;
@@ -473,6 +473,8 @@ void Block::arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool 
          site);
   }
   const unsigned expected = count == 0 || count == all ? threads_ : count;
+  // Who does not wait may come again before those who do have gone on.
+  if (barriers_[id].split && barriers_complete_ >> id & 1) release_barriers();
   Barrier& barrier = barriers_[id];
   if (barrier.arrived == 0) {
     barrier = {expected, 0, 0, thread.linear, aligned};
@@ -495,9 +497,17 @@ void Block::arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool 
   ++barrier.arrived;
   barrier.votes += vote;
   if (barrier.arrived == barrier.expected) barriers_complete_ |= 1u << id;
+  if (!waits) {
+    barrier.split = true;
+    if (Observer* o = observer()) o->arrives(&arrivals_[id]);
+    return;
+  }
   thread.barrier = id;
   thread.wait = Wait::barrier;
+  thread.arrivals = nullptr;
   stop(thread);
+  if (thread.arrivals == nullptr) return;
+  if (Observer* o = observer()) o->waited(thread.arrivals);
 }
 
 bool Block::release_barriers() {
@@ -522,6 +532,7 @@ bool Block::release_barriers() {
       if (thread.wait != Wait::barrier || thread.barrier != id) continue;
       thread.wait = Wait::nothing;
       thread.votes = barriers_[id].votes;
+      if (barriers_[id].split) thread.arrivals = &arrivals_[id];
       warps_[i / 32].ready |= 1u << i % 32;
       together.push_back(i);
     }
@@ -782,8 +793,14 @@ void run(const Grid& grid) {
 unsigned wait_for_barrier(unsigned id, unsigned count, bool aligned, bool vote, const Site& site) {
   const InRuntime in_runtime;
   Thread& thread = current();
-  thread.block->arrive_at_barrier(thread, id, count, aligned, vote, site);
+  thread.block->arrive_at_barrier(thread, id, count, true, aligned, vote, site);
   return thread.votes;
+}
+
+void arrive_at_barrier(unsigned id, unsigned count, const Site& site) {
+  const InRuntime in_runtime;
+  Thread& thread = current();
+  thread.block->arrive_at_barrier(thread, id, count, false, false, false, site);
 }
 
 uint64_t wait_for_warp(Collective collective, unsigned mask, uint64_t value, int source_lane,

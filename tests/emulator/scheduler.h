@@ -57,7 +57,8 @@ struct Thread {
   Collective collective = Collective::sync;
   unsigned mask = 0;
   unsigned barrier = 0;
-  unsigned votes = 0;  // what a block barrier brought
+  unsigned votes = 0;              // what a block barrier brought
+  const void* arrivals = nullptr;  // what those stand for that came there and did not wait
   // What the last atomic of this thread saw: a spin sees the same again.
   const void* seen_address = nullptr;
   uint64_t seen_value = 0;
@@ -92,6 +93,7 @@ struct Barrier {
   unsigned votes = 0;
   unsigned first = 0;  // the thread that came first
   bool aligned = true;
+  bool split = false;  // some do not wait
 };
 
 // A barrier in two halves, of a cluster or a grid.
@@ -158,8 +160,8 @@ class Block {
                       const Site& site = Site::current());
 
   // The running thread's part in what its block does.
-  void arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool aligned, bool vote,
-                         const Site& site);
+  void arrive_at_barrier(Thread& thread, unsigned id, unsigned count, bool waits, bool aligned,
+                         bool vote, const Site& site);
   void meet(Thread& thread);
   void give_way(Thread& thread);
   void check_grid_site(const Thread& thread, const Site& site);
@@ -193,6 +195,7 @@ class Block {
   unsigned pool_size_ = 0;
   Warp warps_[32];
   Barrier barriers_[16];
+  char arrivals_[16] = {};          // at each of them: an address for the observer
   unsigned barriers_complete_ = 0;  // bits
   Site grid_site_;
   uint64_t grid_site_generation_ = ~uint64_t{0};
@@ -214,6 +217,7 @@ unsigned live_lanes();
 // `count` threads at barrier `id` of the block, 0 for all of them; returns how many voted yes.
 // `aligned`: at the same place in the source.
 unsigned wait_for_barrier(unsigned id, unsigned count, bool aligned, bool vote, const Site& site);
+void arrive_at_barrier(unsigned id, unsigned count, const Site& site);
 // The lanes of `mask`.
 uint64_t wait_for_warp(Collective collective, unsigned mask, uint64_t value, int source_lane,
                        const Site& site);

@@ -7,22 +7,27 @@
 namespace batchops::cuda::optimizer {
 
 // Each block of a step adds up all of them.
-constexpr int32_t kMostPieces = 4096;
+constexpr int32_t kMostPieces = 2048;
+// Loads ahead of the first use.
+constexpr int kSquaresAhead = 8;
 
 // Adds this thread's share.
 template <class G, int W>
 BATCHOPS_DEVICE void add_grad_squares(const Entry& x, const Units& units, double& total) {
   const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
-  for_each_unit(
+  double sums[2] = {};  // so that one does not wait for the other
+  for_each_unit<kSquaresAhead>(
       units, [&](int32_t i) { return g.template load<W>(i); },
       [&](const Unit<Held<G>, W>& raw, int32_t, int32_t) {
         float value[W];
         to_float<Held<G>, W>(raw, value);
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          total = fma(static_cast<double>(value[j]), static_cast<double>(value[j]), total);
+          double& sum = sums[j % 2];
+          sum = fma(static_cast<double>(value[j]), static_cast<double>(value[j]), sum);
         }
       });
+  total += sums[0] + sums[1];
 }
 BATCHOPS_DEVICE void add_grad_squares(const Part& part, double& total) {
   const Units wide = Units::wide(part);
@@ -32,6 +37,19 @@ BATCHOPS_DEVICE void add_grad_squares(const Part& part, double& total) {
     });
   }
   add_grad_squares<Any, 1>(part.x, Units::narrow(part, wide), total);
+}
+
+// Summed over the block, in every thread, by way of a place for each warp. It ends with a barrier.
+template <int kBlock>
+BATCHOPS_DEVICE double sum_of_block(double value, double* by_warp) {
+  const double sum = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) by_warp[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  double total = by_warp[0];
+#pragma unroll
+  for (int w = 1; w < kBlock / kWarp; ++w) total += by_warp[w];
+  __syncthreads();
+  return total;
 }
 
 struct GradSquares {
@@ -48,38 +66,42 @@ struct GradSquares {
   // This block's pieces; back to front, so that the gradients that a step begins with are the last
   // ones read, and still in the L2 cache. Threads of a block beyond kThreads have nothing to add.
   template <int kBlock>
-  BATCHOPS_DEVICE void add_up(const Table& table) const {
+  BATCHOPS_DEVICE void add_up(const Table& table, double* by_warp) const {
     for (int32_t piece = pieces - 1 - static_cast<int32_t>(blockIdx.x); piece >= 0;
          piece -= static_cast<int32_t>(gridDim.x)) {
-      double total[1] = {0};
+      double total = 0;
       const int32_t begin = piece * items;
       const int32_t end = begin + items < table.items() ? begin + items : table.items();
       for (int32_t item = end; threadIdx.x < kThreads && item-- > begin;) {
         if (item < table.chunks) {
-          add_grad_squares(Part(table.entries[table.tensor_of[item]], item), total[0]);
+          // Chunks of one tensor are one part.
+          const Entry& x = table.entries[table.tensor_of[item]];
+          const int32_t first = x.first_chunk > begin ? x.first_chunk : begin;
+          add_grad_squares(Part(x, first, item + 1 - first), total);
+          item = first;
           continue;
         }
         const int32_t index =
             (item - table.chunks) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
         if (index < table.smalls) {
-          add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total[0]);
+          add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total);
         }
       }
-      block_sum<kBlock>(total);
-      if (threadIdx.x == 0) sums[piece] = total[0];
+      total = sum_of_block<kBlock>(total, by_warp);
+      if (threadIdx.x == 0) sums[piece] = total;
     }
   }
 
   // In every thread, once all pieces are there.
   template <int kBlock>
-  BATCHOPS_DEVICE double total() const {
-    double total[1] = {0};
+  BATCHOPS_DEVICE double total(double* by_warp) const {
+    double total = 0;
+#pragma unroll 8
     for (auto i = static_cast<int32_t>(threadIdx.x); threadIdx.x < kThreads && i < pieces;
          i += kThreads) {
-      total[0] += sums[i];
+      total += sums[i];
     }
-    block_sum<kBlock>(total);
-    return total[0];
+    return sum_of_block<kBlock>(total, by_warp);
   }
 };
 

@@ -59,6 +59,7 @@ struct Lamb {
   static BATCHOPS_DEVICE bool typed(const Factors& factors) {
     return factors.caution == 0 && factors.inside == 0;
   }
+  static BATCHOPS_DEVICE bool typed_second(const Outcome& outcome) { return outcome.apart == 0; }
 
   static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
                                     const Slot& stage) {
@@ -145,7 +146,8 @@ struct Lamb {
   static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors& factors,
                                      const Outcome& outcome, const Slot& slot, const Slot&) {
     const StepConstants step(outcome);
-    const bool apart = outcome.apart != 0;
+    const bool apart = std::is_same_v<P, Any> && outcome.apart != 0;
+    const Copy copy(x);
     const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
     struct Loaded {
@@ -181,7 +183,7 @@ struct Lamb {
             p_i[j] = updated(F(p_i[j]), {F(high[j]), F(low[j])}, step).v;
           }
           p.template store<W>(i, p_i);
-          if (x.master != nullptr) publish<P, W>(x, units.begin, i, p_i);
+          copy.publish<P, W>(units.begin, i, p_i);
         });
   }
 

@@ -59,6 +59,7 @@ struct Lars {
 
   static BATCHOPS_DEVICE int sums(const Factors&) { return kSums; }
   static BATCHOPS_DEVICE bool typed(const Factors&) { return true; }
+  static BATCHOPS_DEVICE constexpr bool typed_second(const Outcome&) { return true; }
 
   static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
                                     const Slot&) {
@@ -117,6 +118,7 @@ struct Lars {
     const Memory<float> m(x.m, DType::f32, units.begin);
     const Constants c(outcome);
     const bool momentum = x.m != nullptr;
+    const Copy copy(x);
     // Without nesterov the gradient does not go to p itself.
     const bool direct = outcome.p_g[0] != 0 || outcome.p_p[0] != 0;
     struct Loaded {
@@ -134,7 +136,7 @@ struct Lars {
           }
           if constexpr (kKept && W == kWidth) {
             if (momentum && stage.floats != nullptr) {
-              raw.m = stage.copied<float>(0, DType::f32, (i - units.thread) / units.threads * W);
+              raw.m = stage.copied<float>(0, DType::f32, (i - units.thread) / kThreads * W);
               return raw;
             }
           }
@@ -161,7 +163,7 @@ struct Lars {
           }
           if (momentum) m.store<W>(i, m_i);
           p.template store<W>(i, p_i);
-          if (x.master != nullptr) publish<P, W>(x, units.begin, i, p_i);
+          copy.publish<P, W>(units.begin, i, p_i);
         });
   }
 };

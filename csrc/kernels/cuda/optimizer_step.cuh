@@ -12,7 +12,9 @@
 // While a chunk is computed the copies of the next one are under way, into the slot after it and,
 // what the slot has no place for, into the stage, which by then has been read. Two warps more do
 // what has to wait for memory between blocks: the clerk publishes each chunk's sums, the scout has
-// the outcome ready that a chunk's second sweep needs. The sweeping warps meet them once a chunk.
+// the outcome and the entry ready that a chunk's second sweep needs, and asks memory a turn before
+// it needs the answer itself. The sweeping warps meet the scout once a chunk. For the clerk they
+// leave the sums, and wait only if it still has to read the ones before.
 //
 //   sweeping warps   settle | first sweep of chunk k, copies of k + 1   | settle | k + 1 …
 //   clerk                   | sums of k - 1                             | sums of k
@@ -33,15 +35,15 @@
 //   the same tensor as the one to sweep, there is room already; else it is of an earlier one.
 //   Chunks that are not kept, and chunks after them, want all of an earlier tensor's settled. The
 //   scout waits only for tensors before that of the chunk being swept.
-// The clerk waits for nobody but the sweeping warps, and they, then, for none but the two. So of
-// the tensors without an outcome take the first: nobody who still owes it a chunk is waiting, for
+// The clerk waits for nobody but the sweeping warps' next sums, and they, then, for none but the
+// two: whatever they have left for the clerk is published whether or not they go on. So of the
+// tensors without an outcome take the first: nobody who still owes it a chunk is waiting, for
 // all that come before it have their outcome.
 #pragma once
 #include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -58,12 +60,16 @@ constexpr int kResident = 2;
 constexpr int kClerk = kWarps, kScout = kWarps + 1;
 constexpr int kBlock = kThreads + 2 * kWarp;
 constexpr int kSlotBytes = 2 * kChunk * static_cast<int>(sizeof(float));
+// Static shared memory, of which Step may have so much.
+constexpr int kStaticBytes = 1024;
+// Chunks whose sums come together before those of the tensor do.
+constexpr int32_t kGroup = 128;
 // Sets that fit a launch's arguments, of which there are 4 KB.
 constexpr int kMaxSets = 32;
 
 // Within a unit in the last place, in one instruction of the special function unit and no branch.
-// The formulas take their errors off again. `b` is 0 or no less than the least normal float, which
-// roots are anyway.
+// The formulas take their errors off again. A denormal `b` counts as 0. No root is one, so that
+// only a denormal eps·b beside a v of 0 could be.
 BATCHOPS_DEVICE float near_sqrt(float a) {
 #ifdef BATCHOPS_CUDA_EMULATOR
   return std::sqrt(a) * (1 + 0x1p-23f);  // as far off as the device's may be
@@ -106,6 +112,22 @@ BATCHOPS_DEVICE F select_le(F a, F b, F yes, F no) { return a.v <= b.v ? yes : n
 #define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
 #include "kernels/compensated.inl"
 
+// The compiler keeps what is read and written before from what comes after.
+BATCHOPS_DEVICE void keep_order() {
+#ifndef BATCHOPS_CUDA_EMULATOR
+  asm volatile("" ::: "memory");
+#endif
+}
+// For all of this thread's copies.
+BATCHOPS_DEVICE void wait_for_copies() {
+#if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  __pipeline_wait_prior(0);
+#else
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+#endif
+  keep_order();
+}
+
 // Room for two floats an element of a chunk. Each thread has places of its own, so that no barrier
 // is needed, whatever tensor the room was for before:
 //
@@ -136,6 +158,7 @@ struct Slot {
   BATCHOPS_DEVICE void start(int half, const void* array, DType dtype, const Units& units) const {
     const char* from =
         static_cast<const char*>(array) + (units.begin + units.thread * kWidth) * size_of(dtype);
+    keep_order();
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (units.thread + u * kThreads >= units.count) break;
@@ -227,18 +250,27 @@ BATCHOPS_DEVICE void for_each_first(const Units& units, const From& from, Staged
   }
 }
 
-// The low-precision copies of masters, P, that have changed.
-template <class P, int W>
-BATCHOPS_DEVICE void publish(const Entry& x, int64_t begin, int32_t unit, const float (&p)[W]) {
-  const DType dtype = static_cast<DType>(x.p_dtype);
-  if constexpr (std::is_same_v<P, Any>) {
-    Memory<Any>(x.p, dtype, begin).store<W>(unit, p);
-  } else if constexpr (std::is_same_v<P, float>) {
-    with_element(dtype, [&](auto type) {
-      Memory<typename decltype(type)::type>(x.p, dtype, begin).template store<W>(unit, p);
-    });
+// The low-precision copy of a master, if there is one.
+struct Copy {
+  void* p;  // or null
+  DType dtype;
+
+  BATCHOPS_DEVICE explicit Copy(const Entry& x)
+      : p(x.master == nullptr ? nullptr : x.p), dtype(static_cast<DType>(x.p_dtype)) {}
+
+  // Of masters, P, that have changed.
+  template <class P, int W>
+  BATCHOPS_DEVICE void publish(int64_t begin, int32_t unit, const float (&from)[W]) const {
+    if (p == nullptr) return;
+    if constexpr (std::is_same_v<P, Any>) {
+      Memory<Any>(p, dtype, begin).store<W>(unit, from);
+    } else if constexpr (std::is_same_v<P, float>) {
+      with_element(dtype, [&](auto type) {
+        Memory<typename decltype(type)::type>(p, dtype, begin).template store<W>(unit, from);
+      });
+    }
   }
-}
+};
 
 BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
   return device.found_inf != nullptr && *device.found_inf != 0;
@@ -257,6 +289,7 @@ BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
 //   fetch(entry, units, slot, stage)           starts the copies that first() finds there
 //   fetch_second(entry, units, stage)          … and those that second() does, if any
 //   typed(factors)                             whether first<P, G> with types will do
+//   typed_second(outcome)                      … and whether second<…> will
 //   first<P, G, W>(entry, units, factors, from, kept, sums)       adds to sums; see with_units
 //   second<kKept, P, G, W>(entry, units, factors, outcome, kept, stage)
 template <class Algorithm>
@@ -268,8 +301,9 @@ struct StepArguments {
   int32_t slots;  // of a block, two or more
   // The workspace. Counters are 0 at first.
   unsigned* arrived;         // blocks that have added up their gradients' squares
-  unsigned* arrivals;        // [tensors], groups that have their sums, and one more for the outcome
+  unsigned* arrivals;        // [tensors], groups that have their sums
   unsigned* group_arrivals;  // chunks that have
+  unsigned* ready;           // [tensors], 1 with the outcome
   GradSquares squares;
   double* sums;        // [chunks, kSums]
   double* group_sums;  // [groups, kSums]
@@ -284,8 +318,8 @@ struct StepArguments {
   TensorStats* stats;  // or null
   Set sets[kMaxSets];
 
-  BATCHOPS_DEVICE int32_t set_of(int32_t tensor) const {
-    return by_tensor ? tensor : table.entries[tensor].set;
+  BATCHOPS_DEVICE int32_t set_of(int32_t tensor, const Entry& x) const {
+    return by_tensor ? tensor : x.set;
   }
   BATCHOPS_DEVICE const Set& set(int32_t index) const {
     return more_sets == nullptr ? sets[index] : more_sets[index];
@@ -295,25 +329,56 @@ struct StepArguments {
   }
 };
 
-// Atomics between blocks. What the releasing thread has seen is seen by who finds its count.
+// Atomics between blocks. What the releasing thread has seen is seen by who acquires its count, or
+// a later one.
 BATCHOPS_DEVICE unsigned add_one(unsigned* counter) {
 #ifdef BATCHOPS_CUDA_EMULATOR
-  return __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_ACQ_REL, __NV_THREAD_SCOPE_DEVICE);
+  return __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
 #else
   unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;"
                : "=r"(before)
                : "l"(__cvta_generic_to_global(counter))
                : "memory");
   return before;
 #endif
 }
-BATCHOPS_DEVICE unsigned count_of(const unsigned* counter) {
+BATCHOPS_DEVICE void set_one(unsigned* counter) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  __nv_atomic_store_n(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
+               : "memory");
+#endif
+}
+BATCHOPS_DEVICE unsigned acquired(const unsigned* counter) {
 #ifdef BATCHOPS_CUDA_EMULATOR
   return __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE);
 #else
   unsigned count;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(count)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return count;
+#endif
+}
+// Brings this warp to a barrier of the block without waiting there.
+template <int kBarrier, int kCount>
+BATCHOPS_DEVICE void barrier_arrive() {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  __barrier_arrive_count(kBarrier, kCount);
+#else
+  asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kCount) : "memory");
+#endif
+}
+// Without the acquire, which would empty the L1 cache each time.
+BATCHOPS_DEVICE unsigned glimpsed(const unsigned* counter) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return __nv_atomic_load_n(counter, __NV_ATOMIC_RELAXED, __NV_THREAD_SCOPE_DEVICE);
+#else
+  unsigned count;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
                : "=r"(count)
                : "l"(__cvta_generic_to_global(counter))
                : "memory");
@@ -334,18 +399,20 @@ class Step {
 
   BATCHOPS_DEVICE void run() {
     if (skipped(args_.device)) return forget_stats();
+    int32_t item = static_cast<int32_t>(blockIdx.x);
+    Lookout lookout;
+    if (warp() == kScout) lookout = look_out();
+    __syncthreads();
+    if (warp() < kWarps && is_chunk(item)) fetch(item, 0);
     find_divisor();
     if (warp() == kClerk) return keep_books();
-    if (warp() == kScout) return look_ahead();
-    int32_t item = static_cast<int32_t>(blockIdx.x);
+    if (warp() == kScout) return look_ahead(lookout);
     meet();
-    if (is_chunk(item)) fetch(item, 0);
-    bool books_are_open = true;
     for (int32_t turn = 0;; item += blocks()) {
       const bool chunk = is_chunk(item), over = item >= args_.table.items();
-      if (!chunk && books_are_open) {
+      if (!chunk && (item < blocks() || is_chunk(item - blocks()))) {
         meet();
-        books_are_open = false;
+        if (lane() == 0) warp_factors().set = -1;
       }
       const bool kept = !chunk || is_kept(item, turn);
       const int32_t left_out = left_out_before(item, turn);
@@ -365,23 +432,35 @@ class Step {
  private:
   static BATCHOPS_DEVICE int32_t blocks() { return static_cast<int32_t>(gridDim.x); }
   static BATCHOPS_DEVICE int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+  // For addresses that the compiler would else keep in registers over all of the loops.
+  static BATCHOPS_DEVICE int not_kept(int i) {
+#ifndef BATCHOPS_CUDA_EMULATOR
+    asm volatile("" : "+r"(i));
+#endif
+    return i;
+  }
   static BATCHOPS_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
-  // All warps of the block, each at its own place in the code.
+  // The sweeping warps and the scout, each at its own place in the code.
   static BATCHOPS_DEVICE void meet() {
     __syncwarp();
-    __barrier_sync(1);
+    __barrier_sync_count(1, kThreads + kWarp);
   }
-  // The sweeping warps and the clerk: it has read the sums that they are about to write.
-  static BATCHOPS_DEVICE void hand_over() {
+  // Between the sweeping warps and the clerk, who goes on at once when it gives the sums' places
+  // back, as they do when they have written them: each side waits for the other's last word only.
+  static constexpr int kFree = 2, kFull = 3;
+  template <int kBarrier>
+  static BATCHOPS_DEVICE void say() {
     __syncwarp();
-    __barrier_sync_count(2, kThreads + kWarp);
+    barrier_arrive<kBarrier, kThreads + kWarp>();
+  }
+  template <int kBarrier>
+  static BATCHOPS_DEVICE void wait_to_be() {
+    __syncwarp();
+    __barrier_sync_count(kBarrier, kThreads + kWarp);
   }
 
   // What gradients are divided by.
-  static BATCHOPS_DEVICE double& divisor() {
-    BATCHOPS_SHARED(divisor, double);
-    return divisor;
-  }
+  static BATCHOPS_DEVICE double divisor() { return shared().divisor; }
   BATCHOPS_DEVICE void find_divisor() const {
     double by = args_.scale();
     if (args_.max_grad_norm > 0) {
@@ -389,47 +468,55 @@ class Step {
       if (args_.grad_sum_sq != nullptr) {
         sum_sq = *args_.grad_sum_sq;
       } else {
-        args_.squares.template add_up<kBlock>(args_.table);
+        static_assert(kSums * kWarps >= kBlock / kWarp);
+        double* by_warp = &shared().sums[0][0];  // which are not needed yet
+        args_.squares.template add_up<kBlock>(args_.table, by_warp);
         if (threadIdx.x == 0) {
           add_one(args_.arrived);
           wait_for(args_.arrived, gridDim.x);
         }
         __syncthreads();
-        sum_sq = args_.squares.template total<kBlock>();
+        sum_sq = args_.squares.template total<kBlock>(by_warp);
       }
       by = grad_divisor(sum_sq, args_.max_grad_norm, args_.clip_eps, args_.scale());
     }
-    if (threadIdx.x == 0) divisor() = by;
+    if (threadIdx.x == 0) shared().divisor = by;
     __syncthreads();
   }
 
   // By one thread; a barrier of those that go on follows.
   static BATCHOPS_DEVICE void wait_for(const unsigned* counter, unsigned count) {
-    while (count_of(counter) < count) __nanosleep(20);
+    while (glimpsed(counter) < count) __nanosleep(64);
+    acquired(counter);
   }
-  BATCHOPS_DEVICE void wait_for_outcome(int32_t tensor) const {
-    wait_for(&args_.arrivals[tensor], static_cast<unsigned>(groups_of(entry(tensor))) + 1);
-  }
-
-  // By the sweeping warps, once a tensor.
-  BATCHOPS_DEVICE void wait_in_warp(int32_t tensor) {
+  // By the sweeping warps, all of them, once a tensor.
+  BATCHOPS_DEVICE void wait_for_outcome(int32_t tensor) {
     if (tensor == settled_) return;
     settled_ = tensor;
-    if (lane() == 0) wait_for_outcome(tensor);
+    if (threadIdx.x == 0) wait_for(&args_.ready[tensor], 1);
     __syncwarp();
+    __barrier_sync_count(4, kThreads);
   }
+
+  // Turns before a chunk's second sweep in which its entry is there: copies for it start one
+  // before.
+  static constexpr int kSettleAhead = Algorithm::kFetchesSecond ? 2 : 1;
 
   // What the warps of a block hand each other, by turns.
   struct Shared {
     double sums[kSums][kWarps];  // for the clerk
+    double divisor;
     // By the scout: those of this turn, of the one before and of the next.
     unsigned char factors[3 * sizeof(Factors)];
     // … and of the one after that.
     Entry entries[4];
     int32_t entry_tensors[4];
+    // Of the chunk that makes room in a turn, as long as all are kept.
+    Entry settled[kSettleAhead + 1];
     Outcome outcomes[2];
-    int32_t tensors[2];  // whose outcomes they are; or below 0
+    int32_t outcome_chunks[2];  // whose outcomes they are; or below 0
   };
+  static_assert(sizeof(Shared) <= kStaticBytes, "or slots_of counts too many");
   static BATCHOPS_DEVICE Shared& shared() {
     BATCHOPS_SHARED(shared, Shared);
     return shared;
@@ -439,6 +526,9 @@ class Step {
   }
 
   static BATCHOPS_DEVICE const Entry& entry_at(int32_t turn) { return shared().entries[turn % 4]; }
+  static BATCHOPS_DEVICE Entry& settled_at(int32_t turn) {
+    return shared().settled[turn % (kSettleAhead + 1)];
+  }
 
   BATCHOPS_DEVICE bool is_chunk(int32_t item) const { return item < args_.table.chunks; }
   BATCHOPS_DEVICE const Entry& entry(int32_t tensor) const { return args_.table.entries[tensor]; }
@@ -491,7 +581,7 @@ class Step {
     fetched_second_ = -1;
     if (Algorithm::kFetchesSecond && kept_ == args_.slots - 1) {
       const int32_t oldest = chunk - kept_ * blocks();
-      const Entry& y = entry(tensor_of(oldest));
+      const Entry& y = settled_at(turn);
       const Units again = Units::wide(Part(y, oldest));
       if (again.count > 0) Algorithm::fetch_second(y, again, stage());
       fetched_second_ = oldest;
@@ -510,7 +600,7 @@ class Step {
       if (is_chunk(next)) fetch(next, turn + 1);
     };
     double sums[kSums] = {};
-    __pipeline_wait_prior(0);
+    wait_for_copies();
     if (wide.count > 0) {
       const Fetched<decltype(ahead)> from{taken, stage(), ahead};
       if (Algorithm::typed(factors)) {
@@ -534,11 +624,22 @@ class Step {
     for (int i = 0; i < kSums; ++i) {
       if (i < used) sums[i] = warp_sum(sums[i]);
     }
-    hand_over();
+    wait_to_be<kFree>();
     if (lane() == 0) {
+      const int place = not_kept(warp());
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) shared().sums[i][warp()] = sums[i];
+      for (int i = 0; i < kSums; ++i) shared().sums[i][place] = sums[i];
     }
+    say<kFull>();
+  }
+
+  // Of this warp's small tensors. Copies for chunks are over, so the stage is free.
+  struct SetFactors {
+    Factors factors;
+    int32_t set;
+  };
+  BATCHOPS_DEVICE SetFactors& warp_factors() const {
+    return reinterpret_cast<SetFactors*>(memory_)[not_kept(warp())];
   }
 
   BATCHOPS_DEVICE void sweep_small(int32_t item) {
@@ -546,14 +647,13 @@ class Step {
     const int32_t tensor = tensor_of(item);
     if (tensor < 0) return;
     const Entry& x = entry(tensor);
-    // Copies for chunks are over, so the stage is free.
-    Factors& factors = reinterpret_cast<Factors*>(memory_)[warp()];
-    if (const int32_t set = args_.set_of(tensor); set != set_) {
-      set_ = set;
-      __syncwarp();
-      if (lane() == 0) factors = Factors(args_.set(set), divisor());
-      __syncwarp();
+    __syncwarp();
+    if (lane() == 0) {
+      const int32_t set = args_.set_of(tensor, x);
+      if (set != warp_factors().set) warp_factors() = {Factors(args_.set(set), divisor()), set};
     }
+    __syncwarp();
+    const Factors& factors = warp_factors().factors;
     const Part part(x);
     const Units wide = Units::wide(part), narrow = Units::narrow(part, wide);
     double sums[kSums] = {};
@@ -565,7 +665,7 @@ class Step {
     }
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
-    if (lane() == 0) find_outcome(tensor, sums);
+    if (lane() == 0) find_outcome<false>(tensor, x, sums);
   }
 
   // Second sweeps over the items that are kept longest, of those before `item`, until at most
@@ -573,19 +673,19 @@ class Step {
   BATCHOPS_DEVICE void settle(int32_t item, int32_t turn, int32_t most) {
     for (; kept_ > most; --kept_) {
       const int32_t oldest = item - kept_ * blocks();
-      const int32_t tensor = tensor_of(oldest);
-      __syncwarp();  // a small tensor's outcome is of this warp's lane 0
-      if (tensor < 0) continue;
-      Outcome outcome;
-      if (is_chunk(oldest) && shared().tensors[turn % 2] == tensor) {
-        outcome = shared().outcomes[turn % 2];
-      } else {
-        if (is_chunk(oldest)) wait_in_warp(tensor);
-        outcome = args_.outcomes[tensor];
+      const Entry* x = &settled_at(turn);
+      const Outcome* outcome = &shared().outcomes[turn % 2];
+      if (shared().outcome_chunks[turn % 2] != oldest) {
+        const int32_t tensor = tensor_of(oldest);
+        __syncwarp();  // a small tensor's outcome is of this warp's lane 0
+        if (tensor < 0) continue;
+        if (is_chunk(oldest)) wait_for_outcome(tensor);
+        x = &entry(tensor);
+        outcome = &args_.outcomes[tensor];
       }
       const bool fetched = Algorithm::kFetchesSecond && oldest == fetched_second_;
-      if (fetched) __pipeline_wait_prior(0);
-      second<true>(part_of(oldest, entry(tensor)), factors_at(turn), outcome, slot(kept_),
+      if (fetched) wait_for_copies();
+      second<true>(part_of(oldest, *x), factors_at(turn), Outcome(*outcome), slot(kept_),
                    fetched ? stage() : Slot{});
     }
   }
@@ -595,18 +695,20 @@ class Step {
   BATCHOPS_DEVICE void second(const Part& part, const Factors& factors, const Outcome& outcome,
                               const Slot& slot, const Slot& stage) const {
     constexpr bool kGrad = Algorithm::kGradAgain && !kKept;
-    with_units<kGrad>(part, [&](auto p, auto g, auto width, const Units& units) {
-      Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
-                                 decltype(width)::value>(part.x, units, factors, outcome, slot,
-                                                         stage);
-    });
+    with_units<kGrad>(
+        part, Algorithm::typed_second(outcome),
+        [&](auto p, auto g, auto width, const Units& units) {
+          Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
+                                     decltype(width)::value>(part.x, units, factors, outcome, slot,
+                                                             stage);
+        });
   }
 
   // The second sweep over this block's chunks that were not kept, of the tensor of that turn, which
   // is settled; back to front, for what was read last is still in the L2 cache.
   BATCHOPS_DEVICE void sweep_again(int32_t last, int32_t turn) {
     const int32_t tensor = tensor_of(last);
-    wait_in_warp(tensor);
+    wait_for_outcome(tensor);
     const Entry& x = entry(tensor);
     const Outcome outcome = args_.outcomes[tensor];
     for (int32_t item = last; item >= x.first_chunk; item -= blocks()) {
@@ -616,57 +718,111 @@ class Step {
 
   // ---- the scout
 
-  BATCHOPS_DEVICE void look_ahead() const {
-    int32_t item = static_cast<int32_t>(blockIdx.x), turn = 0;
-    describe(item, 0);
-    __syncwarp();
-    prepare(item, turn);
+  // What it has asked memory for in a turn and looks at in the next.
+  struct Lookout {
+    int32_t tensors;   // lane turn % kWarp: of that turn's chunk
+    uint32_t next;     // a word of the entry that comes next; see word_of
+    uint32_t settled;  // a word of the entry of tensor …
+    int32_t settled_tensor;
+  };
+  static constexpr int kWords = sizeof(Entry) / sizeof(uint32_t);
+  BATCHOPS_DEVICE static int32_t chunk_at(int32_t turn) {
+    return static_cast<int32_t>(blockIdx.x) + turn * blocks();
+  }
+  BATCHOPS_DEVICE static int32_t tensor_at(const Lookout& now, int32_t turn) {
+    return __shfl_sync(kAllLanes, now.tensors, turn % kWarp);
+  }
+  // This lane's word of a tensor's entry.
+  BATCHOPS_DEVICE uint32_t word_of(int32_t tensor) const {
+    return lane() < kWords ? reinterpret_cast<const uint32_t*>(&entry(tensor))[lane()] : 0;
+  }
+  BATCHOPS_DEVICE static void put_word(Entry& to, uint32_t word) {
+    if (lane() < kWords) reinterpret_cast<uint32_t*>(&to)[lane()] = word;
+  }
+
+  // Before the first turn: the entries of the first two, and what the first turn looks at.
+  BATCHOPS_DEVICE Lookout look_out() const {
+    Lookout now{0, 0, 0, -1};
+    if (lane() < 4 && is_chunk(chunk_at(lane()))) now.tensors = tensor_of(chunk_at(lane()));
+    uint32_t words[3] = {};
+#pragma unroll
+    for (int turn = 0; turn < 3; ++turn) {
+      const int32_t tensor = tensor_at(now, turn);
+      if (is_chunk(chunk_at(turn))) words[turn] = word_of(tensor);
+    }
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) describe(now, words[turn], turn);
+    now.next = words[2];
+    if (kSettleAhead > 1) describe_settled(now, 1);
+    return now;
+  }
+
+  // The entry of a turn's chunk.
+  BATCHOPS_DEVICE void describe(const Lookout& now, uint32_t word, int32_t turn) const {
+    put_word(shared().entries[turn % 4], word);
+    const int32_t tensor = tensor_at(now, turn);
+    if (lane() == 0) shared().entry_tensors[turn % 4] = tensor;
+  }
+  // That of the chunk that makes room in the turn.
+  BATCHOPS_DEVICE void describe_settled(Lookout& now, int32_t turn) const {
+    const int32_t oldest = chunk_at(turn - room());
+    const int32_t tensor = tensor_at(now, turn - room() + kWarp);
+    if (turn < room() || !is_chunk(oldest)) return;
+    if (tensor != now.settled_tensor) now.settled = word_of(tensor);
+    now.settled_tensor = tensor;
+    put_word(settled_at(turn), now.settled);
+  }
+
+  BATCHOPS_DEVICE void look_ahead(Lookout now) const {
+    if (is_chunk(chunk_at(0)) && lane() == 0) {
+      factors_at(0) = Factors(args_.set(set_at(0)), divisor());
+    }
+    if (lane() == 0) shared().outcome_chunks[0] = -1;
     meet();
-    for (; is_chunk(item); item += blocks(), ++turn) {
-      prepare(item + blocks(), turn + 1);
+    for (int32_t turn = 0; is_chunk(chunk_at(turn)); ++turn) {
+      describe(now, now.next, turn + 2);
+      if (is_chunk(chunk_at(turn + 3))) now.next = word_of(tensor_at(now, turn + 3));
+      if (lane() == (turn + 4) % kWarp && is_chunk(chunk_at(turn + 4))) {
+        now.tensors = tensor_of(chunk_at(turn + 4));
+      }
+      prepare(now, turn + 1);
       meet();
     }
     meet();
   }
 
-  // The entry of a chunk, for its turn.
-  BATCHOPS_DEVICE void describe(int32_t chunk, int32_t turn) const {
-    if (!is_chunk(chunk)) return;
-    constexpr int kWords = sizeof(Entry) / sizeof(uint32_t);
-    const int32_t tensor = tensor_of(chunk);
-    if (lane() < kWords) {
-      reinterpret_cast<uint32_t*>(&shared().entries[turn % 4])[lane()] =
-          reinterpret_cast<const uint32_t*>(&entry(tensor))[lane()];
-    }
-    if (lane() == 0) shared().entry_tensors[turn % 4] = tensor;
+  // The set of a turn's chunk.
+  BATCHOPS_DEVICE int32_t set_at(int32_t turn) const {
+    return args_.set_of(shared().entry_tensors[turn % 4], entry_at(turn));
   }
 
-  // What the sweeping warps need in a turn, which is of this item, and the entry that they need
-  // then for the copies of the next.
-  BATCHOPS_DEVICE void prepare(int32_t item, int32_t turn) const {
-    describe(item + blocks(), turn + 1);
-    const auto tensor_at = [](int32_t t) { return shared().entry_tensors[t % 4]; };
-    if (is_chunk(item) && lane() == 0) {
-      const int32_t set = args_.set_of(tensor_at(turn));
-      if (turn > 0 && args_.set_of(tensor_at(turn - 1)) == set) {
+  // What the sweeping warps need in that turn, which is the next, beside its entry.
+  BATCHOPS_DEVICE void prepare(Lookout& now, int32_t turn) const {
+    describe_settled(now, turn + kSettleAhead - 1);
+    if (is_chunk(chunk_at(turn)) && lane() == 0) {
+      const int32_t set = set_at(turn);
+      if (set_at(turn - 1) == set) {
         factors_at(turn) = factors_at(turn - 1);
       } else {
         factors_at(turn) = Factors(args_.set(set), divisor());
       }
     }
     // As long as all chunks are kept, this is the one that makes room.
-    const int32_t oldest = item - room() * blocks();
-    int32_t tensor = -1;
-    if (oldest >= 0 && is_chunk(oldest)) {
-      tensor = tensor_of(oldest);
-      // Not before the sweep over this block's last chunk of it, which may be in the turn before.
-      if (tensor == tensor_at(turn - 1)) tensor = -1;
-    }
+    const int32_t oldest = chunk_at(turn - room());
+    const int32_t tensor = tensor_at(now, turn - room() + kWarp);
+    const int32_t tensor_before = tensor_at(now, turn - 1 - room() + kWarp);
+    // Not before the sweep over this block's last chunk of it, which may be in the turn before.
+    const bool early = turn >= room() && is_chunk(oldest) && tensor != tensor_at(now, turn - 1);
     if (lane() == 0) {
-      shared().tensors[turn % 2] = tensor;
-      if (tensor >= 0) {
-        wait_for_outcome(tensor);
-        shared().outcomes[turn % 2] = args_.outcomes[tensor];
+      const int32_t before = shared().outcome_chunks[(turn - 1) % 2];
+      shared().outcome_chunks[turn % 2] = early ? oldest : -1;
+      if (early) {
+        if (before >= 0 && tensor_before == tensor) {
+          shared().outcomes[turn % 2] = shared().outcomes[(turn - 1) % 2];
+        } else {
+          wait_for(&args_.ready[tensor], 1);
+          shared().outcomes[turn % 2] = args_.outcomes[tensor];
+        }
       }
     }
     __syncwarp();
@@ -675,26 +831,25 @@ class Step {
   // ---- the clerk
 
   BATCHOPS_DEVICE void keep_books() const {
-    meet();
     int32_t item = static_cast<int32_t>(blockIdx.x);
-    if (is_chunk(item)) hand_over();
-    for (; is_chunk(item); item += blocks()) {
-      meet();
+    if (is_chunk(item)) say<kFree>();
+    for (int32_t turn = 0; is_chunk(item); item += blocks(), ++turn) {
+      wait_to_be<kFull>();
+      const Entry x = entry_at(turn);
+      const int32_t tensor = shared().entry_tensors[turn % 4];
       double sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         sums[i] = lane() < kWarps ? shared().sums[i][lane()] : 0.0;
         sums[i] = sum_of_lanes(sums[i], kWarps);
       }
-      arrive(item, sums);
-      // Not sooner: who is to meet it here may be waiting for this very chunk.
-      if (is_chunk(item + blocks())) hand_over();
+      // Each sum has been shuffled to all lanes, so that all have read theirs.
+      if (is_chunk(item + blocks())) say<kFree>();
+      arrive(item, tensor, x, sums);
     }
-    meet();
   }
 
   // Sums come together by groups of chunks, and these by tensors.
-  static constexpr int32_t kGroup = kWarp;
   static BATCHOPS_DEVICE int32_t groups_of(const Entry& x) {
     return (x.chunks() + kGroup - 1) / kGroup;
   }
@@ -709,9 +864,8 @@ class Step {
   }
 
   // Brings the sums of a chunk.
-  BATCHOPS_DEVICE void arrive(int32_t item, double (&sums)[kSums]) const {
-    const int32_t tensor = tensor_of(item);
-    const Entry& x = entry(tensor);
+  BATCHOPS_DEVICE void arrive(int32_t item, int32_t tensor, const Entry& x,
+                              double (&sums)[kSums]) const {
     const int32_t chunks = x.chunks(), groups = groups_of(x);
     const int32_t chunk = item - x.first_chunk, group = chunk / kGroup;
     const int32_t in_group = group + 1 < groups ? kGroup : chunks - group * kGroup;
@@ -723,21 +877,20 @@ class Step {
     const auto add_up = [&](const double* from, int32_t count) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = 0;
-#pragma unroll 2
+#pragma unroll 4
       for (int32_t k = lane(); k < count; k += kWarp) load_sums(from + int64_t{k} * kSums, sums);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
     };
     add_up(args_.sums + (int64_t{x.first_chunk} + group * kGroup) * kSums, in_group);
-    if (!is_last(&args_.arrivals[tensor], groups, sums,
-                 args_.group_sums + int64_t{place + group} * kSums)) {
-      return;
+    if (groups > 1) {
+      if (!is_last(&args_.arrivals[tensor], groups, sums,
+                   args_.group_sums + int64_t{place + group} * kSums)) {
+        return;
+      }
+      add_up(args_.group_sums + int64_t{place} * kSums, groups);
     }
-    if (groups > 1) add_up(args_.group_sums + int64_t{place} * kSums, groups);
-    if (lane() == 0) {
-      find_outcome(tensor, sums);
-      add_one(&args_.arrivals[tensor]);
-    }
+    if (lane() == 0) find_outcome<true>(tensor, x, sums);
   }
 
   // Stores the sums and says whether they are the last of `count`: then all are there to see.
@@ -748,18 +901,27 @@ class Step {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) to[i] = sums[i];
       before = add_one(counter);
+      if (before + 1 == static_cast<unsigned>(count)) acquired(counter);
     }
     before = __shfl_sync(kAllLanes, before, 0);
     __syncwarp();  // what lane 0 has seen
     return before + 1 == static_cast<unsigned>(count);
   }
 
-  BATCHOPS_DEVICE void find_outcome(int32_t tensor, const double (&sums)[kSums]) const {
+  // Statistics are nobody's haste, so they come after what others wait for.
+  template <bool kPublish>
+  BATCHOPS_DEVICE void find_outcome(int32_t tensor, const Entry& x,
+                                    const double (&sums)[kSums]) const {
+    const auto find = [&](TensorStats& stats) {
+      return Algorithm::outcome(args_.set(args_.set_of(tensor, x)), sums, x.numel, divisor(),
+                                args_.scale(), stats);
+    };
     TensorStats stats;
-    args_.outcomes[tensor] =
-        Algorithm::outcome(args_.set(args_.set_of(tensor)), sums, entry(tensor).numel, divisor(),
-                           args_.scale(), stats);
-    if (args_.stats != nullptr) args_.stats[tensor] = stats;
+    args_.outcomes[tensor] = find(stats);
+    if (kPublish) set_one(&args_.ready[tensor]);
+    if (args_.stats == nullptr) return;
+    find(stats);
+    args_.stats[tensor] = stats;
   }
 
   // Of a step that is skipped.
@@ -776,7 +938,6 @@ class Step {
   float* memory_;
   int32_t kept_ = 0;  // of the last items, in slots by turns
   int32_t next_slot_ = 0;
-  int32_t set_ = -1;
   int32_t settled_ = -1;         // a tensor whose outcome is known to be there
   int32_t fetched_second_ = -1;  // a chunk whose second sweep finds copies in the stage
 };
@@ -824,7 +985,7 @@ template <class Algorithm>
 BATCHOPS_DEVICE void make_sets(const SetsToMake<Algorithm>& args) {
   const int32_t i = static_cast<int32_t>(blockIdx.x) * kMaxSets + static_cast<int>(threadIdx.x);
   if (i >= args.table.tensors || skipped(args.device)) return;
-  const Entry& x = args.table.entries[i];
+  const Row& x = args.table.entries[i];
   const int32_t k = x.set - args.first;
   if (k < 0 || k >= args.count) return;
   const auto& seed = args.seeds[k];
@@ -876,8 +1037,9 @@ struct StepPlan {
     Cutter cutter(workspace);
     args.arrived = cutter.take<unsigned>(1);
     args.arrivals = cutter.take<unsigned>(args.table.tensors);
-    const size_t groups = args.table.chunks / kWarp + args.table.tensors + 1;
+    const size_t groups = args.table.chunks / kGroup + args.table.tensors + 1;
     args.group_arrivals = cutter.take<unsigned>(groups);
+    args.ready = cutter.take<unsigned>(args.table.tensors);
     counter_bytes = cutter.bytes();
     args.squares.sums = cutter.take<double>(args.squares.pieces);
     args.sums = cutter.take<double>(size_t{Algorithm::kSums} * args.table.chunks);
@@ -902,17 +1064,18 @@ struct StepKernels {
   void (*make_sets)(const SetsToMake<Algorithm>);
 };
 
-// Slots that a block has beside its stage where kResident of them share a multiprocessor or, if
-// that leaves less than the two that it needs, where it has one for itself.
+// Slots that a block has beside its stage: where kResident of them share a multiprocessor or, if
+// that leaves less than it takes to have a chunk's outcome come while another one is swept, where
+// it has one for itself.
 inline int32_t slots_of(const Device& device, int stage_bytes) {
-  constexpr int kReserved = 1024;  // by the driver, of each block
-  constexpr int kStatic = 1024;    // what Step declares, rounded up
-  constexpr int kLeast = 2;
+  constexpr int kReserved = 1024;                           // by the driver, of each block
+  constexpr int kWorth = 3, kLeast = 2, kMost = kWarp / 2;  // for the scout's lanes
   const auto slots = [&](int blocks) {
     const int share = device.shared_of_all / blocks - kReserved;
-    return (std::min(share, device.shared) - kStatic - stage_bytes) / kSlotBytes;
+    return (std::min(share, device.shared) - kStaticBytes - stage_bytes) / kSlotBytes;
   };
-  return slots(kResident) >= kLeast ? slots(kResident) : std::max(slots(1), kLeast);
+  const int shared = slots(kResident);
+  return std::clamp(shared >= kWorth ? shared : slots(1), kLeast, kMost);
 }
 
 // Puts the sets where the step will find them.
@@ -965,8 +1128,6 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
   if (const char* error = query(kernels.name, device, found)) return error;
   constexpr int kStageBytes = Algorithm::kStage * kChunk * static_cast<int>(sizeof(float));
   args.slots = slots_of(found, kStageBytes);
-  static const char* const most = std::getenv("BATCHOPS_OPT_SLOTS");  // for measurements
-  if (most != nullptr) args.slots = std::clamp(std::atoi(most), 2, args.slots);
   LaunchShape shape{dim3(1, 1, 1), dim3(kBlock, 1, 1),
                     static_cast<size_t>(args.slots) * kSlotBytes + kStageBytes};
   shape.cooperative = true;

@@ -24,7 +24,6 @@ struct Entry {
   float* m;
   float* v;
   float* master;  // or null
-  float* step;    // or null
   int64_t numel;
   int32_t first_chunk;       // of a small tensor, its place among the small ones
   int32_t set;               // see optimizer_sets
@@ -41,17 +40,21 @@ struct Entry {
   }
   BATCHOPS_DEVICE int32_t last_chunk() const { return first_chunk + chunks() - 1; }
 };
-static_assert(sizeof(Entry) == 72);
+static_assert(sizeof(Entry) == 64);
+struct Row : Entry {
+  float* step;  // or null
+};
+static_assert(sizeof(Row) == 72);
 
 // How tensors come to items; the smalls and chunks are counted on the host.
 struct Table {
-  const Entry* entries;      // [tensors]
+  const Row* entries;        // [tensors]
   const int32_t* tensor_of;  // [chunks + smalls]
   int32_t tensors, chunks = 0, smalls = 0;
 
   Table() = default;
   Table(const OptimizerTensor* x, int64_t count, const void* table)
-      : entries(static_cast<const Entry*>(table)),
+      : entries(static_cast<const Row*>(table)),
         tensor_of(reinterpret_cast<const int32_t*>(entries + count)),
         tensors(static_cast<int32_t>(count)) {
     for (int64_t i = 0; i < count; ++i) {
@@ -63,7 +66,7 @@ struct Table {
     }
   }
   size_t bytes() const {
-    return tensors * sizeof(Entry) + (int64_t{chunks} + smalls) * sizeof(int32_t);
+    return tensors * sizeof(Row) + (int64_t{chunks} + smalls) * sizeof(int32_t);
   }
   __host__ __device__ int32_t items() const { return chunks + (smalls + kWarps - 1) / kWarps; }
 };
@@ -75,14 +78,15 @@ struct Part {
   int32_t count;
   int32_t thread, threads;
 
-  // A chunk, all threads of the block.
-  BATCHOPS_DEVICE Part(const Entry& entry, int32_t item)
+  // A chunk, or several from one on, all threads of the block.
+  BATCHOPS_DEVICE Part(const Entry& entry, int32_t item, int32_t chunks = 1)
       : x(entry),
         begin((item - entry.first_chunk) * int64_t{kChunk}),
         thread(static_cast<int32_t>(threadIdx.x)),
         threads(kThreads) {
     const int64_t left = entry.numel - begin;
-    count = static_cast<int32_t>(left < kChunk ? left : kChunk);
+    const int64_t most = int64_t{chunks} * kChunk;
+    count = static_cast<int32_t>(left < most ? left : most);
   }
   // A small tensor, the threads of this warp.
   BATCHOPS_DEVICE explicit Part(const Entry& entry)
@@ -183,14 +187,16 @@ struct Units {
   }
 };
 
-// Calls sweep(TypeIs<P>, TypeIs<G>, integral_constant W, units) with the types of p and g or, one
-// by one, Any. Without kGrad G is Any in any case.
+// Calls sweep(TypeIs<P>, TypeIs<G>, integral_constant W, units) with the types of p and g or, not
+// `typed` or one by one, Any. Without kGrad G is Any in any case.
 template <bool kGrad, class Sweep>
-BATCHOPS_DEVICE void with_units(const Part& part, Sweep&& sweep) {
+BATCHOPS_DEVICE void with_units(const Part& part, bool typed, Sweep&& sweep) {
   const Units wide = Units::wide(part);
-  if (wide.count > 0) {
+  constexpr std::integral_constant<int, kWidth> width;
+  if (wide.count > 0 && !typed) {
+    sweep(TypeIs<Any>{}, TypeIs<Any>{}, width, wide);
+  } else if (wide.count > 0) {
     with_element(part.x.exact_dtype(), [&](auto p) {
-      constexpr std::integral_constant<int, kWidth> width;
       if constexpr (kGrad) {
         with_element(static_cast<DType>(part.x.g_dtype), [&](auto g) { sweep(p, g, width, wide); });
       } else {

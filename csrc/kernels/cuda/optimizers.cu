@@ -14,21 +14,23 @@ inline namespace optimizers_cu {
 __global__ void __launch_bounds__(kThreads)
     optimizer_grad_squares(const __grid_constant__ Table table,
                            const __grid_constant__ GradSquares squares) {
-  squares.add_up<kThreads>(table);
+  BATCHOPS_SHARED(by_warp, double[kWarps]);
+  squares.add_up<kThreads>(table, by_warp);
 }
 
 __global__ void __launch_bounds__(kThreads)
     optimizer_grad_total(const __grid_constant__ GradSquares squares, double* sum_sq) {
-  const double total = squares.total<kThreads>();
+  BATCHOPS_SHARED(by_warp, double[kWarps]);
+  const double total = squares.total<kThreads>(by_warp);
   if (threadIdx.x == 0) *sum_sq = total;
 }
 
 // As many entries as a launch's arguments have room for.
 constexpr int kSent = 52;
 struct EntriesToSend {
-  Entry* to;
+  Row* to;
   int32_t count;
-  Entry entries[kSent];
+  Row entries[kSent];
 };
 static_assert(sizeof(EntriesToSend) <= 4096);
 
@@ -60,7 +62,7 @@ size_t optimizer_table_bytes_cuda(const OptimizerTensor* tensors, int64_t tensor
   return Table(tensors, tensor_count, nullptr).bytes();
 }
 
-size_t optimizer_entries_bytes_cuda(int64_t tensor_count) { return tensor_count * sizeof(Entry); }
+size_t optimizer_entries_bytes_cuda(int64_t tensor_count) { return tensor_count * sizeof(Row); }
 
 void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_count,
                              int32_t group_count, void* entries) {
@@ -77,19 +79,11 @@ void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_coun
     const bool wide = aligned(x.p, x.p_dtype) && aligned(x.g, x.g_dtype) &&
                       aligned(x.m, DType::f32) && aligned(x.v, DType::f32) &&
                       aligned(x.master, DType::f32);
-    const Entry entry{x.p,
-                      x.g,
-                      x.m,
-                      x.v,
-                      x.master,
-                      x.device_step,
-                      x.numel,
-                      x.numel <= kSmall ? smalls++ : chunks,
-                      set_of[i],
-                      static_cast<int16_t>(x.p_dtype),
-                      static_cast<int16_t>(x.g_dtype),
-                      wide};
-    std::memcpy(static_cast<unsigned char*>(entries) + i * sizeof entry, &entry, sizeof entry);
+    const Row row{
+        {x.p, x.g, x.m, x.v, x.master, x.numel, x.numel <= kSmall ? smalls++ : chunks, set_of[i],
+         static_cast<int16_t>(x.p_dtype), static_cast<int16_t>(x.g_dtype), wide},
+        x.device_step};
+    std::memcpy(static_cast<unsigned char*>(entries) + i * sizeof row, &row, sizeof row);
     if (x.numel > kSmall) chunks += static_cast<int32_t>((x.numel + kChunk - 1) / kChunk);
   }
 }
@@ -100,10 +94,9 @@ const char* optimizer_send_table_cuda(const OptimizerTensor* tensors, int64_t te
   if (tensor_count == 0) return nullptr;
   EntriesToSend some{};
   for (int64_t first = 0; first < tensor_count; first += kSent) {
-    some.to = static_cast<Entry*>(table) + first;
+    some.to = static_cast<Row*>(table) + first;
     some.count = static_cast<int32_t>(std::min<int64_t>(kSent, tensor_count - first));
-    std::memcpy(some.entries, static_cast<const Entry*>(entries) + first,
-                some.count * sizeof(Entry));
+    std::memcpy(some.entries, static_cast<const Row*>(entries) + first, some.count * sizeof(Row));
     if (const char* error = cuda::launch("optimizer_send_entries", optimizer_send_entries, 1,
                                          kThreads, 0, stream, some)) {
       return error;
