@@ -1,10 +1,12 @@
 // Batch norm backward (batch_norm_backward.cuh):
 //
-//   partials:  Σ dz and Σ dz · (x - mean) of each chunk               reads dy, x (and the mask)
-//   finish:    dbias, dweight and what dx takes of them
-//   apply:     dx, dresidual                                         reads dy, x, writes both
+//   partials:  Σ dz and Σ dz · (x - mean) of each chunk               reads dy,
+//   x (and the mask) finish:    dbias, dweight and what dx takes of them apply:
+//   dx, dresidual                                         reads dy, x, writes
+//   both
 //
-// batch_norm_backward_resident.cu reads dy and x once where they fit on the chip.
+// batch_norm_backward_resident.cu reads dy and x once where they fit on the
+// chip.
 #include <algorithm>
 
 #include "kernels/cuda/batch_norm_backward.cuh"
@@ -33,12 +35,14 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
                                  const __grid_constant__ Act act) {
   using MyChunk = Chunk<kLayout, W>;
   constexpr int kChannels = MyChunk::kChannels;
-  // Many channels a thread leave few registers: coefficients are read again for each unit.
+  // Many channels a thread leave few registers: coefficients are read again for
+  // each unit.
   constexpr bool kCrowded = kChannels == 8;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   using Table = std::conditional_t<kCrowded, AffineTable, int>;
   BATCHOPS_SHARED(table, Table);
   const Gradients& gradients = args.gradients;
+  const Fetch<T, W, kMayAdd<Act>> fetch(args.tensors);
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
@@ -59,8 +63,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     }
     float sums[2][kChannels];
     sums_of<T, kLoadsAhead<Act, kCrowded>, false>(
-        chunk, args.tensors, act, affines_of<W>(table, affine, chunk),
-        [](int, const Loaded<T, W>&) {}, scratch, sums);
+        chunk, args.tensors, act, affines_of<W>(table, affine, chunk), [](int) {},
+        [&](int, const Place& place, Loaded<T, W>& to) { fetch(place, to); }, scratch, sums);
 
     if (!chunk.writes()) continue;
 #pragma unroll
@@ -70,15 +74,16 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         args.sums[c * args.grid.slots + chunk.at.slot] = make_float2(sums[0][j], sums[1][j]);
         continue;
       }
-      const ColumnSums of_column = gradients.sums(0, c, sums[0][j], sums[1][j]);
+      const Column column = gradients.column(0, c);
+      const ColumnSums of_column = gradients.sums(column, sums[0][j], sums[1][j]);
       gradients.store(c, of_column);
-      store_direction(gradients.direction(0, c, of_column), args.direction, args.shift, c);
+      store_direction(gradients.direction(column, 0, of_column), args.direction, args.shift, c);
     }
   }
 }
 
-// A block a channel, or a warp, `lanes` of its lanes a ghost batch; each adds every lanes-th chunk
-// in turn.
+// A block a channel, or a warp, `lanes` of its lanes a ghost batch; each adds
+// every lanes-th chunk in turn.
 __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_backward_finish(const __grid_constant__ GradientFinishArguments args) {
   constexpr int kAhead = 4;
@@ -101,12 +106,13 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   };
   if (args.lanes == kThreads) {
     for (int64_t c = blockIdx.x; c < g.C; c += gridDim.x) {
+      const Column column = g.column(0, c);
       double sums[2] = {};
       sum_of(args.sums + c * args.slots, args.slots, static_cast<int>(threadIdx.x), sums);
       block_sum<kThreads>(sums);
-      const ColumnSums of_column = g.sums(0, c, sums[0], sums[1]);
+      const ColumnSums of_column = g.sums(column, sums[0], sums[1]);
       if (threadIdx.x == 0 && args.direction != nullptr) {
-        store_direction(g.direction(0, c, of_column), args.direction, args.shift, c);
+        store_direction(g.direction(column, 0, of_column), args.direction, args.shift, c);
       } else if (threadIdx.x == kWarp) {
         g.store(c, of_column);
       }
@@ -131,9 +137,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       sums[0] = sum_of_lanes(sums[0], args.lanes);
       sums[1] = sum_of_lanes(sums[1], args.lanes);
       if (!active || in_team != 0) continue;
-      const ColumnSums of_column = g.sums(ghost, c, sums[0], sums[1]);
+      const Column column = g.column(ghost, c);
+      const ColumnSums of_column = g.sums(column, sums[0], sums[1]);
       if (args.direction != nullptr) {
-        store_direction(g.direction(ghost, c, of_column), args.direction, args.shift,
+        store_direction(g.direction(column, ghost, of_column), args.direction, args.shift,
                         ghost * g.C + c);
       }
       all.bias += of_column.bias;
@@ -210,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
-// The workspace: direction [ghosts · C] float4, sums [C, slots] float2, shift [ghosts · C] float.
+// The workspace: direction [ghosts · C] float4, sums [C, slots] float2, shift
+// [ghosts · C] float.
 int64_t sums_count(const Plan& plan) { return plan.slots() > 1 ? plan.C * plan.slots() : 0; }
 size_t workspace_bytes(const Plan& plan) {
   return static_cast<size_t>(plan.columns()) * (sizeof(float4) + sizeof(float)) +
@@ -238,7 +246,9 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
   const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
   if (!wants_sums && !wants_elements) return nullptr;
   const Plan plan = make_plan(shape, args.mask != nullptr);
-  if (wants_sums && wants_elements) {
+  // Without elements too: so the sums have the same bits, whatever else is
+  // wanted.
+  if (wants_sums) {
     bool done = false;
     const char* error = backward_resident(args, plan, workspace, device, stream, done);
     if (error != nullptr || done) return error;

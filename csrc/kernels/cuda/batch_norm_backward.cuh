@@ -1,12 +1,14 @@
-// What the kernels of batch norm's backward share, and the way to those that read dy and x once.
-// With dz = dy · activation'(z):
+// What the kernels of batch norm's backward share, and the way to those that
+// read dy and x once. With dz = dy · activation'(z):
 //
 //   dbias = Σ dz,  dweight = rstd · (Σ dz · (x - mean) - mean_low · Σ dz)
 //   dx = scale · dz + along · (x - mean) + constant
 //
-// where in training  along = -scale · rstd · dweight / M,  constant = -scale · dbias / M
-// - along · mean_low, of the ghost batch's sums and its M values; and in eval both are 0. z is
-// recomputed from x, and from the residual where there is one, unless there is a mask.
+// where in training  along = -scale · rstd · dweight / M,  constant = -scale ·
+// dbias / M
+// - along · mean_low, of the ghost batch's sums and its M values; and in eval
+// both are 0. z is recomputed from x, and from the residual where there is one,
+// unless there is a mask.
 #pragma once
 #include "kernels/cuda/batch_norm.cuh"
 
@@ -27,7 +29,16 @@ struct ColumnSums {
   double bias, weight;
 };
 
-// What becomes of the sums of a column (a ghost batch and a channel c).
+// What the forward has made of a column (a ghost batch and a channel), and the
+// channel's parameters.
+struct Column {
+  float mean, low, rstd;
+  Parameters::Pair own;
+
+  BATCHOPS_DEVICE Affine affine() const { return own.affine(mean, low, rstd); }
+};
+
+// What becomes of the sums of a column.
 struct Gradients {
   int64_t C, ghosts;
   int64_t M, last_M;   // values of a column, of one of the last ghost batch
@@ -38,25 +49,27 @@ struct Gradients {
   bool training;
 
   BATCHOPS_DEVICE int64_t columns() const { return ghosts * C; }
+  BATCHOPS_DEVICE Column column(int64_t ghost, int64_t c) const {
+    const float* of = stats + ghost * C + c;
+    return {of[0], of[columns()], of[2 * columns()], parameters.of(c)};
+  }
   BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
-    const float* column = stats + ghost * C + c;
-    return parameters.affine(c, column[0], column[columns()], column[2 * columns()]);
+    return column(ghost, c).affine();
   }
 
-  BATCHOPS_DEVICE ColumnSums sums(int64_t ghost, int64_t c, double sum, double product) const {
-    const float* column = stats + ghost * C + c;
-    const double low = column[columns()];
-    const double rstd = column[2 * columns()];
+  BATCHOPS_DEVICE ColumnSums sums(const Column& column, double sum, double product) const {
+    const double low = column.low;
+    const double rstd = column.rstd;
     return {sum, rstd * (product - low * sum)};
   }
-  BATCHOPS_DEVICE Direction direction(int64_t ghost, int64_t c, const ColumnSums& sums) const {
-    const Affine a = affine(ghost, c);
-    const float* column = stats + ghost * C + c;
+  BATCHOPS_DEVICE Direction direction(const Column& column, int64_t ghost,
+                                      const ColumnSums& sums) const {
+    const Affine a = column.affine();
     double along = 0.0;
     double constant = 0.0;
     if (training) {
-      const double low = column[columns()];
-      const double rstd = column[2 * columns()];
+      const double low = column.low;
+      const double rstd = column.rstd;
       const double values = static_cast<double>(ghost + 1 == ghosts ? last_M : M);
       along = -a.scale * rstd * sums.weight / values;
       constant = -a.scale * sums.bias / values - along * low;
@@ -109,7 +122,8 @@ struct Tensors {
         along_x(args.training && args.dx != nullptr) {}
 };
 
-// Only this instance looks for a residual: so the others stay as small as they are.
+// Only this instance looks for a residual: so the others stay as small as they
+// are.
 template <class Act>
 constexpr bool kMayAdd = kAnyActivation<Act>;
 
@@ -129,7 +143,26 @@ struct Loaded {
   unsigned bits;
 };
 
-// Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x) + residual.
+// What fetches dy, x and residual of a place from memory.
+template <class T, int W, bool kAdds>
+struct Fetch {
+  const T* __restrict__ dy;
+  const T* __restrict__ x;
+  const T* __restrict__ residual;
+
+  BATCHOPS_DEVICE explicit Fetch(const Tensors& args)
+      : dy(static_cast<const T*>(args.dy)),
+        x(static_cast<const T*>(args.x)),
+        residual(static_cast<const T*>(args.residual)) {}
+  BATCHOPS_DEVICE void operator()(const Place& place, Loaded<T, W>& to) const {
+    to.dy = load_unit<T, W>(dy + place.offset);
+    to.x = load_unit<T, W>(x + place.offset);
+    if (kAdds && residual != nullptr) to.residual = load_unit<T, W>(residual + place.offset);
+  }
+};
+
+// Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x)
+// + residual.
 template <class Act, int W, class AffineOf>
 BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (&x)[W],
                                    const float (&residual)[W], AffineOf affine, bool masked,
@@ -156,8 +189,8 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
   }
 }
 
-// What gives the coefficients of channels first, first + 1 … of a thread: of `affine`, or of the
-// table where registers are short.
+// What gives the coefficients of channels first, first + 1 … of a thread: of
+// `affine`, or of the table where registers are short.
 template <int W, class Table, int kHeld, class MyChunk>
 BATCHOPS_DEVICE auto affines_of(const Table& table, const Affine (&affine)[kHeld],
                                 const MyChunk& chunk) {
@@ -195,25 +228,26 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
   return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
 }
 
-// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
-// affines(first) gives what gives the coefficients of its channel first + j; keep(i, loaded) gets
-// what it loads of its i-th unit. kShort: the chunk is too short for the errors of a plain sum to
-// grow.
-template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Keep>
+// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in
+// all threads. affines(first) gives what gives the coefficients of its channel
+// first + j; get(i, place, loaded) fetches dy, x and residual of the thread's
+// i-th unit, ready(batch) comes before those of a batch. kShort: the chunk is
+// too short for the errors of a plain sum to grow.
+template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Ready,
+          class Get>
 BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
-                             Affines affines, Keep keep, typename MyChunk::Scratch& scratch,
+                             Affines affines, Ready ready, Get get,
+                             typename MyChunk::Scratch& scratch,
                              float (&sums)[2][MyChunk::kChannels]) {
   constexpr int W = MyChunk::kWidth;
   constexpr int kChannels = MyChunk::kChannels;
-  const T* __restrict__ dy = static_cast<const T*>(args.dy);
-  const T* __restrict__ x = static_cast<const T*>(args.x);
-  const T* __restrict__ residual = static_cast<const T*>(args.residual);
   const uint8_t* __restrict__ mask = args.mask;
-  const bool adds = kMayAdd<Act> && residual != nullptr;
+  const bool adds = kMayAdd<Act> && args.residual != nullptr;
 
 #pragma unroll
   for (int j = 0; j < kChannels; ++j) sums[0][j] = sums[1][j] = 0.0f;
   for (int batch = 0; batch < chunk.batches(); ++batch) {
+    ready(batch);
     float of_batch[2][kShort ? 1 : kChannels] = {};
 #pragma unroll 1
     for (int part = 0; part < kInFlight; part += kAhead) {
@@ -225,16 +259,10 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
         valid[u] = place.valid;
         loaded[u].bits = 0;
         if (!place.valid) continue;
-        loaded[u].dy = load_unit<T, W>(dy + place.offset);
-        loaded[u].x = load_unit<T, W>(x + place.offset);
-        if (adds) loaded[u].residual = load_unit<T, W>(residual + place.offset);
+        get(batch * kInFlight + part + u, place, loaded[u]);
         if (Act::kNeedsZ && mask != nullptr) {
           loaded[u].bits = bits_of(chunk, mask, args.mask_row, place);
         }
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (valid[u]) keep(batch * kInFlight + part + u, loaded[u]);
       }
       constexpr int kAtOnce = MyChunk::kAtOnce;
 #pragma unroll
@@ -270,8 +298,9 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
   chunk.sum(sums, scratch);
 }
 
-// dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
-// direction_of(u, j) gives the coefficients of element j, bits(place) a unit's bits of the mask.
+// dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and
+// residual, direction_of(u, j) gives the coefficients of element j, bits(place)
+// a unit's bits of the mask.
 template <class T, int W, int kAhead, class Act, class Load, class DirectionOf, class Bits>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
                                Load load, DirectionOf direction_of, Bits bits) {
@@ -323,7 +352,8 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
   });
 }
 
-// The slots of `plan`'s chunks added up: directions of columns, gradients of channels.
+// The slots of `plan`'s chunks added up: directions of columns, gradients of
+// channels.
 struct GradientFinishArguments {
   const float2* sums;  // [C, slots]
   int64_t chunks, slots;
@@ -336,7 +366,8 @@ struct GradientFinishArguments {
 
 const char* backward_finish(const GradientFinishArguments& args, int device, void* stream);
 
-// Reads dy and x once, if the device has room; `done` says whether it did anything.
+// Reads dy and x once, if the device has room; `done` says whether it did
+// anything.
 const char* backward_resident(const BatchNormBackward& args, const Plan& plan, void* workspace,
                               int device, void* stream, bool& done);
 size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,

@@ -1,5 +1,8 @@
-// What the kernels of batch norm's forward share, and the way to those that read x once.
+// What the kernels of batch norm's forward share, and the way to those that
+// read x once.
 #pragma once
+#include <cfloat>
+
 #include "kernels/cuda/batch_norm.cuh"
 
 namespace batchops::cuda {
@@ -27,22 +30,27 @@ struct Statistics {
   BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
     const int64_t columns = ghosts * C;
     const float* column = stats + ghost * C + c;
-    return parameters.affine(c, column[0], column[columns], column[2 * columns]);
+    return parameters.of(c).affine(column[0], column[columns], column[2 * columns]);
   }
-  // `writes`: into stats; everyone gets the coefficients.
+  BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance) const {
+    return store(ghost, c, mean, variance, parameters.of(c), true);
+  }
+  // `own`: the channel's parameters; `writes`: into stats; everyone gets the
+  // coefficients.
   BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance,
-                               bool writes = true) const {
+                               const Parameters::Pair& own, bool writes) const {
     const int64_t columns = ghosts * C;
     float* column = stats + ghost * C + c;
     const float high = static_cast<float>(mean);
-    const float low = mean == high ? 0.0f : static_cast<float>(mean - high);  // also of infinity
+    // What float has no room for is infinite, and has no low part.
+    const float low = fabsf(high) <= FLT_MAX ? static_cast<float>(mean - high) : 0.0f;
     const float rstd = static_cast<float>(inverse_root(variance + eps));
     if (writes) {
       column[0] = high;
       column[columns] = low;
       column[2 * columns] = rstd;
     }
-    return parameters.affine(c, high, low, rstd);
+    return own.affine(high, low, rstd);
   }
   // With the statistics of all samples.
   BATCHOPS_DEVICE void update(int64_t c, double mean, double square) const {
@@ -73,17 +81,18 @@ inline Statistics statistics_of(const BatchNormForward& args, const Plan& plan) 
           args.eps};
 }
 
-// Whether rows are walked as the mask's are. Not only where one is wanted: so the statistics have
-// the same bits either way.
+// Whether rows are walked as the mask's are. Not only where one is wanted: so
+// the statistics have the same bits either way.
 inline bool walks_mask(const BatchNormForward& args) {
   return args.mask != nullptr ||
          (args.residual != nullptr && traits_of(args.shape.activation).maskable);
 }
 
-// Moments of a chunk for the thread's channels, in all threads. keep(i, unit) gets each unit that
-// it loads, by its number. kShort: the chunk is too short for the errors of a plain sum to grow.
-template <bool kShort, class T, class MyChunk, class Keep>
-BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, Keep keep,
+// Moments of a chunk for the thread's channels, in all threads. get(i, place)
+// gives the thread's i-th unit, ready(batch) comes before those of a batch.
+// kShort: the chunk is too short for the errors of a plain sum to grow.
+template <bool kShort, class T, class MyChunk, class Ready, class Get>
+BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
                                 typename MyChunk::Scratch& scratch,
                                 Moments (&found)[MyChunk::kChannels]) {
   constexpr int W = MyChunk::kWidth;
@@ -91,17 +100,19 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, K
   Unit<T, W> units[kInFlight];
   bool valid[kInFlight];
   const auto load = [&](int batch) {
+    ready(batch);
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const Place place = chunk.place(batch, u);
       valid[u] = place.valid;
-      units[u] = place.valid ? load_unit<T, W>(x + place.offset) : zero_unit<T, W>();
+      units[u] = place.valid ? get(batch * kInFlight + u, place) : zero_unit<T, W>();
     }
   };
 
   load(0);
-  // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
-  // the offset, and an outlier among them moves it by a small part of itself only.
+  // The shift is the mean of the chunk's first elements: close to the chunk's
+  // own mean whatever the offset, and an outlier among them moves it by a small
+  // part of itself only.
   float shift[1][kChannels] = {};
 #pragma unroll
   for (int u = 0; u < kInFlight; ++u) {
@@ -120,7 +131,6 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, K
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (!valid[u]) continue;
-      keep(batch * kInFlight + u, units[u]);
       float v[W];
       to_float<T, W>(units[u], v);
 #pragma unroll
@@ -162,9 +172,9 @@ struct Elementwise {
       : residual(args.residual), y(args.y), mask(args.mask), mask_row(mask_row_bytes(plan.row())) {}
 };
 
-// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a unit of x,
-// affine_of(u, j) the coefficients of its element j; store(u, place, bits) takes its bits of the
-// mask.
+// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a
+// unit of x, affine_of(u, j) the coefficients of its element j; store(u, place,
+// bits) takes its bits of the mask.
 template <class T, int W, int kAhead, class Act, class Load, class AffineOf, class Store>
 BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
                                const Place (&places)[kAhead], Load load, AffineOf affine_of,
@@ -212,11 +222,12 @@ BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
                           });
 }
 
-// The slots of `plan`'s chunks merged, the running statistics updated; or, where something is
-// known already, what follows from it.
+// The slots of `plan`'s chunks merged, the running statistics updated; or,
+// where something is known already, what follows from it.
 enum class Known : int {
   chunks,   // moments of each chunk
-  columns,  // moments of each column, and `stats` is written: only the running statistics are left
+  columns,  // moments of each column, and `stats` is written: only the running
+            // statistics are left
   stats,    // `stats`
   running,  // eval
 };
