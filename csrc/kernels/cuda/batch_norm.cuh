@@ -1,25 +1,19 @@
-// What the batch norm kernels of forward and backward share: how a tensor is
-// cut into pieces of work.
+// What the batch norm kernels of forward and backward share: how a tensor is cut into pieces of
+// work.
 //
-// A tensor is rows of consecutive elements: planes of HxW in channels_first,
-// pixels of C in channels_last. A thread moves units of W consecutive elements
-// of a row (at most 16 bytes), four at a time. A ghost batch is some whole
-// samples; statistics belong to a ghost batch and a channel, a column of
-// `stats`.
+// A tensor is rows of consecutive elements: planes of HxW in channels_first, pixels of C in
+// channels_last. A thread moves units of W consecutive elements of a row (at most 16 bytes), four
+// at a time. A ghost batch is some whole samples; statistics belong to a ghost batch and a channel,
+// a column of `stats`.
 //
-// Where what must be seen at once fits on the chip, one kernel does all of it
-// and reads x once (batch_norm_residency.cuh). Elsewhere:
+// Where what must be seen at once fits on the chip, one kernel does all of it and reads x once
+// (batch_norm_residency.cuh). Elsewhere:
 //
-//   1. partials: a block sums over one chunk of one channel (channels_first) or
-//   of up to 256
-//      neighbouring channels (channels_last) of a ghost batch and writes a slot
-//      for each channel.
-//   2. finish: a warp merges a channel's slots in double, in an order that the
-//   shape alone fixes.
-//      With one chunk a channel, the block of step 1 does it and the launch is
-//      saved.
-//   3. apply: elementwise over the tensor, back to front, so that what step 1
-//   read last is still
+//   1. partials: a block sums over one chunk of one channel (channels_first) or of up to 256
+//      neighbouring channels (channels_last) of a ghost batch and writes a slot for each channel.
+//   2. finish: a warp merges a channel's slots in double, in an order that the shape alone fixes.
+//      With one chunk a channel, the block of step 1 does it and the launch is saved.
+//   3. apply: elementwise over the tensor, back to front, so that what step 1 read last is still
 //      in the L2 cache.
 //
 // Chunks depend on the shape only, not on the device.
@@ -31,17 +25,16 @@ namespace batchops::cuda {
 
 constexpr int kTileChannels = 256;  // channels_last: a block's share of a row
 
-// Of those that a thread takes at once, how many it loads before it uses the
-// first. AnyActivation needs registers itself, and kCrowded says that it finds
-// few.
+// Of those that a thread takes at once, how many it loads before it uses the first. AnyActivation
+// needs registers itself, and kCrowded says that it finds few.
 template <class Act, bool kCrowded = false>
 constexpr int kLoadsAhead = !kAnyActivation<Act> ? kInFlight
                             : kCrowded           ? 1
                                                  : 2;
 
-// As merge() of norm.cuh, each lane with several parts on their way at once:
-// where there are many, waiting for one after the other is what takes the time.
-// The first ones are on their way before the shift is worked out.
+// As merge() of norm.cuh, each lane with several parts on their way at once: where there are many,
+// waiting for one after the other is what takes the time. The first ones are on their way before
+// the shift is worked out.
 template <int kAhead, class Get, class Reduce>
 BATCHOPS_DEVICE MeanAndVariance merge_ahead(int64_t M, int64_t count, int lane, int lanes, Get get,
                                             Reduce reduce) {
@@ -113,8 +106,7 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
   plan.C = shape.C;
   plan.HxW = shape.HxW;
   plan.ghosts = shape.ghosts();
-  // The same bytes read as longer rows, for wider accesses. Not with a mask,
-  // whose rows are padded.
+  // The same bytes read as longer rows, for wider accesses. Not with a mask, whose rows are padded.
   if (!with_mask && plan.HxW == 1) plan.layout = Layout::channels_last;
   if (!with_mask && plan.C == 1 && plan.ghosts == 1) {
     plan.layout = Layout::channels_first;
@@ -127,8 +119,8 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
   if (plan.channels_last()) {
     const int64_t tiles = ceil_divide<int64_t>(plan.C, kTileChannels);
     const int64_t wanted = ceil_divide(M, clamp<int64_t>(kPiecesWanted / tiles, 1, kPiecesWanted));
-    // Enough rows that writing and reading the slots costs little beside them,
-    // and few enough that no float sum gets long.
+    // Enough rows that writing and reading the slots costs little beside them, and few enough that
+    // no float sum gets long.
     const int64_t least = clamp<int64_t>(8192 / plan.C, 128, 1024);
     const int64_t most = clamp<int64_t>(131072 / plan.C, 4096, 65536);
     plan.chunk = round_up<int64_t>(clamp(wanted, least, most), 16);
@@ -141,9 +133,8 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
   return plan;
 }
 
-// Neighbouring lanes that share the chunks of one ghost batch in step 2: a
-// block's threads where there are many, unless channels alone fill the device
-// with warps.
+// Neighbouring lanes that share the chunks of one ghost batch in step 2: a block's threads where
+// there are many, unless channels alone fill the device with warps.
 inline int finish_lanes(const Plan& plan) {
   constexpr int64_t kMany = 2 * kWarp;
   constexpr int64_t kFew = 512;
@@ -153,8 +144,7 @@ inline int finish_lanes(const Plan& plan) {
   return lanes;
 }
 
-// Calls f(integral_constant<int, W>) with the widest unit that rows and
-// pointers allow.
+// Calls f(integral_constant<int, W>) with the widest unit that rows and pointers allow.
 template <class T, class F>
 const char* dispatch_width(int64_t row, std::initializer_list<const void*> pointers, F&& f) {
   const auto fits = [&](int width) {
@@ -171,8 +161,7 @@ const char* dispatch_width(int64_t row, std::initializer_list<const void*> point
   return f(std::integral_constant<int, 1>{});
 }
 
-// channels_last: a block covers `tile` units of a row and as many rows as its
-// threads allow.
+// channels_last: a block covers `tile` units of a row and as many rows as its threads allow.
 //
 //   thread t:  row t / tile, unit t % tile   (t ≥ tile · rows_at_once: idle)
 struct RowTiles {
@@ -195,8 +184,7 @@ struct RowTiles {
 struct ChunkGrid {
   int64_t C, HxW;
   int64_t ghosts;
-  // Units of a channel (channels_first) or rows (channels_last) of a ghost
-  // batch, and of the last.
+  // Units of a channel (channels_first) or rows (channels_last) of a ghost batch, and of the last.
   int64_t length, last_length;
   int64_t chunk;   // of them
   int64_t chunks;  // of a ghost batch
@@ -212,8 +200,8 @@ struct ChunkGrid {
   ChunkGrid(const Plan& plan, int width)
       : ChunkGrid(plan, width, plan.chunk, plan.chunks, plan.slots(), kTileChannels, 1, false) {}
 
-  // Chunks of so many elements or rows; tiles of at most `tile` channels, where
-  // there are several a multiple of `even`.
+  // Chunks of so many elements or rows; tiles of at most `tile` channels, where there are several a
+  // multiple of `even`.
   ChunkGrid(const Plan& plan, int width, int64_t chunk_size, int64_t of_ghost, int64_t of_channel,
             int tile, int even, bool with_mask)
       : C(plan.C),
@@ -259,9 +247,8 @@ struct ChunkGrid {
   }
 };
 
-// channels_first with planes that no unit of `width` elements fits (7 x 7, 14 x
-// 14): planes of so many neighbouring channels make whole units. 1 where a
-// plane does, 0 where it takes too much.
+// channels_first with planes that no unit of `width` elements fits (7 x 7, 14 x 14): planes of so
+// many neighbouring channels make whole units. 1 where a plane does, 0 where it takes too much.
 inline int planes_together(const Plan& plan, int width) {
   if (plan.channels_last() || plan.HxW % width == 0) return 1;
   if (plan.HxW < width) return 0;
@@ -275,8 +262,7 @@ struct ApplyGrid {
   int64_t row;  // elements
   int64_t C;
   int64_t ghosts;
-  int64_t length;       // units in the padded tensor (channels_first), rows of a
-                        // ghost batch
+  int64_t length;       // units in the padded tensor (channels_first), rows of a ghost batch
   int64_t last_length;  // channels_last
   int64_t pieces;
   int64_t ghost_pieces;   // channels_last: of a ghost batch but the last
@@ -286,8 +272,8 @@ struct ApplyGrid {
   RowTiles tiles;         // channels_last
   int batches = 1;        // channels_last: times kInFlight · rows_at_once rows a piece
 
-  // A mask's rows end on whole bytes: then rows are walked as if padded to 8
-  // elements, so that the threads that share a byte are neighbours in a warp.
+  // A mask's rows end on whole bytes: then rows are walked as if padded to 8 elements, so that the
+  // threads that share a byte are neighbours in a warp.
   ApplyGrid(const Plan& plan, int width, bool with_mask)
       : row(plan.row()), C(plan.C), ghosts(plan.ghosts) {
     const int64_t padded = (with_mask ? round_up<int64_t>(row, 8) : row) / width;
@@ -347,8 +333,7 @@ struct ChunkPlace {
   }
 };
 
-// One chunk, as one thread sees it. kChannels: how many channels the thread
-// sums for.
+// One chunk, as one thread sees it. kChannels: how many channels the thread sums for.
 template <Layout kLayout, int W>
 struct Chunk;
 
@@ -492,9 +477,8 @@ struct Chunk<Layout::channels_last, W> {
   }
 };
 
-// Planes of neighbouring channels taken together: a row of whole units in each
-// sample, of which a thread has one, in every few samples. The chunk's length
-// is in samples, its tile those channels.
+// Planes of neighbouring channels taken together: a row of whole units in each sample, of which a
+// thread has one, in every few samples. The chunk's length is in samples, its tile those channels.
 template <int W>
 struct PlanesChunk {
   static constexpr int kWidth = W;
@@ -504,8 +488,7 @@ struct PlanesChunk {
   const ChunkGrid& grid;
   ChunkPlace at;
   int row_of_block, unit;
-  int first, split;  // of its elements' channels; those from `split` on belong
-                     // to the next one
+  int first, split;  // of its elements' channels; those from `split` on belong to the next one
   bool active;
 
   BATCHOPS_DEVICE PlanesChunk(const ChunkGrid& g, const ChunkPlace& place) : grid(g), at(place) {
@@ -590,8 +573,8 @@ struct PlanesChunk {
   }
 };
 
-// One piece of step 3. In channels_last a thread stays with its channels, so
-// that their coefficients are loaded once.
+// One piece of step 3. In channels_last a thread stays with its channels, so that their
+// coefficients are loaded once.
 template <Layout kLayout, int W>
 struct Piece;
 
@@ -659,8 +642,8 @@ struct Piece<Layout::channels_last, W> {
   }
 };
 
-// Coefficients of a tile's channels in shared memory, for threads with eight
-// each: four at a time, so that neighbours find theirs in different banks.
+// Coefficients of a tile's channels in shared memory, for threads with eight each: four at a time,
+// so that neighbours find theirs in different banks.
 struct AffineTable {
   static constexpr int kAtOnce = 4;
   float4 values[3][2][kTileChannels / (2 * kAtOnce)];

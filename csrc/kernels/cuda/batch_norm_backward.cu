@@ -1,12 +1,10 @@
 // Batch norm backward (batch_norm_backward.cuh):
 //
-//   partials:  Σ dz and Σ dz · (x - mean) of each chunk               reads dy,
-//   x (and the mask) finish:    dbias, dweight and what dx takes of them apply:
-//   dx, dresidual                                         reads dy, x, writes
-//   both
+//   partials:  Σ dz and Σ dz · (x - mean) of each chunk               reads dy, x (and the mask)
+//   finish:    dbias, dweight and what dx takes of them
+//   apply:     dx, dresidual                                         reads dy, x, writes both
 //
-// batch_norm_backward_resident.cu reads dy and x once where they fit on the
-// chip.
+// batch_norm_backward_resident.cu reads dy and x once where they fit on the chip.
 #include <algorithm>
 
 #include "kernels/cuda/batch_norm_backward.cuh"
@@ -35,8 +33,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
                                  const __grid_constant__ Act act) {
   using MyChunk = Chunk<kLayout, W>;
   constexpr int kChannels = MyChunk::kChannels;
-  // Many channels a thread leave few registers: coefficients are read again for
-  // each unit.
+  // Many channels a thread leave few registers: coefficients are read again for each unit.
   constexpr bool kCrowded = kChannels == 8;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   using Table = std::conditional_t<kCrowded, AffineTable, int>;
@@ -82,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
-// A block a channel, or a warp, `lanes` of its lanes a ghost batch; each adds
-// every lanes-th chunk in turn.
+// A block a channel, or a warp, `lanes` of its lanes a ghost batch; each adds every lanes-th chunk
+// in turn.
 __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_backward_finish(const __grid_constant__ GradientFinishArguments args) {
   constexpr int kAhead = 4;
@@ -217,8 +214,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
-// The workspace: direction [ghosts · C] float4, sums [C, slots] float2, shift
-// [ghosts · C] float.
+// The workspace: direction [ghosts · C] float4, sums [C, slots] float2, shift [ghosts · C] float.
 int64_t sums_count(const Plan& plan) { return plan.slots() > 1 ? plan.C * plan.slots() : 0; }
 size_t workspace_bytes(const Plan& plan) {
   return static_cast<size_t>(plan.columns()) * (sizeof(float4) + sizeof(float)) +
@@ -246,8 +242,7 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
   const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
   if (!wants_sums && !wants_elements) return nullptr;
   const Plan plan = make_plan(shape, args.mask != nullptr);
-  // Without elements too: so the sums have the same bits, whatever else is
-  // wanted.
+  // Without elements too: so the sums have the same bits, whatever else is wanted.
   if (wants_sums) {
     bool done = false;
     const char* error = backward_resident(args, plan, workspace, device, stream, done);

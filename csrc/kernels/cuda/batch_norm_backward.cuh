@@ -1,14 +1,12 @@
-// What the kernels of batch norm's backward share, and the way to those that
-// read dy and x once. With dz = dy · activation'(z):
+// What the kernels of batch norm's backward share, and the way to those that read dy and x once.
+// With dz = dy · activation'(z):
 //
 //   dbias = Σ dz,  dweight = rstd · (Σ dz · (x - mean) - mean_low · Σ dz)
 //   dx = scale · dz + along · (x - mean) + constant
 //
-// where in training  along = -scale · rstd · dweight / M,  constant = -scale ·
-// dbias / M
-// - along · mean_low, of the ghost batch's sums and its M values; and in eval
-// both are 0. z is recomputed from x, and from the residual where there is one,
-// unless there is a mask.
+// where in training  along = -scale · rstd · dweight / M,  constant = -scale · dbias / M
+// - along · mean_low, of the ghost batch's sums and its M values; and in eval both are 0. z is
+// recomputed from x, and from the residual where there is one, unless there is a mask.
 #pragma once
 #include "kernels/cuda/batch_norm.cuh"
 
@@ -29,8 +27,8 @@ struct ColumnSums {
   double bias, weight;
 };
 
-// What the forward has made of a column (a ghost batch and a channel), and the
-// channel's parameters.
+// What the forward has made of a column (a ghost batch and a channel), and the channel's
+// parameters.
 struct Column {
   float mean, low, rstd;
   Parameters::Pair own;
@@ -122,8 +120,7 @@ struct Tensors {
         along_x(args.training && args.dx != nullptr) {}
 };
 
-// Only this instance looks for a residual: so the others stay as small as they
-// are.
+// Only this instance looks for a residual: so the others stay as small as they are.
 template <class Act>
 constexpr bool kMayAdd = kAnyActivation<Act>;
 
@@ -161,8 +158,7 @@ struct Fetch {
   }
 };
 
-// Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x)
-// + residual.
+// Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x) + residual.
 template <class Act, int W, class AffineOf>
 BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (&x)[W],
                                    const float (&residual)[W], AffineOf affine, bool masked,
@@ -189,8 +185,8 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
   }
 }
 
-// What gives the coefficients of channels first, first + 1 … of a thread: of
-// `affine`, or of the table where registers are short.
+// What gives the coefficients of channels first, first + 1 … of a thread: of `affine`, or of the
+// table where registers are short.
 template <int W, class Table, int kHeld, class MyChunk>
 BATCHOPS_DEVICE auto affines_of(const Table& table, const Affine (&affine)[kHeld],
                                 const MyChunk& chunk) {
@@ -228,11 +224,10 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
   return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
 }
 
-// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in
-// all threads. affines(first) gives what gives the coefficients of its channel
-// first + j; get(i, place, loaded) fetches dy, x and residual of the thread's
-// i-th unit, ready(batch) comes before those of a batch. kShort: the chunk is
-// too short for the errors of a plain sum to grow.
+// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
+// affines(first) gives what gives the coefficients of its channel first + j; get(i, place, loaded)
+// fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of a batch.
+// kShort: the chunk is too short for the errors of a plain sum to grow.
 template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Ready,
           class Get>
 BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
@@ -298,9 +293,8 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
   chunk.sum(sums, scratch);
 }
 
-// dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and
-// residual, direction_of(u, j) gives the coefficients of element j, bits(place)
-// a unit's bits of the mask.
+// dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
+// direction_of(u, j) gives the coefficients of element j, bits(place) a unit's bits of the mask.
 template <class T, int W, int kAhead, class Act, class Load, class DirectionOf, class Bits>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
                                Load load, DirectionOf direction_of, Bits bits) {
@@ -352,8 +346,7 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
   });
 }
 
-// The slots of `plan`'s chunks added up: directions of columns, gradients of
-// channels.
+// The slots of `plan`'s chunks added up: directions of columns, gradients of channels.
 struct GradientFinishArguments {
   const float2* sums;  // [C, slots]
   int64_t chunks, slots;
@@ -366,8 +359,7 @@ struct GradientFinishArguments {
 
 const char* backward_finish(const GradientFinishArguments& args, int device, void* stream);
 
-// Reads dy and x once, if the device has room; `done` says whether it did
-// anything.
+// Reads dy and x once, if the device has room; `done` says whether it did anything.
 const char* backward_resident(const BatchNormBackward& args, const Plan& plan, void* workspace,
                               int device, void* stream, bool& done);
 size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,

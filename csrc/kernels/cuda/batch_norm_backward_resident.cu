@@ -1,6 +1,6 @@
-// Batch norm backward with dy and x kept on the chip between the sums and dx:
-// one read of each, one write of dx (+ 1 of dresidual, + 1 read of the residual
-// where z is made from it, + 2 of the mask).
+// Batch norm backward with dy and x kept on the chip between the sums and dx: one read of each, one
+// write of dx (+ 1 of dresidual, + 1 read of the residual where z is made from it, + 2 of the
+// mask).
 #include "kernels/cuda/batch_norm_backward.cuh"
 #include "kernels/cuda/batch_norm_residency.cuh"
 
@@ -65,9 +65,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
                                  const __grid_constant__ Act act) {
   using MyChunk = Chunk<Layout::channels_last, W>;
   constexpr int kChannels = MyChunk::kChannels;
-  // Large units leave few registers, so that fewer are loaded ahead, and many
-  // channels a thread even less: there coefficients are read from shared memory
-  // again for each unit.
+  // Large units leave few registers, so that fewer are loaded ahead, and many channels a thread
+  // even less: there coefficients are read from shared memory again for each unit.
   constexpr bool kCrowded = kChannels == 8;
   constexpr int kAhead = W < 8 ? kLoadsAhead<Act> : kCrowded && kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
@@ -177,9 +176,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   }
 }
 
-// channels_first: a set is a ghost batch's channel, or as many as have their
-// planes taken together. What is kept of a set is on its way while dx of the
-// one before is made.
+// channels_first: a set is a ghost batch's channel, or as many as have their planes taken together.
+// What is kept of a set is on its way while dx of the one before is made.
 template <class T, int W, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8, true))
     batch_norm_backward_flow(const __grid_constant__ ResidentArguments args,
@@ -335,8 +333,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
                 return bits_of(chunk, tensors.mask, tensors.mask_row, place);
               });
           if constexpr (kCopies<T, W>) {
-            // Their places are free for those of the next set but one, which
-            // lie as these do.
+            // Their places are free for those of the next set but one, which lie as these do.
             if (!along) continue;
 #pragma unroll
             for (int u = 0; u < kAhead; ++u) {

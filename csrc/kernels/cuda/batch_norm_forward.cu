@@ -1,8 +1,7 @@
-// Batch norm forward: statistics, then y = activation((x - mean) · rstd ·
-// weight + bias + residual). Reads x twice in training, once in eval and where
-// the statistics are known, writes y once (+ 1 read of the residual, + the
-// mask). batch_norm_forward_resident.cu reads it once where it fits on the
-// chip.
+// Batch norm forward: statistics, then y = activation((x - mean) · rstd · weight + bias +
+// residual). Reads x twice in training, once in eval and where the statistics are known, writes y
+// once (+ 1 read of the residual, + the mask). batch_norm_forward_resident.cu reads it once where
+// it fits on the chip.
 #include <algorithm>
 
 #include "kernels/cuda/batch_norm_forward.cuh"

@@ -1,5 +1,4 @@
-// What the kernels of batch norm's forward share, and the way to those that
-// read x once.
+// What the kernels of batch norm's forward share, and the way to those that read x once.
 #pragma once
 #include <cfloat>
 
@@ -35,8 +34,7 @@ struct Statistics {
   BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance) const {
     return store(ghost, c, mean, variance, parameters.of(c), true);
   }
-  // `own`: the channel's parameters; `writes`: into stats; everyone gets the
-  // coefficients.
+  // `own`: the channel's parameters; `writes`: into stats; everyone gets the coefficients.
   BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance,
                                const Parameters::Pair& own, bool writes) const {
     const int64_t columns = ghosts * C;
@@ -81,16 +79,16 @@ inline Statistics statistics_of(const BatchNormForward& args, const Plan& plan) 
           args.eps};
 }
 
-// Whether rows are walked as the mask's are. Not only where one is wanted: so
-// the statistics have the same bits either way.
+// Whether rows are walked as the mask's are. Not only where one is wanted: so the statistics have
+// the same bits either way.
 inline bool walks_mask(const BatchNormForward& args) {
   return args.mask != nullptr ||
          (args.residual != nullptr && traits_of(args.shape.activation).maskable);
 }
 
-// Moments of a chunk for the thread's channels, in all threads. get(i, place)
-// gives the thread's i-th unit, ready(batch) comes before those of a batch.
-// kShort: the chunk is too short for the errors of a plain sum to grow.
+// Moments of a chunk for the thread's channels, in all threads. get(i, place) gives the thread's
+// i-th unit, ready(batch) comes before those of a batch. kShort: the chunk is too short for the
+// errors of a plain sum to grow.
 template <bool kShort, class T, class MyChunk, class Ready, class Get>
 BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
                                 typename MyChunk::Scratch& scratch,
@@ -110,9 +108,8 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
   };
 
   load(0);
-  // The shift is the mean of the chunk's first elements: close to the chunk's
-  // own mean whatever the offset, and an outlier among them moves it by a small
-  // part of itself only.
+  // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
+  // the offset, and an outlier among them moves it by a small part of itself only.
   float shift[1][kChannels] = {};
 #pragma unroll
   for (int u = 0; u < kInFlight; ++u) {
@@ -172,9 +169,9 @@ struct Elementwise {
       : residual(args.residual), y(args.y), mask(args.mask), mask_row(mask_row_bytes(plan.row())) {}
 };
 
-// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a
-// unit of x, affine_of(u, j) the coefficients of its element j; store(u, place,
-// bits) takes its bits of the mask.
+// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a unit of x,
+// affine_of(u, j) the coefficients of its element j; store(u, place, bits) takes its bits of the
+// mask.
 template <class T, int W, int kAhead, class Act, class Load, class AffineOf, class Store>
 BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
                                const Place (&places)[kAhead], Load load, AffineOf affine_of,
@@ -222,12 +219,11 @@ BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
                           });
 }
 
-// The slots of `plan`'s chunks merged, the running statistics updated; or,
-// where something is known already, what follows from it.
+// The slots of `plan`'s chunks merged, the running statistics updated; or, where something is
+// known already, what follows from it.
 enum class Known : int {
   chunks,   // moments of each chunk
-  columns,  // moments of each column, and `stats` is written: only the running
-            // statistics are left
+  columns,  // moments of each column, and `stats` is written: only the running statistics are left
   stats,    // `stats`
   running,  // eval
 };

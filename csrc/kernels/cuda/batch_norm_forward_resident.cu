@@ -1,6 +1,5 @@
-// Batch norm forward with x kept on the chip between the statistics and the
-// normalisation: one read of x, one write of y (+ 1 read of the residual, + the
-// mask).
+// Batch norm forward with x kept on the chip between the statistics and the normalisation: one read
+// of x, one write of y (+ 1 read of the residual, + the mask).
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -157,9 +156,8 @@ struct Pending {
   int64_t ghost, c;
 };
 
-// channels_first: a set is a ghost batch's channel, or as many as have their
-// planes taken together. What is kept of a set is on its way while the one
-// before is normalised.
+// channels_first: a set is a ghost batch's channel, or as many as have their planes taken together.
+// What is kept of a set is on its way while the one before is normalised.
 template <class T, int W, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8, false))
     batch_norm_forward_flow(const __grid_constant__ ResidentArguments args,
@@ -201,8 +199,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
     }
     __pipeline_commit();
   };
-  // A warp merges a channel. Each block of the team in turn does what one has
-  // to.
+  // A warp merges a channel. Each block of the team in turn does what one has to.
   const auto channel_of_warp = [] { return forgotten(static_cast<int>(threadIdx.x)) / kWarp; };
   const int channels = kPlanes ? args.grid.together : 1;
   const auto is_mine = [&](unsigned turn) {
@@ -293,8 +290,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
                                     [&](int, int) { return affine[0]; });
           }
           if constexpr (kCopies<T, W>) {
-            // Their places are free for those of the next set but one, which
-            // lie as these do.
+            // Their places are free for those of the next set but one, which lie as these do.
             if (!along) continue;
 #pragma unroll
             for (int u = 0; u < kAhead; ++u) {

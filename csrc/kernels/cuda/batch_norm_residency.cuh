@@ -1,25 +1,22 @@
-// Batch norm that reads x once: the blocks that share a set (a ghost batch's
-// channel, or its tile of channels) keep a part of it each in shared memory,
-// tell each other their sums, and go on with what they have kept.
+// Batch norm that reads x once: the blocks that share a set (a ghost batch's channel, or its tile
+// of channels) keep a part of it each in shared memory, tell each other their sums, and go on with
+// what they have kept.
 //
 //   one block    the set fits it
 //   a cluster    2, 4 or 8 blocks, which read each other's shared memory
-//   a team       any number of blocks, all resident (a cooperative launch),
-//   that write their sums
+//   a team       any number of blocks, all resident (a cooperative launch), that write their sums
 //                to the workspace and count arrivals there, for each set anew
 //
-// In channels_first sets flow: a block has two at once, so that it sums over
-// one while the others' sums of the one before arrive.
+// In channels_first sets flow: a block has two at once, so that it sums over one while the others'
+// sums of the one before arrive.
 //
-// A thread keeps what it has loaded itself: unit i of a tensor lies with those
-// of its neighbours, and nobody else looks at it. Units beyond those that fit
-// are read again, back to front, so that what was read last is still in the L2
-// cache.
+// A thread keeps what it has loaded itself: unit i of a tensor lies with those of its neighbours,
+// and nobody else looks at it. Units beyond those that fit are read again, back to front, so that
+// what was read last is still in the L2 cache.
 //
 //   shared memory:  tensor 0 [kept][kThreads] units, tensor 1 …
 //
-// Parts depend on the shape and the device: the same bits on every device of
-// one kind.
+// Parts depend on the shape and the device: the same bits on every device of one kind.
 #pragma once
 #include <cuda_pipeline_primitives.h>
 
@@ -34,31 +31,27 @@ constexpr int64_t kSector = 32;
 constexpr int64_t kLine = 128;
 constexpr int64_t kTileBytes = 256;  // channels_last: of a row
 
-// Whether anything is kept at all: BATCHOPS_CUDA_RESIDENT=0 in the environment
-// of the process says no, for timing the one against the other.
+// Whether anything is kept at all: BATCHOPS_CUDA_RESIDENT=0 in the environment of the process says
+// no, for timing the one against the other.
 extern bool keep_on_chip;
-// Multiprocessors that teams, which all wait until the last block has come,
-// leave to kernels that run beside them (a reduction of gradients):
-// BATCHOPS_CUDA_SM_MARGIN, 0 without it. A grid of teams starts when all of its
-// blocks find room. They take most registers of a multiprocessor, so that those
-// where another kernel runs take none of them: a margin helps where it is no
-// less than that kernel's blocks (NCCL's reductions have 24 to 32).
+// Multiprocessors that teams, which all wait until the last block has come, leave to kernels that
+// run beside them (a reduction of gradients): BATCHOPS_CUDA_SM_MARGIN, 0 without it. A grid of
+// teams starts when all of its blocks find room. They take most registers of a multiprocessor, so
+// that those where another kernel runs take none of them: a margin helps where it is no less than
+// that kernel's blocks (NCCL's reductions have 24 to 32).
 extern int spared_multiprocessors;
 
 // Blocks on a multiprocessor where sets flow: up to 80 registers a thread.
 constexpr int kFlowing = 3;
-// By launch bounds. Planes want more registers: in the backward, with units of
-// eight elements
-// (`crowded`), where any activation is served; so does code for others than
-// sm_90.
+// By launch bounds. More registers are wanted by planes, in the backward above all, there by units
+// of eight elements (`crowded`), and by code for others than sm_90.
 template <class Act>
 constexpr int blocks_where_flowing(bool planes, bool crowded, bool backward) {
   if (planes && crowded && backward && kAnyActivation<Act>) return 1;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
   return kLeastResident;
 #else
-  const bool few = planes ? crowded || backward || kAnyActivation<Act>
-                          : crowded && backward && kAnyActivation<Act>;
+  const bool few = planes ? crowded || backward || kAnyActivation<Act> : crowded && backward;
   return few ? kLeastResident : kFlowing;
 #endif
 }
@@ -83,8 +76,7 @@ struct Residency {
   int parts = 1;         // of a set
   bool cluster = false;  // they are one
   bool flow = false;     // a block has two sets at once
-  bool planes = false;   // of which are taken together, `tile` of them; `chunk`
-                         // is in samples
+  bool planes = false;   // of which are taken together, `tile` of them; `chunk` is in samples
   int blocks = 2;        // on a multiprocessor
   int64_t sets = 0;
   int tile = 1;       // channels of a set
@@ -97,8 +89,7 @@ struct Residency {
 
 namespace residency {
 
-// Static shared memory of the kernels: sums of 256 threads by channel, and a
-// set's coefficients.
+// Static shared memory of the kernels: sums of 256 threads by channel, and a set's coefficients.
 inline int64_t static_bytes(const Plan& plan, const Keeping& keeping) {
   if (!plan.channels_last()) return 1024;
   const int64_t widest = 16 / keeping.size;
@@ -172,10 +163,9 @@ inline int64_t parts_for(const Plan& plan, const Keeping& keeping, Residency& fo
   return 0;
 }
 
-// A set flows through the chip: while a team's blocks wait for each other's
-// sums of one, they sum over the next. So there are two buffers, and many small
-// blocks. What does not fit a buffer is read again from the L2 cache. A set of
-// one part has a block for itself, which waits for nobody.
+// A set flows through the chip: while a team's blocks wait for each other's sums of one, they sum
+// over the next. So there are two buffers, and many small blocks. What does not fit a buffer is
+// read again from the L2 cache. A set of one part has a block for itself, which waits for nobody.
 inline bool flow(const Plan& plan, const Keeping& keeping, const Device& device, bool planes,
                  Residency& found) {
   constexpr int64_t kLeastPart = 16 * 1024;
@@ -212,8 +202,7 @@ inline bool flow(const Plan& plan, const Keeping& keeping, const Device& device,
   const int64_t needed = ceil_divide(found.chunk, at_once) * bytes_at_once;
   found.bytes = 2 * (needed < buffer ? needed : buffer);
   if (found.chunk > fits) {
-    // Read again only where the L2 cache still has it, of all sets that are
-    // underway.
+    // Read again only where the L2 cache still has it, of all sets that are underway.
     constexpr int64_t kCached = 16 * 1024 * 1024;
     const int64_t teams = resident / parts < found.sets ? resident / parts : found.sets;
     if (found.chunk > 8 * fits || teams * bytes_of_set > kCached) return false;
@@ -224,8 +213,7 @@ inline bool flow(const Plan& plan, const Keeping& keeping, const Device& device,
 // Ways to hold a set, from the one that costs least.
 enum class Way {
   neighbours,  // one block or a cluster
-  team,        // whose blocks read each other's sums for a fraction of what they read
-               // of tensors
+  team,        // whose blocks read each other's sums for a fraction of what they read of tensors
   any_team,
 };
 
@@ -250,15 +238,15 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
     cut(plan, keeping, found, whole);
     return true;
   }
-  // Teams read rows in pieces of a few sectors, which costs memory more than a
-  // second pass: so only where all of it is held at once, and by two blocks a
-  // multiprocessor, of which one loads while the other waits.
+  // Teams read rows in pieces of a few sectors, which costs memory more than a second pass: so only
+  // where all of it is held at once, and by two blocks a multiprocessor, of which one loads while
+  // the other waits.
   const int64_t resident = int64_t{found.blocks} * device.multiprocessors;
   const int64_t parts =
       parts_for(plan, keeping, found, room(plan, keeping, device, found.blocks), resident);
   if (parts == 0 || found.sets * parts > resident) return false;
-  // Each block reads the sums of all parts: a quarter of what it reads of
-  // tensors, at most, and in a few steps, since they are on its way.
+  // Each block reads the sums of all parts: a quarter of what it reads of tensors, at most, and in
+  // a few steps, since they are on its way.
   const auto cheap = [&](int64_t count) {
     return 4 * count * count * found.tile * keeping.sums <= of_set;
   };
@@ -277,8 +265,8 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
 
 }  // namespace residency
 
-// The widest tiles that fit; where none does and one tile is all, in part, if
-// that is at least half.
+// The widest tiles that fit; where none does and one tile is all, in part, if that is at least
+// half.
 inline Residency make_residency(const Plan& plan, const Keeping& keeping, Device device,
                                 bool planes = false) {
   using residency::Way;
@@ -331,8 +319,7 @@ struct Team {
   void* sums;          // [sets, parts, channels], where a team meets
   unsigned* arrivals;  // [sets, kApart], 0 at first; null where none meets
 
-  // Those who poll one set's counter do not slow down those who count in
-  // another's line.
+  // Those who poll one set's counter do not slow down those who count in another's line.
   static constexpr int64_t kApart = kLine / 4;
   BATCHOPS_DEVICE unsigned* counter(int64_t set) const { return arrivals + set * kApart; }
 };
@@ -372,8 +359,8 @@ Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
   return team;
 }
 
-// Calls run(TypeIs<T>, integral_constant<int, W>, activation); where units are
-// narrower than 16 bytes, or `any` is set, one instance serves all activations.
+// Calls run(TypeIs<T>, integral_constant<int, W>, activation); where units are narrower than 16
+// bytes, or `any` is set, one instance serves all activations.
 template <class F>
 const char* dispatch_resident(const char* operation, const BatchNormShape& shape, const Plan& plan,
                               std::initializer_list<const void*> pointers, F&& run,
@@ -394,8 +381,7 @@ const char* dispatch_resident(const char* operation, const BatchNormShape& shape
   });
 }
 
-// Where sets are to flow by planes of several channels: of whole units, if
-// pointers allow it.
+// Where sets are to flow by planes of several channels: of whole units, if pointers allow it.
 inline Residency residency_for(const Plan& plan, const Keeping& keeping, const Device& device,
                                std::initializer_list<const void*> pointers) {
   const Residency planes = make_residency(plan, keeping, device, true);
@@ -404,8 +390,7 @@ inline Residency residency_for(const Plan& plan, const Keeping& keeping, const D
   return aligned ? planes : make_residency(plan, keeping, device);
 }
 
-// Of the workspace, wherever the tensors lie and however many blocks a
-// multiprocessor takes.
+// Of the workspace, wherever the tensors lie and however many blocks a multiprocessor takes.
 inline size_t team_bytes(const Plan& plan, Keeping keeping, const Device& device) {
   size_t most = 0;
   for (keeping.blocks = kFlowing; keeping.blocks > 0; --keeping.blocks) {
@@ -418,8 +403,7 @@ inline size_t team_bytes(const Plan& plan, Keeping keeping, const Device& device
   return most;
 }
 
-// Calls run(TypeIs<T>, integral_constant<int, W>, activation) with units of 16
-// bytes.
+// Calls run(TypeIs<T>, integral_constant<int, W>, activation) with units of 16 bytes.
 template <class F>
 const char* dispatch_planes(const char* operation, const BatchNormShape& shape, F&& run,
                             bool any = false) {
@@ -433,18 +417,17 @@ const char* dispatch_planes(const char* operation, const BatchNormShape& shape, 
   });
 }
 
-// Whether a launch was refused because its blocks do not run together: those of
-// a cooperative grid, or of a cluster.
+// Whether a launch was refused because its blocks do not run together: those of a cooperative grid,
+// or of a cluster.
 inline bool refused(cudaError_t error) {
   constexpr int kInvalidClusterSize = 912;  // has its name from CUDA 12 on
   return lacks_room(error) || static_cast<int>(error) == kInvalidClusterSize;
 }
 
-// Launches `kernel` with the arguments that make(found) gives, which have a
-// Team in them, and `act`. Where sets flow, the blocks that a multiprocessor
-// takes of this kernel decide how they are cut. Leaves `done` alone where there
-// is no room for a team: on the device, or in what a process or a stream may
-// have of it, which is less than the device where multiprocessors have been set
+// Launches `kernel` with the arguments that make(found) gives, which have a Team in them, and
+// `act`. Where sets flow, the blocks that a multiprocessor takes of this kernel decide how they are
+// cut. Leaves `done` alone where there is no room for a team: on the device, or in what a process
+// or a stream may have of it, which is less than the device where multiprocessors have been set
 // apart.
 template <class Arguments, class Act, class Make>
 const char* launch_team(const char* operation, const char* name,
@@ -561,8 +544,7 @@ BATCHOPS_DEVICE void bring_batch(const MyChunk& chunk, int batch, const Kept<T, 
   }
 }
 
-// Brings a chunk's units while the thread works on those that have come: a few
-// batches ahead.
+// Brings a chunk's units while the thread works on those that have come: a few batches ahead.
 template <int kTensors, class MyChunk, class T, int W>
 struct Bringing {
   static constexpr int kBatches = 4;
@@ -586,9 +568,8 @@ struct Bringing {
   }
 };
 
-// Counting between blocks. What the block of the thread that counts has seen
-// before a barrier is seen by who finds its count, and by those whom that one
-// meets at a barrier.
+// Counting between blocks. What the block of the thread that counts has seen before a barrier is
+// seen by who finds its count, and by those whom that one meets at a barrier.
 BATCHOPS_DEVICE void count_one(unsigned* counter) {
 #ifdef BATCHOPS_CUDA_EMULATOR
   __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
@@ -615,15 +596,13 @@ BATCHOPS_DEVICE void wait_for(const unsigned* counter, int count) {
   while (count_of(counter) < static_cast<unsigned>(count)) __nanosleep(64);
 }
 
-// How the blocks of a team learn of a set's sums, where sets flow: each leaves
-// its own, counts, and asks for the count only when it has summed over the next
-// set too. Then each merges all of them.
+// How the blocks of a team learn of a set's sums, where sets flow: each leaves its own, counts, and
+// asks for the count only when it has summed over the next set too. Then each merges all of them.
 //
-// Progress: all blocks of a team take the same sets in the same order, and each
-// arrives at a set before it waits for the one before it. So of the sets that
-// anybody waits for, the earliest has been arrived at by everyone who waits,
-// and who does not wait is on the way there: all blocks run, the launch being a
-// cooperative one.
+// Progress: all blocks of a team take the same sets in the same order, and each arrives at a set
+// before it waits for the one before it. So of the sets that anybody waits for, the earliest has
+// been arrived at by everyone who waits, and who does not wait is on the way there: all blocks run,
+// the launch being a cooperative one.
 //
 // Where a set has one part, its sums stay in the block, of two sets in turn.
 template <class Sums>
@@ -682,16 +661,14 @@ struct Meeting {
   // All threads, after the last of().
   BATCHOPS_DEVICE void part() const {
     if (team.cluster) {
-      cluster_sync();  // no block leaves, or writes new sums, while others may
-                       // read its own
+      cluster_sync();  // no block leaves, or writes new sums, while others may read its own
     } else {
       __syncthreads();
     }
   }
 
-  // f(channel, lane, lanes) for each channel of the set, by `lanes` neighbours;
-  // in all lanes of a warp together, with channel ≥ channels where there is
-  // nothing to do.
+  // f(channel, lane, lanes) for each channel of the set, by `lanes` neighbours; in all lanes of a
+  // warp together, with channel ≥ channels where there is nothing to do.
   template <class F>
   BATCHOPS_DEVICE void for_channels(int channels, F f) const {
     const int at_once = kThreads / team.lanes;
