@@ -104,19 +104,17 @@ LIMITS = {
     # again only what has found no room there. Narrow units have AnyActivation alone; in the
     # backward a thread loads 2 units of 8 elements of each tensor ahead, and 1 with AnyActivation
     # and 8 channels.
-    "batch_norm_forward_resident channels_first wide": _norm(2, reads=2 * IN_FLIGHT, writes=1),
-    "batch_norm_forward_resident channels_first narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
-    "batch_norm_forward_resident channels_last wide": _norm(2, reads=2 * IN_FLIGHT, writes=2),
-    "batch_norm_forward_resident channels_last narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
-    "batch_norm_backward_resident channels_first wide": _norm(2, reads=8, writes=4),
-    "batch_norm_backward_resident channels_first narrow": _norm(2, reads=12, writes=4),
-    "batch_norm_backward_resident channels_last wide": _norm(2, reads=6, writes=2),
-    "batch_norm_backward_resident channels_last narrow": _norm(2, reads=12, writes=4),
-    # 4 blocks of 64 registers; fewer where planes of several channels are taken together.
+    "batch_norm_forward_resident wide": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "batch_norm_forward_resident narrow": _norm(2, reads=2 * IN_FLIGHT, writes=2),
+    "batch_norm_backward_resident wide": _norm(2, reads=6, writes=2),
+    "batch_norm_backward_resident narrow": _norm(2, reads=12, writes=4),
+    # 3 blocks of 80 registers; fewer where planes of several channels are taken together, and one
+    # where they are so in the backward with units of 8 elements, of any activation or on Blackwell.
     "batch_norm_forward_flow wide": _norm(2, reads=IN_FLIGHT, writes=1),
-    "batch_norm_forward_flow narrow": _norm(4, reads=IN_FLIGHT, writes=1),
-    "batch_norm_backward_flow wide": _norm(2, reads=2, writes=2),
-    "batch_norm_backward_flow narrow": _norm(4, reads=2, writes=2),
+    "batch_norm_forward_flow narrow": _norm(2, reads=IN_FLIGHT, writes=1),
+    "batch_norm_backward_flow wide": _norm(1, reads=2, writes=2),
+    "batch_norm_backward_flow wide any": _norm(1, reads=2, writes=2),
+    "batch_norm_backward_flow narrow": _norm(2, reads=2, writes=2),
     # group_norm_forward and _backward copy what they load into shared memory and have it from
     # there, then the elementwise half, a unit at a time. In the backward's, and in channels_last, a
     # thread has the coefficients of four columns: 8 bytes of 16-bit elements. Two blocks of 80

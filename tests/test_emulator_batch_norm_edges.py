@@ -209,10 +209,12 @@ def test_a_block_filled_beside_static_memory(library, dtype, rows):
 
 
 @LAYOUT
-def test_infinite_running_mean(library, layout):
+@pytest.mark.parametrize("running_dtype", ["f32", "f64"])
+def test_infinite_running_mean(library, layout, running_dtype):
     """What is subtracted is infinite, and so is y; a low part of it would be NaN."""
-    problem = Problem(2, 3, 4, layout=layout, dtype="f32", training=False)
-    problem.arrays["running_mean"][1:] = np.inf, -np.inf
+    problem = Problem(2, 3, 4, layout=layout, running_dtype=running_dtype, training=False)
+    large = np.inf if running_dtype == "f32" else 1e300  # what float32 has no room for
+    problem.arrays["running_mean"][1:] = large, -large
     y = decoded(problem, batch_norm.forward(library, problem), "y")
     assert np.isfinite(y.take(0, axis=1)).all()
     assert (y.take(1, axis=1) == -np.inf).all()

@@ -159,6 +159,7 @@ class Device:
 DEVICES = {
     "Hopper": Device(2),  # one block, or a cluster
     "Turing": Device(5, 64 * 1024, 7),  # one block, or a team that meets in the workspace
+    "Ampere": Device(5, 100 * 1024, 8),  # room for two blocks of every kernel
     "small": Device(2, 64 * 1024, 7),  # the same, with room for a part only of large tensors
     "streams": Device(2, keep=False),
 }
@@ -167,8 +168,8 @@ DEVICES = {
 RESIDENT = {  # and the registers that launch bounds allow
     "batch_norm_forward_resident": 128,
     "batch_norm_backward_resident": 128,
-    "batch_norm_forward_flow": 64,
-    "batch_norm_backward_flow": 64,
+    "batch_norm_forward_flow": 80,
+    "batch_norm_backward_flow": 80,
 }
 
 

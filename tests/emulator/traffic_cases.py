@@ -59,7 +59,7 @@ SHAPES = {  # N, C, HxW: why, chunks a channel in each layout
     (2, 12, 196): ("14 x 14 and 12 channels: units of 4", (1, 4)),
     (4, 2, 3072): ("several chunks a channel, cut within a plane; clusters", (2, 12)),
 }
-MOST_PARTS = 8  # of a set that flows through the chip, here: four blocks on each of two
+MOST_PARTS = 6  # of a set that flows through the chip, here: three blocks on each of two
 
 
 # Activation and whether there is a residual: without z, with z of x, with a bit, with z of both, by
@@ -171,7 +171,7 @@ def _forward(problem: batch_norm.Problem, chunks: int, device: str) -> Case:
     # weight, bias; running statistics; mean, rstd; what the apply reads: written and read.
     small = 2 * 4 + (4 if p.training else 2) * 4 + 3 * 4 + (2 * 16 if streams else 0)
     moments = 2 * 16 * chunks if p.training and chunks > 1 and streams else 0
-    moments += _passed(p, 16, 12) if p.training and not streams else 0
+    moments += _passed(p, 16) if p.training and not streams else 0
     return _case(
         p,
         "forward",
@@ -185,13 +185,12 @@ def _forward(problem: batch_norm.Problem, chunks: int, device: str) -> Case:
     )
 
 
-def _passed(p: batch_norm.Problem, sums: int, outcome: int) -> int:
-    """What a channel's blocks tell each other in channels_first: a part's sums and the outcome,
-    written and read, and a counter, set to 0 and read."""
-    if p.layout == "channels_last":
+def _passed(p: batch_norm.Problem, sums: int) -> int:
+    """What a channel's blocks tell each other in channels_first: each part's sums, written and
+    read, and a counter in a line of its own, set to 0 and read."""
+    if p.layout == "channels_last" or p.N * p.HxW <= 8192:
         return 0
-    parts = MOST_PARTS if p.N * p.HxW > 8192 else 1
-    return 2 * (parts * sums + outcome) + 2 * 4
+    return 2 * MOST_PARTS * sums + 128 + 4
 
 
 def _apply(problem: batch_norm.Problem) -> Case:
@@ -241,7 +240,7 @@ def _backward(problem: batch_norm.Problem, chunks: int, device: str) -> Case:
     # weight, bias, stats; dweight, dbias; what the apply reads: written and read.
     small = 2 * 4 + 3 * 4 + 2 * 4 + (2 * (16 + 4) if streams else 0)
     sums = 2 * 8 * chunks if chunks > 1 and streams else 0
-    sums += 0 if streams else _passed(p, 8, 20)
+    sums += 0 if streams else _passed(p, 8)
     return _case(
         p,
         "backward",

@@ -33,21 +33,26 @@ constexpr int kLoadsAhead = !kAnyActivation<Act> ? kInFlight
                                                  : 2;
 
 // As merge() of norm.cuh, each lane with several parts on their way at once: where there are many,
-// waiting for one after the other is what takes the time.
+// waiting for one after the other is what takes the time. The first ones are on their way before
+// the shift is worked out.
 template <int kAhead, class Get, class Reduce>
 BATCHOPS_DEVICE MeanAndVariance merge_ahead(int64_t M, int64_t count, int lane, int lanes, Get get,
                                             Reduce reduce) {
-  const Moments first = get(int64_t{0});
-  double sums[2] = {};
-  double g = 0.0;
-  for (int64_t k = lane; k < count; k += int64_t{kAhead} * lanes) {
-    Moments parts[kAhead];
+  Moments parts[kAhead];
+  const auto load = [&](int64_t k) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int64_t at = k + int64_t{u} * lanes;
       parts[u] = at < count ? get(at) : Moments{0.0f, 0.0f, 0.0f, 0.0f};
     }
-    g = static_cast<double>(first.shift) + static_cast<double>(first.sum) * inverse(first.count);
+  };
+  const Moments first = get(int64_t{0});
+  int64_t k = lane;
+  load(k);
+  const double g =
+      static_cast<double>(first.shift) + static_cast<double>(first.sum) * inverse(first.count);
+  double sums[2] = {};
+  for (;;) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const Moments m = parts[u];
@@ -57,8 +62,10 @@ BATCHOPS_DEVICE MeanAndVariance merge_ahead(int64_t M, int64_t count, int lane, 
       sums[0] += nd;
       sums[1] += m.square + nd * nd * inverse(n);
     }
+    k += int64_t{kAhead} * lanes;
+    if (k >= count) break;
+    load(k);
   }
-  g = static_cast<double>(first.shift) + static_cast<double>(first.sum) * inverse(first.count);
   reduce(sums);
   const double part = inverse(static_cast<double>(M));
   const double rest = sums[1] - sums[0] * sums[0] * part;
@@ -127,10 +134,11 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
 }
 
 // Neighbouring lanes that share the chunks of one ghost batch in step 2: a block's threads where
-// there are many.
+// there are many, unless channels alone fill the device with warps.
 inline int finish_lanes(const Plan& plan) {
   constexpr int64_t kMany = 2 * kWarp;
-  if (plan.ghosts == 1 && plan.chunks > kMany) return kThreads;
+  constexpr int64_t kFew = 512;
+  if (plan.ghosts == 1 && plan.chunks > kMany && plan.C <= kFew) return kThreads;
   int lanes = 1;
   while (lanes < kWarp && (plan.ghosts == 1 || lanes < plan.chunks)) lanes *= 2;
   return lanes;
@@ -178,13 +186,14 @@ struct ChunkGrid {
   int64_t ghosts;
   // Units of a channel (channels_first) or rows (channels_last) of a ghost batch, and of the last.
   int64_t length, last_length;
-  int64_t chunk;     // of them
-  int64_t chunks;    // of a ghost batch
-  int64_t slots;     // chunks of a channel in all
-  int64_t across;    // channels (channels_first), tiles of them (channels_last)
-  int64_t pieces;    // of work
-  bool padded;       // rows are walked as if they were as long as the mask's
-  RowSplit plane;    // channels_first: units of a row
+  int64_t chunk;   // of them
+  int64_t chunks;  // of a ghost batch
+  int64_t slots;   // chunks of a channel in all
+  int64_t across;  // channels (channels_first), tiles of them (channels_last)
+  int64_t pieces;  // of work
+  bool padded;     // rows are walked as if they were as long as the mask's
+  RowSplit plane;  // channels_first: units of a row
+  WideDivide by_plane;
   RowTiles tiles;    // channels_last
   int together = 1;  // channels whose planes are taken together (PlanesChunk)
 
@@ -214,11 +223,15 @@ struct ChunkGrid {
       of_sample = row;
       chunk /= width;
       plane = RowSplit(row);
+      by_plane = WideDivide(row);
     }
     length = plan.samples * of_sample;
     last_length = plan.last_samples * of_sample;
     pieces = slots * across;
   }
+
+  // channels_first: elements between a set and the next one, of a ghost batch.
+  BATCHOPS_DEVICE int64_t of_set() const { return together * HxW; }
 
   // For PlanesChunk: chunks of so many samples.
   void take_together(const Plan& plan, int width, int channels, int64_t samples) {
@@ -303,6 +316,16 @@ struct ChunkPlace {
       if (ghost >= grid.ghosts) ghost = grid.ghosts - 1;
       index -= ghost * grid.chunks;
     }
+    lie(grid, index);
+  }
+  // Of a ghost batch's chunks the `index`-th.
+  BATCHOPS_DEVICE ChunkPlace(const ChunkGrid& grid, int64_t of, int64_t of_ghost, int64_t index)
+      : across(of), slot(of_ghost * grid.chunks + index), ghost(of_ghost) {
+    lie(grid, index);
+  }
+
+ private:
+  BATCHOPS_DEVICE void lie(const ChunkGrid& grid, int64_t index) {
     const int64_t from = index * grid.chunk;
     const int64_t left = (ghost + 1 == grid.ghosts ? grid.last_length : grid.length) - from;
     begin = ghost * grid.length + from;
@@ -324,8 +347,9 @@ struct Chunk<Layout::channels_first, W> {
   ChunkPlace at;
   int64_t first_plane, first_column;
 
-  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : grid(g), at(g, piece) {
-    first_plane = at.begin / g.plane.units;
+  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : Chunk(g, ChunkPlace(g, piece)) {}
+  BATCHOPS_DEVICE Chunk(const ChunkGrid& g, const ChunkPlace& place) : grid(g), at(place) {
+    first_plane = g.by_plane.quotient(at.begin);
     first_column = at.begin - first_plane * g.plane.units;
   }
 
@@ -467,7 +491,7 @@ struct PlanesChunk {
   int first, split;  // of its elements' channels; those from `split` on belong to the next one
   bool active;
 
-  BATCHOPS_DEVICE PlanesChunk(const ChunkGrid& g, int64_t piece) : grid(g), at(g, piece) {
+  BATCHOPS_DEVICE PlanesChunk(const ChunkGrid& g, const ChunkPlace& place) : grid(g), at(place) {
     const int plane = static_cast<int>(g.HxW);
     row_of_block = static_cast<int>(threadIdx.x) / g.tiles.tile;
     unit = static_cast<int>(threadIdx.x) - row_of_block * g.tiles.tile;
@@ -648,9 +672,16 @@ struct Parameters {
   const void* bias;
   DType dtype;
 
-  BATCHOPS_DEVICE Affine affine(int64_t c, float mean, float mean_low, float rstd) const {
-    return make_affine(mean, mean_low, rstd, weight ? load_as_float(weight, dtype, c) : 1.0f,
-                       bias ? load_as_float(bias, dtype, c) : 0.0f);
+  struct Pair {
+    float weight, bias;
+
+    BATCHOPS_DEVICE Affine affine(float mean, float mean_low, float rstd) const {
+      return make_affine(mean, mean_low, rstd, weight, bias);
+    }
+  };
+  BATCHOPS_DEVICE Pair of(int64_t c) const {
+    return {weight ? load_as_float(weight, dtype, c) : 1.0f,
+            bias ? load_as_float(bias, dtype, c) : 0.0f};
   }
 };
 

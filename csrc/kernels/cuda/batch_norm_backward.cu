@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   using Table = std::conditional_t<kCrowded, AffineTable, int>;
   BATCHOPS_SHARED(table, Table);
   const Gradients& gradients = args.gradients;
+  const Fetch<T, W, kMayAdd<Act>> fetch(args.tensors);
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     }
     float sums[2][kChannels];
     sums_of<T, kLoadsAhead<Act, kCrowded>, false>(
-        chunk, args.tensors, act, affines_of<W>(table, affine, chunk),
-        [](int, const Loaded<T, W>&) {}, scratch, sums);
+        chunk, args.tensors, act, affines_of<W>(table, affine, chunk), [](int) {},
+        [&](int, const Place& place, Loaded<T, W>& to) { fetch(place, to); }, scratch, sums);
 
     if (!chunk.writes()) continue;
 #pragma unroll
@@ -70,9 +71,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         args.sums[c * args.grid.slots + chunk.at.slot] = make_float2(sums[0][j], sums[1][j]);
         continue;
       }
-      const ColumnSums of_column = gradients.sums(0, c, sums[0][j], sums[1][j]);
+      const Column column = gradients.column(0, c);
+      const ColumnSums of_column = gradients.sums(column, sums[0][j], sums[1][j]);
       gradients.store(c, of_column);
-      store_direction(gradients.direction(0, c, of_column), args.direction, args.shift, c);
+      store_direction(gradients.direction(column, 0, of_column), args.direction, args.shift, c);
     }
   }
 }
@@ -101,12 +103,13 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   };
   if (args.lanes == kThreads) {
     for (int64_t c = blockIdx.x; c < g.C; c += gridDim.x) {
+      const Column column = g.column(0, c);
       double sums[2] = {};
       sum_of(args.sums + c * args.slots, args.slots, static_cast<int>(threadIdx.x), sums);
       block_sum<kThreads>(sums);
-      const ColumnSums of_column = g.sums(0, c, sums[0], sums[1]);
+      const ColumnSums of_column = g.sums(column, sums[0], sums[1]);
       if (threadIdx.x == 0 && args.direction != nullptr) {
-        store_direction(g.direction(0, c, of_column), args.direction, args.shift, c);
+        store_direction(g.direction(column, 0, of_column), args.direction, args.shift, c);
       } else if (threadIdx.x == kWarp) {
         g.store(c, of_column);
       }
@@ -131,9 +134,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       sums[0] = sum_of_lanes(sums[0], args.lanes);
       sums[1] = sum_of_lanes(sums[1], args.lanes);
       if (!active || in_team != 0) continue;
-      const ColumnSums of_column = g.sums(ghost, c, sums[0], sums[1]);
+      const Column column = g.column(ghost, c);
+      const ColumnSums of_column = g.sums(column, sums[0], sums[1]);
       if (args.direction != nullptr) {
-        store_direction(g.direction(ghost, c, of_column), args.direction, args.shift,
+        store_direction(g.direction(column, ghost, of_column), args.direction, args.shift,
                         ghost * g.C + c);
       }
       all.bias += of_column.bias;
@@ -238,7 +242,8 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
   const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
   if (!wants_sums && !wants_elements) return nullptr;
   const Plan plan = make_plan(shape, args.mask != nullptr);
-  if (wants_sums && wants_elements) {
+  // Without elements too: so the sums have the same bits, whatever else is wanted.
+  if (wants_sums) {
     bool done = false;
     const char* error = backward_resident(args, plan, workspace, device, stream, done);
     if (error != nullptr || done) return error;

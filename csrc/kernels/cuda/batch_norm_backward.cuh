@@ -27,7 +27,16 @@ struct ColumnSums {
   double bias, weight;
 };
 
-// What becomes of the sums of a column (a ghost batch and a channel c).
+// What the forward has made of a column (a ghost batch and a channel), and the channel's
+// parameters.
+struct Column {
+  float mean, low, rstd;
+  Parameters::Pair own;
+
+  BATCHOPS_DEVICE Affine affine() const { return own.affine(mean, low, rstd); }
+};
+
+// What becomes of the sums of a column.
 struct Gradients {
   int64_t C, ghosts;
   int64_t M, last_M;   // values of a column, of one of the last ghost batch
@@ -38,25 +47,27 @@ struct Gradients {
   bool training;
 
   BATCHOPS_DEVICE int64_t columns() const { return ghosts * C; }
+  BATCHOPS_DEVICE Column column(int64_t ghost, int64_t c) const {
+    const float* of = stats + ghost * C + c;
+    return {of[0], of[columns()], of[2 * columns()], parameters.of(c)};
+  }
   BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
-    const float* column = stats + ghost * C + c;
-    return parameters.affine(c, column[0], column[columns()], column[2 * columns()]);
+    return column(ghost, c).affine();
   }
 
-  BATCHOPS_DEVICE ColumnSums sums(int64_t ghost, int64_t c, double sum, double product) const {
-    const float* column = stats + ghost * C + c;
-    const double low = column[columns()];
-    const double rstd = column[2 * columns()];
+  BATCHOPS_DEVICE ColumnSums sums(const Column& column, double sum, double product) const {
+    const double low = column.low;
+    const double rstd = column.rstd;
     return {sum, rstd * (product - low * sum)};
   }
-  BATCHOPS_DEVICE Direction direction(int64_t ghost, int64_t c, const ColumnSums& sums) const {
-    const Affine a = affine(ghost, c);
-    const float* column = stats + ghost * C + c;
+  BATCHOPS_DEVICE Direction direction(const Column& column, int64_t ghost,
+                                      const ColumnSums& sums) const {
+    const Affine a = column.affine();
     double along = 0.0;
     double constant = 0.0;
     if (training) {
-      const double low = column[columns()];
-      const double rstd = column[2 * columns()];
+      const double low = column.low;
+      const double rstd = column.rstd;
       const double values = static_cast<double>(ghost + 1 == ghosts ? last_M : M);
       along = -a.scale * rstd * sums.weight / values;
       constant = -a.scale * sums.bias / values - along * low;
@@ -129,6 +140,24 @@ struct Loaded {
   unsigned bits;
 };
 
+// What fetches dy, x and residual of a place from memory.
+template <class T, int W, bool kAdds>
+struct Fetch {
+  const T* __restrict__ dy;
+  const T* __restrict__ x;
+  const T* __restrict__ residual;
+
+  BATCHOPS_DEVICE explicit Fetch(const Tensors& args)
+      : dy(static_cast<const T*>(args.dy)),
+        x(static_cast<const T*>(args.x)),
+        residual(static_cast<const T*>(args.residual)) {}
+  BATCHOPS_DEVICE void operator()(const Place& place, Loaded<T, W>& to) const {
+    to.dy = load_unit<T, W>(dy + place.offset);
+    to.x = load_unit<T, W>(x + place.offset);
+    if (kAdds && residual != nullptr) to.residual = load_unit<T, W>(residual + place.offset);
+  }
+};
+
 // Makes dz of a unit's dy: from its bits of the mask, or from z = affine(j)(x) + residual.
 template <class Act, int W, class AffineOf>
 BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (&x)[W],
@@ -196,24 +225,24 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
 }
 
 // The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
-// affines(first) gives what gives the coefficients of its channel first + j; keep(i, loaded) gets
-// what it loads of its i-th unit. kShort: the chunk is too short for the errors of a plain sum to
-// grow.
-template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Keep>
+// affines(first) gives what gives the coefficients of its channel first + j; get(i, place, loaded)
+// fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of a batch.
+// kShort: the chunk is too short for the errors of a plain sum to grow.
+template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Ready,
+          class Get>
 BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
-                             Affines affines, Keep keep, typename MyChunk::Scratch& scratch,
+                             Affines affines, Ready ready, Get get,
+                             typename MyChunk::Scratch& scratch,
                              float (&sums)[2][MyChunk::kChannels]) {
   constexpr int W = MyChunk::kWidth;
   constexpr int kChannels = MyChunk::kChannels;
-  const T* __restrict__ dy = static_cast<const T*>(args.dy);
-  const T* __restrict__ x = static_cast<const T*>(args.x);
-  const T* __restrict__ residual = static_cast<const T*>(args.residual);
   const uint8_t* __restrict__ mask = args.mask;
-  const bool adds = kMayAdd<Act> && residual != nullptr;
+  const bool adds = kMayAdd<Act> && args.residual != nullptr;
 
 #pragma unroll
   for (int j = 0; j < kChannels; ++j) sums[0][j] = sums[1][j] = 0.0f;
   for (int batch = 0; batch < chunk.batches(); ++batch) {
+    ready(batch);
     float of_batch[2][kShort ? 1 : kChannels] = {};
 #pragma unroll 1
     for (int part = 0; part < kInFlight; part += kAhead) {
@@ -225,16 +254,10 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
         valid[u] = place.valid;
         loaded[u].bits = 0;
         if (!place.valid) continue;
-        loaded[u].dy = load_unit<T, W>(dy + place.offset);
-        loaded[u].x = load_unit<T, W>(x + place.offset);
-        if (adds) loaded[u].residual = load_unit<T, W>(residual + place.offset);
+        get(batch * kInFlight + part + u, place, loaded[u]);
         if (Act::kNeedsZ && mask != nullptr) {
           loaded[u].bits = bits_of(chunk, mask, args.mask_row, place);
         }
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (valid[u]) keep(batch * kInFlight + part + u, loaded[u]);
       }
       constexpr int kAtOnce = MyChunk::kAtOnce;
 #pragma unroll

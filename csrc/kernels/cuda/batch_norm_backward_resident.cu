@@ -15,28 +15,71 @@ struct ResidentArguments {
   Gradients gradients;
 };
 
-template <class T, Layout kLayout, int W, class Act>
+// The tensors that are kept, in their order.
+template <class T, int kTensors>
+struct From {
+  const T* of[kTensors];
+
+  BATCHOPS_DEVICE explicit From(const Tensors& tensors) {
+    of[0] = static_cast<const T*>(tensors.dy);
+    of[1] = static_cast<const T*>(tensors.x);
+    if constexpr (kTensors > 2) of[2] = static_cast<const T*>(tensors.residual);
+  }
+};
+
+// The thread's i-th unit of each tensor.
+template <class T, int W, class MyFetch>
+BATCHOPS_DEVICE void get(const Kept<T, W>& kept, const MyFetch& fetch, int count, int i,
+                         const Place& place, Loaded<T, W>& to) {
+  if (!kept.has(i)) return fetch(place, to);
+  to.dy = kept.at(0, i);
+  to.x = kept.at(1, i);
+  if (count > 2) to.residual = kept.at(2, i);
+}
+
+BATCHOPS_DEVICE bool writes_elements(const Tensors& tensors) {
+  return tensors.dx != nullptr || tensors.dresidual != nullptr;
+}
+
+// The sums of parts lane, lane + lanes, … with several on their way at once.
+template <int kAhead, class Get>
+BATCHOPS_DEVICE void add_up(int parts, int lane, int lanes, Get get, double (&to)[2]) {
+  for (int k = lane; k < parts; k += kAhead * lanes) {
+    float2 of[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      of[u] = k + u * lanes < parts ? get(k + u * lanes) : make_float2(0.0f, 0.0f);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      to[0] += of[u].x;
+      to[1] += of[u].y;
+    }
+  }
+}
+
+// channels_last.
+template <class T, int W, class Act>
 __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_backward_resident(const __grid_constant__ ResidentArguments args,
                                  const __grid_constant__ Act act) {
-  using MyChunk = Chunk<kLayout, W>;
+  using MyChunk = Chunk<Layout::channels_last, W>;
   constexpr int kChannels = MyChunk::kChannels;
-  constexpr int kTile = kLayout == Layout::channels_first ? 1 : kMostResidentTile;
   // Large units leave few registers, so that fewer are loaded ahead, and many channels a thread
   // even less: there coefficients are read from shared memory again for each unit.
   constexpr bool kCrowded = kChannels == 8;
   constexpr int kAhead = W < 8 ? kLoadsAhead<Act> : kCrowded && kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
-  BATCHOPS_SHARED(own_sums, float2[kTile]);
-  BATCHOPS_SHARED(directions, Direction[kTile]);
+  BATCHOPS_SHARED(own_sums, float2[kMostResidentTile]);
+  BATCHOPS_SHARED(directions, Direction[kMostResidentTile]);
   using Table = std::conditional_t<kCrowded, AffineTable, int>;
   BATCHOPS_SHARED(table, Table);
   const Tensors& tensors = args.tensors;
-  const T* __restrict__ dy = static_cast<const T*>(tensors.dy);
-  const T* __restrict__ x = static_cast<const T*>(tensors.x);
-  const T* __restrict__ residual = static_cast<const T*>(tensors.residual);
-  const bool adds = kMayAdd<Act> && residual != nullptr;
+  constexpr int kTensors = kMayAdd<Act> ? 3 : 2;
+  const From<T, kTensors> from(tensors);
+  const Fetch<T, W, kMayAdd<Act>> fetch(tensors);
+  const int count = kMayAdd<Act> && tensors.residual != nullptr ? 3 : 2;
   const Team& team = args.team;
   const Gradients& g = args.gradients;
   const Kept<T, W> kept{bytes, team.kept};
@@ -49,6 +92,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     const Meeting<float2> meeting{team, set, rank, own_sums};
     {
       const MyChunk chunk(args.grid, forgotten(piece));
+      const Bringing<kTensors, MyChunk, T, W> bringing{chunk, kept, from.of, count};
+      bringing.start();
       const int channels = chunk.channels();
       Affine affine[kCrowded ? 1 : kChannels] = {};
       if constexpr (kCrowded) {
@@ -67,11 +112,9 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       float sums[2][kChannels];
       sums_of<T, kAhead, true>(
           chunk, tensors, act, affines_of<W>(table, affine, chunk),
-          [&](int i, const Loaded<T, W>& loaded) {
-            if (!kept.has(i)) return;
-            kept.at(0, i) = loaded.dy;
-            kept.at(1, i) = loaded.x;
-            if (adds) kept.at(2, i) = loaded.residual;
+          [&](int batch) { bringing.ready(batch); },
+          [&](int i, const Place& place, Loaded<T, W>& to) {
+            get(kept, fetch, count, i, place, to);
           },
           scratch, sums);
       if (chunk.writes()) {
@@ -86,19 +129,15 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     const int channels = chunk.channels();
     meeting.for_channels(channels, [&](int r, int lane, int lanes) {
       const int channel = r < channels ? r : 0;
-      double sum = 0.0;
-      double product = 0.0;
-      for (int k = lane; k < team.parts; k += lanes) {
-        const float2 s = meeting.of(k, channel);
-        sum += s.x;
-        product += s.y;
-      }
-      sum = sum_of_lanes(sum, lanes);
-      product = sum_of_lanes(product, lanes);
+      const int64_t c = chunk.first_channel() + channel;
+      const Column column = g.column(ghost, c);
+      double all[2] = {};
+      add_up<4>(team.parts, lane, lanes, [&](int k) { return meeting.of(k, channel); }, all);
+      const double sum = sum_of_lanes(all[0], lanes);
+      const double product = sum_of_lanes(all[1], lanes);
       if (r >= channels || lane != 0) return;
-      const int64_t c = chunk.first_channel() + r;
-      const ColumnSums of_column = g.sums(ghost, c, sum, product);
-      directions[r] = g.direction(ghost, c, of_column);
+      const ColumnSums of_column = g.sums(column, sum, product);
+      directions[r] = g.direction(column, ghost, of_column);
       if (rank != 0) return;
       if (args.columns == nullptr) {
         g.store(c, of_column);
@@ -116,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         if (chunk.has_channel(j)) direction[j] = directions[chunk.local(j)];
       }
     }
-    for (int batch = chunk.batches() - 1; batch >= 0; --batch) {
+    for (int batch = writes_elements(tensors) ? chunk.batches() - 1 : -1; batch >= 0; --batch) {
 #pragma unroll 1
       for (int part = 0; part < kInFlight; part += kAhead) {
         Place places[kAhead];
@@ -126,16 +165,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         propagate<T, W, kAhead>(
             tensors, act, places,
             [&](int u, const Place& place, Loaded<T, W>& to) {
-              const int i = batch * kInFlight + part + u;
-              if (kept.has(i)) {
-                to.dy = kept.at(0, i);
-                to.x = kept.at(1, i);
-                if (adds) to.residual = kept.at(2, i);
-              } else {
-                to.dy = load_unit<T, W>(dy + place.offset);
-                to.x = load_unit<T, W>(x + place.offset);
-                if (adds) to.residual = load_unit<T, W>(residual + place.offset);
-              }
+              get(kept, fetch, count, batch * kInFlight + part + u, place, to);
             },
             [&](int, int j) {
               return kCrowded ? directions[forgotten(first) + j] : direction[j % kChannels];
@@ -147,45 +177,77 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 }
 
 // channels_first: a set is a ghost batch's channel, or as many as have their planes taken together.
+// What is kept of a set is on its way while dx of the one before is made.
 template <class T, int W, bool kPlanes, class Act>
-__global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8))
+__global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8, true))
     batch_norm_backward_flow(const __grid_constant__ ResidentArguments args,
                              const __grid_constant__ Act act) {
   using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
   constexpr int kChannels = MyChunk::kChannels;
+  constexpr int kMost = kPlanes ? kThreads / kWarp : 1;
   constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
+  BATCHOPS_SHARED(own_sums, float2[2 * kMost]);
+  BATCHOPS_SHARED(columns, Column[2][kMost]);  // of sets in turn
+  BATCHOPS_SHARED(directions, Direction[kMost]);
   const Tensors& tensors = args.tensors;
-  const T* __restrict__ dy = static_cast<const T*>(tensors.dy);
-  const T* __restrict__ x = static_cast<const T*>(tensors.x);
-  const T* __restrict__ residual = static_cast<const T*>(tensors.residual);
-  const bool adds = kMayAdd<Act> && residual != nullptr;
+  constexpr int kTensors = kMayAdd<Act> ? 3 : 2;
+  const From<T, kTensors> from(tensors);
+  const Fetch<T, W, kMayAdd<Act>> fetch(tensors);
+  const int count = kMayAdd<Act> && tensors.residual != nullptr ? 3 : 2;
   const Team& team = args.team;
   const Gradients& g = args.gradients;
-  const Passing<float2, Direction> passing{team};
+  const Passing<float2> passing{team, own_sums, kMost};
   const int rank = static_cast<int>(blockIdx.x % team.parts);
-  const int64_t teams = gridDim.x / team.parts;
-  const auto piece_of = [&](int64_t set, int64_t& ghost) {
-    ghost = set / args.grid.across;
-    return (ghost * team.parts + rank) * args.grid.across + (set - ghost * args.grid.across);
+  const int teams = static_cast<int>(gridDim.x) / team.parts;
+  const auto chunk_of = [&](int64_t set) {
+    const int64_t ghost = args.grid.ghosts > 1 ? set / args.grid.across : 0;
+    return MyChunk(args.grid, ChunkPlace(args.grid, set - ghost * args.grid.across, ghost, rank));
   };
-  // The set whose sums are next, and the one before, whose sums have been left.
-  int64_t set = blockIdx.x / team.parts;
-  int64_t before = -1;
-  Kept<T, W> kept{bytes, team.kept};
-  Kept<T, W> other{
-      bytes + (adds ? 3 : 2) * team.kept * kThreads * static_cast<int>(sizeof(Unit<T, W>)),
-      team.kept};
-
-  for (;; before = set, set += teams) {
+  // Of two sets in turn.
+  const int of_set = count * team.kept * kThreads * static_cast<int>(sizeof(Unit<T, W>));
+  const auto kept_of = [&](unsigned turn) {
+    return Kept<T, W>{bytes + (turn % 2 == 0 ? 0 : of_set), team.kept};
+  };
+  const auto bring = [&](int64_t set, unsigned turn) {
     if (set < team.sets) {
-      int64_t ghost;
-      const MyChunk chunk(args.grid, piece_of(set, ghost));
+      const MyChunk chunk = chunk_of(set);
+      const Kept<T, W> kept = kept_of(turn);
+      for (int batch = 0; batch * kInFlight < kept.units; ++batch) {
+        bring_batch(chunk, batch, kept, from.of, count);
+      }
+    }
+    __pipeline_commit();
+  };
+  // A warp for each of a set's channels.
+  const auto channel_of_warp = [] { return forgotten(static_cast<int>(threadIdx.x)) / kWarp; };
+  const int channels = kPlanes ? args.grid.together : 1;
+  const auto column_of = [&](int64_t set, int channel) {
+    const int64_t ghost = set / args.grid.across;
+    return g.column(ghost, (set - ghost * args.grid.across) * args.grid.together + channel);
+  };
+  // The set whose sums are next; of the one before they have been left.
+  int64_t set = blockIdx.x / team.parts;
+  bring(set, 0);
+  if (const int channel = channel_of_warp(); channel < channels && threadIdx.x % kWarp == 0) {
+    columns[0][channel] = column_of(set, channel);
+  }
+  bring(set + teams, 1);
+  __syncthreads();
+
+  for (unsigned turn = 0;; set += teams, ++turn) {
+    const int64_t before = set - teams;
+    if (set < team.sets) {
+      const MyChunk chunk = chunk_of(set);
+      const Kept<T, W> kept = kept_of(turn);
       Affine affine[kPlanes ? 2 : 1];
-      affine[0] = g.affine(ghost, chunk.first_channel() + chunk.local(0));
-      if constexpr (kPlanes) {
-        affine[1] = g.affine(ghost, chunk.first_channel() + chunk.local(W - 1));
+      affine[0] = columns[turn % 2][chunk.local(0)].affine();
+      if constexpr (kPlanes) affine[1] = columns[turn % 2][chunk.local(W - 1)].affine();
+      if (turn == 0) {
+        __pipeline_wait_prior(1);
+      } else {
+        __pipeline_wait_prior(0);
       }
       float sums[2][kChannels];
       sums_of<T, kAhead, true>(
@@ -196,63 +258,63 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
               return affine[0];
             };
           },
-          [&](int i, const Loaded<T, W>& loaded) {
-            if (!kept.has(i)) return;
-            kept.at(0, i) = loaded.dy;
-            kept.at(1, i) = loaded.x;
-            if (adds) kept.at(2, i) = loaded.residual;
+          [](int) {},
+          [&](int i, const Place& place, Loaded<T, W>& to) {
+            get(kept, fetch, count, i, place, to);
           },
           scratch, sums);
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
         if (chunk.writes(j)) {
-          passing.sums(set, rank, chunk.local(j)) = make_float2(sums[0][j], sums[1][j]);
+          passing.sums(set, turn, rank, chunk.local(j)) = make_float2(sums[0][j], sums[1][j]);
         }
       }
-      if (passing.arrive(set)) {
-        int channel = 0;
-        int thread = static_cast<int>(threadIdx.x);
-        int threads = kThreads;
-        if constexpr (kPlanes) {  // a warp each
-          channel = thread / kWarp;
-          thread %= kWarp;
-          threads = kWarp;
-        }
-        const bool writes = thread == 0 && channel < chunk.channels();
+      passing.arrive(set);
+    } else {
+      __syncthreads();  // all have read `directions`
+    }
+    if (const int channel = channel_of_warp(); channel < channels) {
+      const bool writes = threadIdx.x % kWarp == 0;
+      Column following{};
+      if (set + teams < team.sets && writes) following = column_of(set + teams, channel);
+      if (turn > 0) {
+        // Each block of the team in turn does what one has to.
+        const bool mine =
+            (turn - 1) % static_cast<unsigned>(team.parts) == static_cast<unsigned>(rank);
+        passing.wait(before);
         double all[2] = {};
-        for (int k = thread; k < team.parts && channel < chunk.channels(); k += threads) {
-          const float2 part = passing.sums(set, k, channel);
-          all[0] += part.x;
-          all[1] += part.y;
-        }
-        if constexpr (kPlanes) {
-          all[0] = warp_sum(all[0]);
-          all[1] = warp_sum(all[1]);
-        } else {
-          block_sum<kThreads>(all);
-        }
+        add_up<2>(
+            team.parts, static_cast<int>(threadIdx.x) % kWarp, kWarp,
+            [&](int k) { return passing.sums(before, turn - 1, k, channel); }, all);
+        all[0] = warp_sum(all[0]);
+        all[1] = warp_sum(all[1]);
         if (writes) {
-          const int64_t c = chunk.first_channel() + channel;
-          const ColumnSums of_column = g.sums(ghost, c, all[0], all[1]);
-          passing.result(set, channel) = g.direction(ghost, c, of_column);
-          if (args.columns == nullptr) {
+          const int64_t ghost = before / args.grid.across;
+          const int64_t c = (before - ghost * args.grid.across) * args.grid.together + channel;
+          const Column column = columns[(turn - 1) % 2][channel];
+          const ColumnSums of_column = g.sums(column, all[0], all[1]);
+          directions[channel] = g.direction(column, ghost, of_column);
+          if (mine && args.columns == nullptr) {
             g.store(c, of_column);
-          } else {
+          } else if (mine) {
             args.columns[c * g.ghosts + ghost] =
                 make_float2(static_cast<float>(all[0]), static_cast<float>(all[1]));
           }
         }
-        passing.tell(set);
       }
+      if (writes) columns[(turn + 1) % 2][channel] = following;
     }
-    if (before >= 0) {
-      int64_t ghost;
-      const MyChunk chunk(args.grid, piece_of(before, ghost));
-      passing.wait(before);
+    __syncthreads();
+    if (turn > 0) {
+      const MyChunk chunk = chunk_of(forgotten(before));
       Direction direction[kPlanes ? 2 : 1];
-      direction[0] = passing.result(before, chunk.local(0));
-      if constexpr (kPlanes) direction[1] = passing.result(before, chunk.local(W - 1));
-      for (int batch = chunk.batches() - 1; batch >= 0; --batch) {
+      direction[0] = directions[chunk.local(0)];
+      if constexpr (kPlanes) direction[1] = directions[chunk.local(W - 1)];
+      const Kept<T, W> other = kept_of(turn - 1);
+      const bool elements = writes_elements(tensors);
+      const bool along =
+          kCopies<T, W> && elements && args.grid.ghosts == 1 && set + teams < team.sets;
+      for (int batch = elements ? chunk.batches() - 1 : -1; batch >= 0; --batch) {
 #pragma unroll 1
         for (int part = 0; part < kInFlight; part += kAhead) {
           Place places[kAhead];
@@ -261,16 +323,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
           propagate<T, W, kAhead>(
               tensors, act, places,
               [&](int u, const Place& place, Loaded<T, W>& to) {
-                const int i = batch * kInFlight + part + u;
-                if (other.has(i)) {
-                  to.dy = other.at(0, i);
-                  to.x = other.at(1, i);
-                  if (adds) to.residual = other.at(2, i);
-                } else {
-                  to.dy = load_unit<T, W>(dy + place.offset);
-                  to.x = load_unit<T, W>(x + place.offset);
-                  if (adds) to.residual = load_unit<T, W>(residual + place.offset);
-                }
+                get(other, fetch, count, batch * kInFlight + part + u, place, to);
               },
               [&](int, int j) {
                 if constexpr (kPlanes) return j < chunk.split ? direction[0] : direction[1];
@@ -279,13 +332,26 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
               [&](const Place& place) {
                 return bits_of(chunk, tensors.mask, tensors.mask_row, place);
               });
+          if constexpr (kCopies<T, W>) {
+            // Their places are free for those of the next set but one, which lie as these do.
+            if (!along) continue;
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+              const int i = batch * kInFlight + part + u;
+              if (!other.has(i) || !places[u].valid) continue;
+              bring_unit(other, i, from.of, count,
+                         places[u].offset + int64_t{2} * teams * args.grid.of_set());
+            }
+          }
         }
+      }
+      if (along) {
+        __pipeline_commit();
+      } else {
+        bring(set + teams, turn - 1);
       }
     }
     if (set >= team.sets) break;
-    const Kept<T, W> next = other;
-    other = kept;
-    kept = next;
   }
 }
 
@@ -318,38 +384,37 @@ const char* backward_resident(const BatchNormBackward& args, const Plan& plan, v
                                                        args.dresidual};
   const Residency found = residency_for(plan, keeping, on, pointers);
   if (!found.possible) return nullptr;
-  const TeamPlaces places(found, keeping);
-  auto* columns =
-      plan.ghosts == 1
-          ? nullptr
-          : reinterpret_cast<float2*>(static_cast<unsigned char*>(workspace) + places.bytes());
+  float2* columns = nullptr;
   const Gradients gradients = gradients_of(args, plan);
-
-  const auto run_planes = [&](auto type, auto width, auto act) -> const char* {
+  const auto launched = [&](const char* name, auto type, auto width, auto act, auto kernel) {
     using T = typename decltype(type)::type;
     constexpr int W = decltype(width)::value;
-    const ResidentArguments to{tensors, columns, residency::grid(plan, keeping, found, W),
-                               make_team<T, W>(plan, keeping, found, places, workspace), gradients};
-    return launch_team(kBackward, "batch_norm_backward_flow",
-                       batch_norm_backward_flow<T, W, true, decltype(act)>, found, to, act, device,
-                       stream, done);
-  };
-  const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
-    using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    constexpr int W = decltype(width)::value;
-    const ResidentArguments to{tensors, columns, residency::grid(plan, keeping, found, W),
-                               make_team<T, W>(plan, keeping, found, places, workspace), gradients};
-    if constexpr (kLayout == Layout::channels_first) {
-      if (found.flow) {
-        return launch_team(kBackward, "batch_norm_backward_flow",
-                           batch_norm_backward_flow<T, W, false, decltype(act)>, found, to, act,
-                           device, stream, done);
+    const auto make = [&](const Residency& cut) {
+      const TeamPlaces places(cut, keeping);
+      if (plan.ghosts > 1) {
+        columns =
+            reinterpret_cast<float2*>(static_cast<unsigned char*>(workspace) + places.bytes());
       }
+      return ResidentArguments{tensors, columns, residency::grid(plan, keeping, cut, W),
+                               make_team<T, W>(plan, keeping, cut, places, workspace), gradients};
+    };
+    return launch_team(kBackward, name, kernel, plan, keeping, found, make, act, device, stream,
+                       done);
+  };
+  const auto run_planes = [&](auto type, auto width, auto act) {
+    return launched("batch_norm_backward_flow", type, width, act,
+                    batch_norm_backward_flow<typename decltype(type)::type, decltype(width)::value,
+                                             true, decltype(act)>);
+  };
+  const auto run = [&](auto type, auto width, auto act) {
+    using T = typename decltype(type)::type;
+    constexpr int W = decltype(width)::value;
+    if (found.flow) {
+      return launched("batch_norm_backward_flow", type, width, act,
+                      batch_norm_backward_flow<T, W, false, decltype(act)>);
     }
-    return launch_team(kBackward, "batch_norm_backward_resident",
-                       batch_norm_backward_resident<T, kLayout, W, decltype(act)>, found, to, act,
-                       device, stream, done);
+    return launched("batch_norm_backward_resident", type, width, act,
+                    batch_norm_backward_resident<T, W, decltype(act)>);
   };
   const bool any = tensors.residual != nullptr;
   const char* error = found.planes ? dispatch_planes(kBackward, shape, run_planes, any)

@@ -32,7 +32,9 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
     Moments found[kChannels];
-    moments_of<false>(chunk, x, [](int, const Unit<T, W>&) {}, scratch, found);
+    moments_of<false, T>(
+        chunk, [](int) {},
+        [&](int, const Place& place) { return load_unit<T, W>(x + place.offset); }, scratch, found);
     if (!chunk.writes()) continue;
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
@@ -85,8 +87,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       continue;
     }
     const Moments* __restrict__ moments = args.moments + c * args.slots;
-    const double origin = static_cast<double>(moments[0].shift) +
-                          static_cast<double>(moments[0].sum) / moments[0].count;
+    double origin = 0.0;  // the first column's mean
     const int in_team = lane % args.lanes;
     double sum = 0.0;  // over columns, of their means less the origin
     double square = 0.0;
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             sums[0] = sum_of_lanes(sums[0], args.lanes);
             sums[1] = sum_of_lanes(sums[1], args.lanes);
           });
+      if (first == 0) origin = __shfl_sync(kAllLanes, found.mean, 0);
       if (!active || in_team != 0) continue;
       if (args.known == Known::chunks) {
         const Affine a = s.store(ghost, c, found.mean, found.square / static_cast<double>(M));

@@ -1,5 +1,7 @@
 // What the kernels of batch norm's forward share, and the way to those that read x once.
 #pragma once
+#include <cfloat>
+
 #include "kernels/cuda/batch_norm.cuh"
 
 namespace batchops::cuda {
@@ -27,22 +29,26 @@ struct Statistics {
   BATCHOPS_DEVICE Affine affine(int64_t ghost, int64_t c) const {
     const int64_t columns = ghosts * C;
     const float* column = stats + ghost * C + c;
-    return parameters.affine(c, column[0], column[columns], column[2 * columns]);
+    return parameters.of(c).affine(column[0], column[columns], column[2 * columns]);
   }
-  // `writes`: into stats; everyone gets the coefficients.
+  BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance) const {
+    return store(ghost, c, mean, variance, parameters.of(c), true);
+  }
+  // `own`: the channel's parameters; `writes`: into stats; everyone gets the coefficients.
   BATCHOPS_DEVICE Affine store(int64_t ghost, int64_t c, double mean, double variance,
-                               bool writes = true) const {
+                               const Parameters::Pair& own, bool writes) const {
     const int64_t columns = ghosts * C;
     float* column = stats + ghost * C + c;
     const float high = static_cast<float>(mean);
-    const float low = mean == high ? 0.0f : static_cast<float>(mean - high);  // also of infinity
+    // What float has no room for is infinite, and has no low part.
+    const float low = fabsf(high) <= FLT_MAX ? static_cast<float>(mean - high) : 0.0f;
     const float rstd = static_cast<float>(inverse_root(variance + eps));
     if (writes) {
       column[0] = high;
       column[columns] = low;
       column[2 * columns] = rstd;
     }
-    return parameters.affine(c, high, low, rstd);
+    return own.affine(high, low, rstd);
   }
   // With the statistics of all samples.
   BATCHOPS_DEVICE void update(int64_t c, double mean, double square) const {
@@ -80,10 +86,11 @@ inline bool walks_mask(const BatchNormForward& args) {
          (args.residual != nullptr && traits_of(args.shape.activation).maskable);
 }
 
-// Moments of a chunk for the thread's channels, in all threads. keep(i, unit) gets each unit that
-// it loads, by its number. kShort: the chunk is too short for the errors of a plain sum to grow.
-template <bool kShort, class T, class MyChunk, class Keep>
-BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, Keep keep,
+// Moments of a chunk for the thread's channels, in all threads. get(i, place) gives the thread's
+// i-th unit, ready(batch) comes before those of a batch. kShort: the chunk is too short for the
+// errors of a plain sum to grow.
+template <bool kShort, class T, class MyChunk, class Ready, class Get>
+BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
                                 typename MyChunk::Scratch& scratch,
                                 Moments (&found)[MyChunk::kChannels]) {
   constexpr int W = MyChunk::kWidth;
@@ -91,11 +98,12 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, K
   Unit<T, W> units[kInFlight];
   bool valid[kInFlight];
   const auto load = [&](int batch) {
+    ready(batch);
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const Place place = chunk.place(batch, u);
       valid[u] = place.valid;
-      units[u] = place.valid ? load_unit<T, W>(x + place.offset) : zero_unit<T, W>();
+      units[u] = place.valid ? get(batch * kInFlight + u, place) : zero_unit<T, W>();
     }
   };
 
@@ -120,7 +128,6 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, const T* __restrict__ x, K
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (!valid[u]) continue;
-      keep(batch * kInFlight + u, units[u]);
       float v[W];
       to_float<T, W>(units[u], v);
 #pragma unroll

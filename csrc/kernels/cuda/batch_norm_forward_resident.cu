@@ -19,19 +19,20 @@ struct ResidentArguments {
   Statistics statistics;
 };
 
-template <class T, Layout kLayout, int W, class Act>
+// channels_last.
+template <class T, int W, class Act>
 __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_forward_resident(const __grid_constant__ ResidentArguments args,
                                 const __grid_constant__ Act act) {
-  using MyChunk = Chunk<kLayout, W>;
+  using MyChunk = Chunk<Layout::channels_last, W>;
   constexpr int kChannels = MyChunk::kChannels;
-  constexpr int kTile = kLayout == Layout::channels_first ? 1 : kMostResidentTile;
   constexpr int kAhead = kLoadsAhead<Act>;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
-  BATCHOPS_SHARED(moments, Moments[kTile]);
-  BATCHOPS_SHARED(affines, Affine[kTile]);
+  BATCHOPS_SHARED(moments, Moments[kMostResidentTile]);
+  BATCHOPS_SHARED(affines, Affine[kMostResidentTile]);
   const T* __restrict__ x = static_cast<const T*>(args.x);
+  const T* const from[] = {x};
   const Team& team = args.team;
   const Statistics& s = args.statistics;
   const Kept<T, W> kept{bytes, team.kept};
@@ -44,11 +45,13 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     const Meeting<Moments> meeting{team, set, rank, moments};
     {
       const MyChunk chunk(args.grid, forgotten(piece));
+      const Bringing<1, MyChunk, T, W> bringing{chunk, kept, from, 1};
+      bringing.start();
       Moments found[kChannels];
-      moments_of<true>(
-          chunk, x,
-          [&](int i, const Unit<T, W>& unit) {
-            if (kept.has(i)) kept.at(0, i) = unit;
+      moments_of<true, T>(
+          chunk, [&](int batch) { bringing.ready(batch); },
+          [&](int i, const Place& place) {
+            return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
           },
           scratch, found);
       if (chunk.writes()) {
@@ -63,12 +66,17 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const int channel = r < channels ? r : 0;
       const int64_t c = chunk.first_channel() + channel;
       const int64_t M = s.count(ghost);
-      const MeanAndVariance found = merge(
+      const Parameters::Pair own = s.parameters.of(c);
+      const MeanAndVariance found = merge_ahead<4>(
           M, team.parts, lane, lanes,
           [&](int64_t k) { return meeting.of(static_cast<int>(k), channel); },
-          [lanes](double value) { return sum_of_lanes(value, lanes); });
+          [lanes](double (&sums)[2]) {
+            sums[0] = sum_of_lanes(sums[0], lanes);
+            sums[1] = sum_of_lanes(sums[1], lanes);
+          });
       if (r >= channels || lane != 0) return;
-      affines[r] = s.store(ghost, c, found.mean, found.square / static_cast<double>(M), rank == 0);
+      affines[r] =
+          s.store(ghost, c, found.mean, found.square / static_cast<double>(M), own, rank == 0);
       if (rank != 0) return;
       if (args.columns == nullptr) {
         s.update(c, found.mean, found.square);
@@ -142,93 +150,117 @@ BATCHOPS_DEVICE void store_mask_of_planes(const PlanesChunk<W>& chunk, const Ele
   __syncthreads();
 }
 
+// What is left to do with the statistics of a column.
+struct Pending {
+  MeanAndVariance all;
+  int64_t ghost, c;
+};
+
 // channels_first: a set is a ghost batch's channel, or as many as have their planes taken together.
+// What is kept of a set is on its way while the one before is normalised.
 template <class T, int W, bool kPlanes, class Act>
-__global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes))
+__global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8, false))
     batch_norm_forward_flow(const __grid_constant__ ResidentArguments args,
                             const __grid_constant__ Act act) {
   using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
   constexpr int kChannels = MyChunk::kChannels;
+  constexpr int kMost = kPlanes ? kThreads / kWarp : 1;
   constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   using MyCells = std::conditional_t<kPlanes && Act::kMaskable, Cells<kAhead>, int>;
   BATCHOPS_SHARED(cells, MyCells);
+  BATCHOPS_SHARED(own_moments, Moments[2 * kMost]);
+  BATCHOPS_SHARED(affines, Affine[kMost]);
+  BATCHOPS_SHARED(pending, Pending[kMost]);
   const T* __restrict__ x = static_cast<const T*>(args.x);
+  const T* const from[] = {x};
   const Team& team = args.team;
   const Statistics& s = args.statistics;
-  const Passing<Moments, Affine> passing{team};
+  const Passing<Moments> passing{team, own_moments, kMost};
   const int rank = static_cast<int>(blockIdx.x % team.parts);
-  const int64_t teams = gridDim.x / team.parts;
-  const auto piece_of = [&](int64_t set, int64_t& ghost) {
-    ghost = set / args.grid.across;
-    return (ghost * team.parts + rank) * args.grid.across + (set - ghost * args.grid.across);
+  const int teams = static_cast<int>(gridDim.x) / team.parts;
+  const auto chunk_of = [&](int64_t set) {
+    const int64_t ghost = args.grid.ghosts > 1 ? set / args.grid.across : 0;
+    return MyChunk(args.grid, ChunkPlace(args.grid, set - ghost * args.grid.across, ghost, rank));
   };
-  // The set whose sums are next, and the one before, whose sums have been left.
-  int64_t set = blockIdx.x / team.parts;
-  int64_t before = -1;
-  Kept<T, W> kept{bytes, team.kept};
-  Kept<T, W> other{bytes + team.kept * kThreads * static_cast<int>(sizeof(Unit<T, W>)), team.kept};
-
-  for (;; before = set, set += teams) {
+  // Of two sets in turn.
+  const int of_set = team.kept * kThreads * static_cast<int>(sizeof(Unit<T, W>));
+  const auto kept_of = [&](unsigned turn) {
+    return Kept<T, W>{bytes + (turn % 2 == 0 ? 0 : of_set), team.kept};
+  };
+  const auto bring = [&](int64_t set, unsigned turn) {
     if (set < team.sets) {
-      int64_t ghost;
-      const MyChunk chunk(args.grid, piece_of(set, ghost));
+      const MyChunk chunk = chunk_of(set);
+      const Kept<T, W> kept = kept_of(turn);
+      for (int batch = 0; batch * kInFlight < kept.units; ++batch) {
+        bring_batch(chunk, batch, kept, from, 1);
+      }
+    }
+    __pipeline_commit();
+  };
+  // A warp merges a channel. Each block of the team in turn does what one has to.
+  const auto channel_of_warp = [] { return forgotten(static_cast<int>(threadIdx.x)) / kWarp; };
+  const int channels = kPlanes ? args.grid.together : 1;
+  const auto is_mine = [&](unsigned turn) {
+    return turn % static_cast<unsigned>(team.parts) == static_cast<unsigned>(rank);
+  };
+  // The set whose sums are next; of the one before they have been left.
+  int64_t set = blockIdx.x / team.parts;
+  bring(set, 0);
+  bring(set + teams, 1);
+
+  for (unsigned turn = 0;; set += teams, ++turn) {
+    const int64_t before = set - teams;
+    if (set < team.sets) {
+      const MyChunk chunk = chunk_of(set);
+      const Kept<T, W> kept = kept_of(turn);
+      if (turn == 0) {
+        __pipeline_wait_prior(1);
+      } else {
+        __pipeline_wait_prior(0);
+      }
       Moments found[kChannels];
-      moments_of<true>(
-          chunk, x,
-          [&](int i, const Unit<T, W>& unit) {
-            if (kept.has(i)) kept.at(0, i) = unit;
+      moments_of<true, T>(
+          chunk, [](int) {},
+          [&](int i, const Place& place) {
+            return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
           },
           scratch, found);
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
-        if (chunk.writes(j)) passing.sums(set, rank, chunk.local(j)) = found[j];
+        if (chunk.writes(j)) passing.sums(set, turn, rank, chunk.local(j)) = found[j];
       }
-      if (passing.arrive(set)) {
-        const int64_t M = s.count(ghost);
-        int channel = 0;
-        bool writes = threadIdx.x == 0;
-        MeanAndVariance all;
-        if constexpr (kPlanes) {
-          channel = static_cast<int>(threadIdx.x) / kWarp;
-          writes = threadIdx.x % kWarp == 0 && channel < chunk.channels();
-          const int of = channel < chunk.channels() ? channel : 0;
-          all = merge_ahead<1>(
-              M, team.parts, static_cast<int>(threadIdx.x) % kWarp, kWarp,
-              [&](int64_t k) { return passing.sums(set, k, of); },
-              [](double (&sums)[2]) {
-                sums[0] = warp_sum(sums[0]);
-                sums[1] = warp_sum(sums[1]);
-              });
-        } else {
-          all =
-              merge_in_block<1>(M, team.parts, [&](int64_t k) { return passing.sums(set, k, 0); });
-        }
-        if (writes) {
-          const int64_t c = chunk.first_channel() + channel;
-          passing.result(set, channel) =
-              s.store(ghost, c, all.mean, all.square / static_cast<double>(M));
-          if (args.columns == nullptr) {
-            s.update(c, all.mean, all.square);
-          } else {
-            const float high = static_cast<float>(all.mean);
-            const double low = (all.mean - high) * static_cast<double>(M);
-            args.columns[c * s.ghosts + ghost] = {high, static_cast<float>(low),
-                                                  static_cast<float>(all.square),
-                                                  static_cast<float>(M)};
-          }
-        }
-        passing.tell(set);
-      }
+      passing.arrive(set);
+    } else {
+      __syncthreads();  // all have read `affines`
     }
-    if (before >= 0) {
-      int64_t ghost;
-      const MyChunk chunk(args.grid, piece_of(before, ghost));
-      passing.wait(before);
+    if (turn > 0) {
+      const MyChunk chunk = chunk_of(forgotten(before));
+      if (const int channel = channel_of_warp(); channel < channels) {
+        const int64_t c = chunk.first_channel() + channel;
+        const int64_t M = s.count(chunk.at.ghost);
+        const Parameters::Pair own = s.parameters.of(c);
+        passing.wait(before);
+        const MeanAndVariance all = merge_ahead<2>(
+            M, team.parts, static_cast<int>(threadIdx.x) % kWarp, kWarp,
+            [&](int64_t k) { return passing.sums(before, turn - 1, k, channel); },
+            [](double (&sums)[2]) {
+              sums[0] = warp_sum(sums[0]);
+              sums[1] = warp_sum(sums[1]);
+            });
+        if (threadIdx.x % kWarp == 0) {
+          affines[channel] = s.store(chunk.at.ghost, c, all.mean,
+                                     all.square / static_cast<double>(M), own, is_mine(turn - 1));
+          pending[channel] = {all, chunk.at.ghost, c};
+        }
+      }
+      __syncthreads();
       Affine affine[kPlanes ? 2 : 1];
-      affine[0] = passing.result(before, chunk.local(0));
-      if constexpr (kPlanes) affine[1] = passing.result(before, chunk.local(W - 1));
+      affine[0] = affines[chunk.local(0)];
+      if constexpr (kPlanes) affine[1] = affines[chunk.local(W - 1)];
+      const Kept<T, W> other = kept_of(turn - 1);
+      const bool along = kCopies<T, W> && args.grid.ghosts == 1 && set + teams < team.sets;
       for (int batch = chunk.batches() - 1; batch >= 0; --batch) {
 #pragma unroll 1
         for (int part = 0; part < kInFlight; part += kAhead) {
@@ -257,13 +289,39 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes))
             normalise<T, W, kAhead>(args.elementwise, act, places, load,
                                     [&](int, int) { return affine[0]; });
           }
+          if constexpr (kCopies<T, W>) {
+            // Their places are free for those of the next set but one, which lie as these do.
+            if (!along) continue;
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+              const int i = batch * kInFlight + part + u;
+              if (!other.has(i) || !places[u].valid) continue;
+              bring_unit(other, i, from, 1,
+                         places[u].offset + int64_t{2} * teams * args.grid.of_set());
+            }
+          }
+        }
+      }
+      if (along) {
+        __pipeline_commit();
+      } else {
+        bring(set + teams, turn - 1);
+      }
+      if (const int channel = channel_of_warp();
+          channel < channels && threadIdx.x % kWarp == 0 && is_mine(turn - 1)) {
+        const Pending& of = pending[channel];
+        const double M = static_cast<double>(s.count(of.ghost));
+        if (args.columns == nullptr) {
+          s.update(of.c, of.all.mean, of.all.square);
+        } else {
+          const float high = static_cast<float>(of.all.mean);
+          args.columns[of.c * s.ghosts + of.ghost] = {
+              high, static_cast<float>((of.all.mean - high) * M), static_cast<float>(of.all.square),
+              static_cast<float>(M)};
         }
       }
     }
     if (set >= team.sets) break;
-    const Kept<T, W> next = other;
-    other = kept;
-    kept = next;
   }
 }
 
@@ -280,21 +338,6 @@ size_t columns_bytes(const Plan& plan) {
 
 bool keep_on_chip = [] {
   const char* said = std::getenv("BATCHOPS_CUDA_RESIDENT");
-  return said == nullptr || std::strcmp(said, "0") != 0;
-}();
-
-bool teams_of_rows = [] {
-  const char* said = std::getenv("BATCHOPS_CUDA_TEAMS");
-  return said == nullptr || std::strcmp(said, "0") != 0;
-}();
-
-bool flows = [] {
-  const char* said = std::getenv("BATCHOPS_CUDA_FLOW");
-  return said == nullptr || std::strcmp(said, "0") != 0;
-}();
-
-bool together = [] {
-  const char* said = std::getenv("BATCHOPS_CUDA_PLANES");
   return said == nullptr || std::strcmp(said, "0") != 0;
 }();
 
@@ -317,46 +360,41 @@ const char* forward_resident(const BatchNormForward& args, const Plan& plan, voi
   const Keeping keeping = keeping_of(shape, walks_mask(args));
   const Residency found = residency_for(plan, keeping, on, {args.x, args.residual, args.y});
   if (!found.possible) return nullptr;
-  const TeamPlaces places(found, keeping);
-  auto* columns =
-      plan.ghosts == 1
-          ? nullptr
-          : reinterpret_cast<Moments*>(static_cast<unsigned char*>(workspace) + places.bytes());
+  Moments* columns = nullptr;
   const Statistics statistics = statistics_of(args, plan);
-
-  const auto run_planes = [&](auto type, auto width, auto act) -> const char* {
+  const auto launched = [&](const char* name, auto type, auto width, auto act, auto kernel) {
     using T = typename decltype(type)::type;
     constexpr int W = decltype(width)::value;
-    const ResidentArguments to{args.x,
-                               columns,
-                               Elementwise(args, plan),
-                               residency::grid(plan, keeping, found, W),
-                               make_team<T, W>(plan, keeping, found, places, workspace),
-                               statistics};
-    return launch_team(kForward, "batch_norm_forward_flow",
-                       batch_norm_forward_flow<T, W, true, decltype(act)>, found, to, act, device,
-                       stream, done);
-  };
-  const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
-    using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    constexpr int W = decltype(width)::value;
-    const ResidentArguments to{args.x,
-                               columns,
-                               Elementwise(args, plan),
-                               residency::grid(plan, keeping, found, W),
-                               make_team<T, W>(plan, keeping, found, places, workspace),
-                               statistics};
-    if constexpr (kLayout == Layout::channels_first) {
-      if (found.flow) {
-        return launch_team(kForward, "batch_norm_forward_flow",
-                           batch_norm_forward_flow<T, W, false, decltype(act)>, found, to, act,
-                           device, stream, done);
+    const auto make = [&](const Residency& cut) {
+      const TeamPlaces places(cut, keeping);
+      if (plan.ghosts > 1) {
+        columns =
+            reinterpret_cast<Moments*>(static_cast<unsigned char*>(workspace) + places.bytes());
       }
+      return ResidentArguments{args.x,
+                               columns,
+                               Elementwise(args, plan),
+                               residency::grid(plan, keeping, cut, W),
+                               make_team<T, W>(plan, keeping, cut, places, workspace),
+                               statistics};
+    };
+    return launch_team(kForward, name, kernel, plan, keeping, found, make, act, device, stream,
+                       done);
+  };
+  const auto run_planes = [&](auto type, auto width, auto act) {
+    return launched("batch_norm_forward_flow", type, width, act,
+                    batch_norm_forward_flow<typename decltype(type)::type, decltype(width)::value,
+                                            true, decltype(act)>);
+  };
+  const auto run = [&](auto type, auto width, auto act) {
+    using T = typename decltype(type)::type;
+    constexpr int W = decltype(width)::value;
+    if (found.flow) {
+      return launched("batch_norm_forward_flow", type, width, act,
+                      batch_norm_forward_flow<T, W, false, decltype(act)>);
     }
-    return launch_team(kForward, "batch_norm_forward_resident",
-                       batch_norm_forward_resident<T, kLayout, W, decltype(act)>, found, to, act,
-                       device, stream, done);
+    return launched("batch_norm_forward_resident", type, width, act,
+                    batch_norm_forward_resident<T, W, decltype(act)>);
   };
   const char* error =
       found.planes ? dispatch_planes(kForward, shape, run_planes)

@@ -7,6 +7,9 @@
 //   a team       any number of blocks, all resident (a cooperative launch), that write their sums
 //                to the workspace and count arrivals there, for each set anew
 //
+// In channels_first sets flow: a block has two at once, so that it sums over one while the others'
+// sums of the one before arrive.
+//
 // A thread keeps what it has loaded itself: unit i of a tensor lies with those of its neighbours,
 // and nobody else looks at it. Units beyond those that fit are read again, back to front, so that
 // what was read last is still in the L2 cache.
@@ -15,6 +18,8 @@
 //
 // Parts depend on the shape and the device: the same bits on every device of one kind.
 #pragma once
+#include <cuda_pipeline_primitives.h>
+
 #include "kernels/cuda/batch_norm.cuh"
 
 namespace batchops::cuda {
@@ -30,32 +35,27 @@ constexpr int64_t kTileBytes = 256;  // channels_last: of a row
 // no, for timing the one against the other.
 extern bool keep_on_chip;
 // Multiprocessors that teams, which all wait until the last block has come, leave to kernels that
-// run beside them (a reduction of gradients): BATCHOPS_CUDA_SM_MARGIN, 0 without it.
+// run beside them (a reduction of gradients): BATCHOPS_CUDA_SM_MARGIN, 0 without it. A grid of
+// teams starts when all of its blocks find room. They take most registers of a multiprocessor, so
+// that those where another kernel runs take none of them: a margin helps where it is no less than
+// that kernel's blocks (NCCL's reductions have 24 to 32).
 extern int spared_multiprocessors;
 
-// For measuring: channels_last in teams; channels_first in a flow of sets.
-extern bool teams_of_rows;
-extern bool flows;
-extern bool together;  // … by planes of several channels, where a plane is small
-
-// Blocks on a multiprocessor where sets flow: up to 64 and 80 registers a thread.
-constexpr int kFlowing = 4;
-constexpr int kPlanesFlowing = 3;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr int kMorePlanes = 0;
-#else
-constexpr int kMorePlanes = kPlanesFlowing - kLeastResident;
-#endif
-// By launch bounds. Code for others than sm_90 takes some registers more.
+// Blocks on a multiprocessor where sets flow: up to 80 registers a thread.
+constexpr int kFlowing = 3;
+// By launch bounds. More registers are wanted by planes, in the backward above all, there by units
+// of eight elements (`crowded`), and by code for others than sm_90.
 template <class Act>
-constexpr int blocks_where_flowing(bool planes, bool crowded = false) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  if (!planes) return kLeastResident;
+constexpr int blocks_where_flowing(bool planes, bool crowded, bool backward) {
+  if (planes && crowded && backward && kAnyActivation<Act>) return 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return planes && crowded && backward ? 1 : kLeastResident;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  return kLeastResident;
 #else
-  if (!planes) return kFlowing;
+  const bool few = planes ? crowded || backward || kAnyActivation<Act> : crowded && backward;
+  return few ? kLeastResident : kFlowing;
 #endif
-  if (kAnyActivation<Act> && crowded) return 1;
-  return kLeastResident + (crowded || kAnyActivation<Act> ? 0 : kMorePlanes);
 }
 constexpr int64_t kPlanesBytes = 4096;  // half of what PlanesChunk and its mask take
 
@@ -69,6 +69,7 @@ struct Keeping {
   int size;  // of an element
   int sums;  // bytes of a channel's sums
   bool mask;
+  int blocks = kFlowing;  // where sets flow: on a multiprocessor, at most
 };
 
 // How a tensor is held on the chip.
@@ -78,12 +79,13 @@ struct Residency {
   bool cluster = false;  // they are one
   bool flow = false;     // a block has two sets at once
   bool planes = false;   // of which are taken together, `tile` of them; `chunk` is in samples
+  int blocks = 2;        // on a multiprocessor
   int64_t sets = 0;
   int tile = 1;       // channels of a set
   int64_t chunk = 0;  // of a part: elements (channels_first), rows (channels_last)
   int64_t bytes = 0;  // dynamic shared memory of a block
 
-  bool team() const { return flow || (parts > 1 && !cluster); }
+  bool team() const { return parts > 1 && !cluster; }
   int even(int size) const { return static_cast<int>(kSector) / size; }
 };
 
@@ -126,15 +128,22 @@ inline int64_t units(const Plan& plan, const Keeping& keeping, const Residency& 
   return ceil_divide<int64_t>(found.chunk, grid(plan, keeping, found, width).tiles.rows_at_once);
 }
 
+// Neighbours that merge a channel's parts.
+inline int merging_lanes(int64_t parts, int64_t tile) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < parts && lanes * 2 * tile <= kThreads) lanes *= 2;
+  return lanes;
+}
+constexpr int64_t kMostMerges = 8;  // parts that each has, where a team is not the only way
+
 inline int64_t unit_bytes(const Keeping& keeping, int width) {
   return int64_t{kThreads} * width * keeping.size * keeping.tensors;
 }
 
-// Cuts sets into so many parts.
+// Cuts sets of rows into so many parts.
 inline void cut(const Plan& plan, const Keeping& keeping, Residency& found, int64_t parts) {
   found.parts = static_cast<int>(parts);
-  const int64_t part = ceil_divide(length(plan, keeping), parts);
-  found.chunk = plan.channels_last() ? part : round_up<int64_t>(part, 2048);
+  found.chunk = ceil_divide(length(plan, keeping), parts);
   found.bytes = 0;
   for (int width = 16 / keeping.size;; width = width > 4 ? 4 : 1) {
     if (plan.row() % width != 0) continue;  // not walked so
@@ -158,30 +167,30 @@ inline int64_t parts_for(const Plan& plan, const Keeping& keeping, Residency& fo
 
 // A set flows through the chip: while a team's blocks wait for each other's sums of one, they sum
 // over the next. So there are two buffers, and many small blocks. What does not fit a buffer is
-// read again from the L2 cache.
+// read again from the L2 cache. A set of one part has a block for itself, which waits for nobody.
 inline bool flow(const Plan& plan, const Keeping& keeping, const Device& device, bool planes,
                  Residency& found) {
-  constexpr int64_t kLeastPart = 8 * 1024;
+  constexpr int64_t kLeastPart = 16 * 1024;
   constexpr int64_t kLongest = 131072;  // elements: longer parts would want more careful sums
   const int64_t widest = 16 / keeping.size;
   found.tile = planes ? planes_together(plan, static_cast<int>(widest)) : 1;
   found.flow = true;
   found.planes = planes;
-  if (planes && (found.tile < 2 || !together)) return false;
+  if (planes && found.tile < 2) return false;
   found.sets = plan.columns() / found.tile;
   const int64_t length_of_set = planes ? plan.most_samples() : length(plan, keeping);
   const int64_t row = planes ? found.tile * plan.HxW : 1;  // elements of what is counted
   const int64_t grain = planes ? 1 : 256;                  // a chunk is a multiple of this
   const int64_t at_once = planes ? kThreads / (row / widest) : kThreads * widest;
   const int64_t bytes_at_once = unit_bytes(keeping, static_cast<int>(widest));
-  int blocks = planes ? kPlanesFlowing : kFlowing;
+  found.blocks = keeping.blocks;
   int64_t buffer = 0;
-  for (;; blocks /= 2) {
-    if (blocks == 0) return false;
-    buffer = room(plan, keeping, device, blocks) / 2 - (planes ? kPlanesBytes : 0);
+  for (;; --found.blocks) {
+    if (found.blocks == 0) return false;
+    buffer = room(plan, keeping, device, found.blocks) / 2 - (planes ? kPlanesBytes : 0);
     if (buffer >= bytes_at_once) break;
   }
-  const int64_t resident = int64_t{blocks} * device.multiprocessors;
+  const int64_t resident = int64_t{found.blocks} * device.multiprocessors;
   const int64_t fits = buffer / bytes_at_once * at_once;
   const int64_t bytes_of_set = length_of_set * row * keeping.size * keeping.tensors;
   int64_t parts = clamp<int64_t>(ceil_divide(length_of_set, fits), 1, resident);
@@ -194,7 +203,13 @@ inline bool flow(const Plan& plan, const Keeping& keeping, const Device& device,
   found.chunk = round_up<int64_t>(ceil_divide(length_of_set, parts), grain);
   const int64_t needed = ceil_divide(found.chunk, at_once) * bytes_at_once;
   found.bytes = 2 * (needed < buffer ? needed : buffer);
-  return found.chunk <= 8 * fits && found.chunk * row <= kLongest;
+  if (found.chunk > fits) {
+    // Read again only where the L2 cache still has it, of all sets that are underway.
+    constexpr int64_t kCached = 16 * 1024 * 1024;
+    const int64_t teams = resident / parts < found.sets ? resident / parts : found.sets;
+    if (found.chunk > 8 * fits || teams * bytes_of_set > kCached) return false;
+  }
+  return found.chunk * row <= kLongest;
 }
 
 // Ways to hold a set, from the one that costs least.
@@ -204,17 +219,16 @@ enum class Way {
   any_team,
 };
 
-// With sets of this tile.
+// channels_last with sets of this tile.
 inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device, Way way,
                  Residency& found) {
-  const int64_t across =
-      plan.channels_last() ? ceil_divide<int64_t>(plan.C, int64_t{found.tile}) : plan.C;
-  found.sets = plan.ghosts * across;
+  found.sets = plan.ghosts * ceil_divide<int64_t>(plan.C, int64_t{found.tile});
   const int64_t of_set =
       length(plan, keeping) * found.tile * keeping.size * int64_t{keeping.tensors};
   const int64_t wanted = ceil_divide<int64_t>(2 * device.multiprocessors, found.sets);
   const int64_t useful = clamp<int64_t>(of_set / kSmallPart, 1, wanted);
   found.cluster = false;
+  found.blocks = 2;
   if (way == Way::neighbours) {
     const int64_t most = device.clusters ? kMostCluster : 1;
     int64_t parts = parts_for(plan, keeping, found, room(plan, keeping, device, 2), most);
@@ -226,75 +240,72 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
     cut(plan, keeping, found, whole);
     return true;
   }
-  for (int blocks = 2; blocks > 0; --blocks) {
-    const int64_t resident = int64_t{blocks} * device.multiprocessors;
-    const int64_t parts =
-        parts_for(plan, keeping, found, room(plan, keeping, device, blocks), resident);
-    if (parts == 0) continue;
-    // Each block reads the sums of all parts: a quarter of what it reads of tensors, at most.
-    const auto cheap = [&](int64_t count) {
-      return 4 * count * count * found.tile * keeping.sums <= of_set;
-    };
-    if (way == Way::team && !cheap(parts)) return false;
-    // No block that the teams leave over.
-    const int64_t teams = resident / parts < found.sets ? resident / parts : found.sets;
-    int64_t more = resident / teams < of_set / kSmallPart ? resident / teams : of_set / kSmallPart;
-    more = clamp(more, parts, resident);
-    while (more > parts && !cheap(more)) --more;
-    cut(plan, keeping, found, more);
-    return true;
-  }
-  return false;
+  // Teams read rows in pieces of a few sectors, which costs memory more than a second pass: so only
+  // where all of it is held at once, and by two blocks a multiprocessor, of which one loads while
+  // the other waits.
+  const int64_t resident = int64_t{found.blocks} * device.multiprocessors;
+  const int64_t parts =
+      parts_for(plan, keeping, found, room(plan, keeping, device, found.blocks), resident);
+  if (parts == 0 || found.sets * parts > resident) return false;
+  // Each block reads the sums of all parts: a quarter of what it reads of tensors, at most, and in
+  // a few steps, since they are on its way.
+  const auto cheap = [&](int64_t count) {
+    return 4 * count * count * found.tile * keeping.sums <= of_set;
+  };
+  const auto soon = [&](int64_t count) {
+    return ceil_divide<int64_t>(count, merging_lanes(count, found.tile)) <= kMostMerges;
+  };
+  if (way == Way::team && (!cheap(parts) || !soon(parts))) return false;
+  // No block that the teams leave over.
+  const int64_t share = resident / found.sets;
+  int64_t more = share < of_set / kSmallPart ? share : of_set / kSmallPart;
+  more = clamp(more, parts, resident);
+  while (more > parts && !(cheap(more) && soon(more))) --more;
+  cut(plan, keeping, found, more);
+  return true;
 }
 
 }  // namespace residency
 
-// The widest tiles that fit; where none does, the narrowest in part, if that is at least half.
+// The widest tiles that fit; where none does and one tile is all, in part, if that is at least
+// half.
 inline Residency make_residency(const Plan& plan, const Keeping& keeping, Device device,
                                 bool planes = false) {
   using residency::Way;
   device.multiprocessors = for_teams(device);
   Residency found;
-  if (!keep_on_chip) return found;
-  if (planes && !flows) return found;
-  if (!plan.channels_last() && flows) {
+  if (!keep_on_chip || (planes && plan.channels_last())) return found;
+  if (!plan.channels_last()) {
     found.possible = residency::flow(plan, keeping, device, planes, found);
     return found;
   }
-  const int64_t narrowest = plan.channels_last() ? kSector / keeping.size : 1;
+  const int64_t narrowest = kSector / keeping.size;
   int64_t widest = narrowest;
-  while (plan.channels_last() && widest < plan.C && widest * keeping.size < kTileBytes) widest *= 2;
-  // Teams read rows in pieces of a few sectors, which costs memory more than a second pass: so only
-  // where all of it is held at once, in pieces of lines or whole rows.
+  while (widest < plan.C && widest * keeping.size < kTileBytes) widest *= 2;
+  // Teams have pieces of lines or whole rows.
   const int64_t of_line = kLine / keeping.size;
   const int64_t piece = plan.C < of_line ? round_up(plan.C, narrowest) : of_line;
-  const auto all_at_once = [&] {
-    return !plan.channels_last() || (teams_of_rows && found.sets == 1) ||
-           (teams_of_rows && found.sets * found.parts <= int64_t{2} * device.multiprocessors);
-  };
   for (const Way way : {Way::neighbours, Way::team, Way::any_team}) {
     // Rows in pieces of one sector are worth a team's trouble to avoid.
     int64_t least = way == Way::neighbours && widest > narrowest ? 2 * narrowest : narrowest;
-    if (plan.channels_last() && way != Way::neighbours) least = piece < widest ? piece : widest;
+    if (way != Way::neighbours) least = piece < widest ? piece : widest;
     for (int64_t tile = way == Way::any_team ? least : widest; tile >= least; tile /= 2) {
       found.tile = static_cast<int>(tile);
-      found.possible =
-          residency::fits(plan, keeping, device, way, found) && (!found.team() || all_at_once());
+      found.possible = residency::fits(plan, keeping, device, way, found);
       if (found.possible) return found;
     }
   }
-  found.sets =
-      plan.ghosts * (plan.channels_last() ? ceil_divide<int64_t>(plan.C, found.tile) : plan.C);
+  found.sets = plan.ghosts * ceil_divide<int64_t>(plan.C, found.tile);
   found.cluster = false;
-  if (!all_at_once()) return found;
+  if (found.sets != 1) return found;
   const int64_t pair = 2 * residency::room(plan, keeping, device, 2);
   const int64_t alone = residency::room(plan, keeping, device, 1);
-  const int blocks = pair * 5 > alone * 4 ? 2 : 1;
-  const int64_t room = blocks == 2 ? pair / 2 : alone;
+  found.blocks = pair * 5 > alone * 4 ? 2 : 1;
+  const int64_t room = found.blocks == 2 ? pair / 2 : alone;
   if (room <= 0) return found;
-  residency::cut(plan, keeping, found, int64_t{blocks} * device.multiprocessors);
+  residency::cut(plan, keeping, found, int64_t{found.blocks} * device.multiprocessors);
   found.possible = room * 2 >= found.bytes;
-  found.bytes = room;
+  if (room < found.bytes) found.bytes = room;
   return found;
 }
 
@@ -308,26 +319,26 @@ struct Team {
   int lanes;     // neighbours that merge a channel's parts
   bool cluster;
   void* sums;          // [sets, parts, channels], where a team meets
-  unsigned* arrivals;  // [sets], 0 at first; null where none meets
-  void* results;       // [sets], where sets flow
+  unsigned* arrivals;  // [sets, kApart], 0 at first; null where none meets
+
+  // Those who poll one set's counter do not slow down those who count in another's line.
+  static constexpr int64_t kApart = kLine / 4;
+  BATCHOPS_DEVICE unsigned* counter(int64_t set) const { return arrivals + set * kApart; }
 };
 
 // Where the parts of the workspace of a team lie.
 struct TeamPlaces {
-  static constexpr size_t kResult = 32;  // bytes of a set's
-  size_t sums;                           // bytes
+  size_t sums;  // bytes
   size_t arrivals;
-  size_t results;
 
   TeamPlaces(const Residency& found, const Keeping& keeping)
       : sums(found.team()
                  ? static_cast<size_t>(found.sets * found.parts * found.tile * keeping.sums)
                  : 0),
-        arrivals(found.team() ? round_up<size_t>(static_cast<size_t>(found.sets) * 4, 16) : 0),
-        results(found.flow ? static_cast<size_t>(found.sets * found.tile) * kResult : 0) {
-    sums = round_up<size_t>(sums, 16);
+        arrivals(found.team() ? static_cast<size_t>(found.sets * Team::kApart) * 4 : 0) {
+    sums = round_up<size_t>(sums, kLine);
   }
-  size_t bytes() const { return sums + arrivals + results; }
+  size_t bytes() const { return sums + arrivals; }
 };
 
 template <class T, int W>
@@ -340,23 +351,18 @@ Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
   const int64_t all = residency::units(plan, keeping, found, W);
   team.kept = static_cast<int>(fit < all ? fit : all);
   team.channels = found.tile;
-  team.lanes = 1;
-  while (team.lanes < kWarp && team.lanes < found.parts &&
-         team.lanes * 2 * found.tile <= kThreads) {
-    team.lanes *= 2;
-  }
+  team.lanes = residency::merging_lanes(found.parts, found.tile);
   team.cluster = found.cluster;
   if (found.team()) {
     team.sums = workspace;
     team.arrivals =
         reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + places.sums);
-    team.results = static_cast<unsigned char*>(workspace) + places.sums + places.arrivals;
   }
   return team;
 }
 
-// Calls run(TypeIs<T>, integral_constant<Layout>, integral_constant<int, W>, activation); where
-// units are narrower than 16 bytes, or `any` is set, one instance serves all activations.
+// Calls run(TypeIs<T>, integral_constant<int, W>, activation); where units are narrower than 16
+// bytes, or `any` is set, one instance serves all activations.
 template <class F>
 const char* dispatch_resident(const char* operation, const BatchNormShape& shape, const Plan& plan,
                               std::initializer_list<const void*> pointers, F&& run,
@@ -364,17 +370,15 @@ const char* dispatch_resident(const char* operation, const BatchNormShape& shape
   const float slope = static_cast<float>(shape.slope);
   return dispatch_dtype(operation, shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return dispatch_layout(plan.layout, [&](auto layout) {
-      return dispatch_width<T>(plan.row(), pointers, [&](auto width) -> const char* {
-        constexpr int W = decltype(width)::value;
-        if constexpr (W < kWidest<T>) {
-          return run(type, layout, width, AnyActivation{shape.activation, slope});
-        } else {
-          if (any) return run(type, layout, width, AnyActivation{shape.activation, slope});
-          return with_activation<Identity, Relu>(
-              shape.activation, slope, [&](auto act) { return run(type, layout, width, act); });
-        }
-      });
+    return dispatch_width<T>(plan.row(), pointers, [&](auto width) -> const char* {
+      constexpr int W = decltype(width)::value;
+      if constexpr (W < kWidest<T>) {
+        return run(type, width, AnyActivation{shape.activation, slope});
+      } else {
+        if (any) return run(type, width, AnyActivation{shape.activation, slope});
+        return with_activation<Identity, Relu>(shape.activation, slope,
+                                               [&](auto act) { return run(type, width, act); });
+      }
     });
   });
 }
@@ -388,13 +392,15 @@ inline Residency residency_for(const Plan& plan, const Keeping& keeping, const D
   return aligned ? planes : make_residency(plan, keeping, device);
 }
 
-// Of the workspace, wherever the tensors lie.
-inline size_t team_bytes(const Plan& plan, const Keeping& keeping, const Device& device) {
+// Of the workspace, wherever the tensors lie and however many blocks a multiprocessor takes.
+inline size_t team_bytes(const Plan& plan, Keeping keeping, const Device& device) {
   size_t most = 0;
-  for (const bool planes : {false, true}) {
-    const Residency found = make_residency(plan, keeping, device, planes);
-    const size_t bytes = found.possible ? TeamPlaces(found, keeping).bytes() : 0;
-    if (bytes > most) most = bytes;
+  for (keeping.blocks = kFlowing; keeping.blocks > 0; --keeping.blocks) {
+    for (const bool planes : {false, true}) {
+      const Residency found = make_residency(plan, keeping, device, planes);
+      const size_t bytes = found.possible ? TeamPlaces(found, keeping).bytes() : 0;
+      if (bytes > most) most = bytes;
+    }
   }
   return most;
 }
@@ -413,31 +419,42 @@ const char* dispatch_planes(const char* operation, const BatchNormShape& shape, 
   });
 }
 
-// Launches `kernel`, which takes `args` with a Team in it, and `act`. Leaves `done` alone where
-// there is no room for a team: on the device, or in what a process or a stream may have of it,
-// which is less than the device where multiprocessors have been set apart.
-template <class Arguments, class Act>
+// Whether a launch was refused because its blocks do not run together: those of a cooperative grid,
+// or of a cluster.
+inline bool refused(cudaError_t error) {
+  constexpr int kInvalidClusterSize = 912;  // has its name from CUDA 12 on
+  return lacks_room(error) || static_cast<int>(error) == kInvalidClusterSize;
+}
+
+// Launches `kernel` with the arguments that make(found) gives, which have a Team in them, and
+// `act`. Where sets flow, the blocks that a multiprocessor takes of this kernel decide how they are
+// cut. Leaves `done` alone where there is no room for a team: on the device, or in what a process
+// or a stream may have of it, which is less than the device where multiprocessors have been set
+// apart.
+template <class Arguments, class Act, class Make>
 const char* launch_team(const char* operation, const char* name,
-                        void (*kernel)(const Arguments, const Act), const Residency& found,
-                        const Arguments& args, const Act& act, int device, void* stream,
-                        bool& done) {
+                        void (*kernel)(const Arguments, const Act), const Plan& plan,
+                        Keeping keeping, Residency found, Make make, const Act& act, int device,
+                        void* stream, bool& done) {
   LaunchShape shape{dim3(1, 1, 1), dim3(kThreads, 1, 1), static_cast<size_t>(found.bytes)};
   int64_t blocks = 0;
-  if (found.team()) {
-    shape.cooperative = true;
+  if (found.flow || found.team()) {
     Device on;
     if (const char* error = query(operation, device, on)) return error;
-    if (const char* error = resident_blocks(name, kernel, shape, device, &blocks)) return error;
+    for (;;) {
+      if (const char* error = resident_blocks(name, kernel, shape, device, &blocks)) return error;
+      const int each = static_cast<int>(blocks / on.multiprocessors);
+      if (!found.flow || each >= found.blocks || each == 0) break;
+      keeping.blocks = each;
+      found = make_residency(plan, keeping, on, found.planes);
+      if (!found.possible) return nullptr;
+      shape.shared_bytes = static_cast<size_t>(found.bytes);
+    }
+    shape.cooperative = found.team();
     const int64_t most = blocks / on.multiprocessors * for_teams(on) / found.parts;
     const int64_t teams = most == 0 ? 0 : ceil_divide(found.sets, ceil_divide(found.sets, most));
     if (teams == 0) return nullptr;
     blocks = (teams < found.sets ? teams : found.sets) * found.parts;
-    if (const char* error =
-            check(operation, "cudaMemsetAsync",
-                  cudaMemsetAsync(args.team.arrivals, 0, static_cast<size_t>(found.sets) * 4,
-                                  static_cast<cudaStream_t>(stream)))) {
-      return error;
-    }
   } else {
     if (const char* error = grid_size(operation, device, found.sets * found.parts, blocks)) {
       return error;
@@ -445,9 +462,18 @@ const char* launch_team(const char* operation, const char* name,
     blocks = round_up<int64_t>(blocks, found.parts);
     if (found.cluster) shape.cluster = static_cast<unsigned>(found.parts);
   }
+  const Arguments args = make(found);
+  if (found.team()) {
+    const size_t bytes = TeamPlaces(found, keeping).arrivals;
+    if (const char* error = check(
+            operation, "cudaMemsetAsync",
+            cudaMemsetAsync(args.team.arrivals, 0, bytes, static_cast<cudaStream_t>(stream)))) {
+      return error;
+    }
+  }
   shape.blocks.x = static_cast<unsigned>(blocks);
   const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
-  if (found.team() && lacks_room(error)) {
+  if ((found.cluster || found.team()) && refused(error)) {
     static_cast<void>(cudaGetLastError());
     return nullptr;
   }
@@ -468,49 +494,139 @@ struct Kept {
   }
 };
 
-// How the blocks of a team learn of a set's outcome, where sets flow: each leaves its sums, and the
-// last to come makes of them what all wait for. A count of parts + 1 says that it is there.
-template <class Sums, class Result>
-struct Passing {
-  static_assert(sizeof(Result) <= TeamPlaces::kResult);
-  const Team& team;
+// Whether units go to shared memory by copies that nobody waits for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T, int W>
+constexpr bool kCopies = false;
+#else
+template <class T, int W>
+constexpr bool kCopies = Unit<T, W>::kBytes >= 4;
+#endif
 
-  BATCHOPS_DEVICE Sums& sums(int64_t set, int64_t part, int channel) const {
+// Starts to bring one unit of each of `count` tensors to where it is kept.
+template <int kTensors, class T, int W>
+BATCHOPS_DEVICE void bring_unit(const Kept<T, W>& kept, int i, const T* const (&from)[kTensors],
+                                int count, int64_t offset) {
+  static_assert(kCopies<T, W>);
+#pragma unroll
+  for (int tensor = 0; tensor < kTensors; ++tensor) {
+    if (tensor < count) {
+      __pipeline_memcpy_async(&kept.at(tensor, i), from[tensor] + offset, sizeof(Unit<T, W>));
+    }
+  }
+}
+// The same of a batch of a chunk's units, as far as they are kept.
+template <int kTensors, class MyChunk, class T, int W>
+BATCHOPS_DEVICE void bring_batch(const MyChunk& chunk, int batch, const Kept<T, W>& kept,
+                                 const T* const (&from)[kTensors], int count) {
+  if constexpr (kCopies<T, W>) {
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const int i = batch * kInFlight + u;
+      if (!kept.has(i)) break;
+      const Place place = chunk.place(batch, u);
+      if (place.valid) bring_unit(kept, i, from, count, place.offset);
+    }
+  } else {
+#pragma unroll
+    for (int tensor = 0; tensor < kTensors; ++tensor) {
+      if (tensor >= count) break;
+      Unit<T, W> units[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const Place place = chunk.place(batch, u);
+        if (place.valid) units[u] = load_unit<T, W>(from[tensor] + place.offset);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int i = batch * kInFlight + u;
+        if (kept.has(i)) kept.at(tensor, i) = units[u];
+      }
+    }
+  }
+}
+
+// Brings a chunk's units while the thread works on those that have come: a few batches ahead.
+template <int kTensors, class MyChunk, class T, int W>
+struct Bringing {
+  static constexpr int kBatches = 4;
+  const MyChunk& chunk;
+  const Kept<T, W>& kept;
+  const T* const (&from)[kTensors];
+  int count;
+
+  BATCHOPS_DEVICE void start() const {
+#pragma unroll 1
+    for (int batch = 0; batch + 1 < kBatches; ++batch) next(batch);
+  }
+  BATCHOPS_DEVICE void next(int batch) const {
+    if (batch * kInFlight < kept.units) bring_batch(chunk, batch, kept, from, count);
+    __pipeline_commit();
+  }
+  // Afterwards those of this batch, as far as they are kept, are there.
+  BATCHOPS_DEVICE void ready(int batch) const {
+    next(batch + kBatches - 1);
+    __pipeline_wait_prior(kBatches - 1);
+  }
+};
+
+// Counting between blocks. What the block of the thread that counts has seen before a barrier is
+// seen by who finds its count, and by those whom that one meets at a barrier.
+BATCHOPS_DEVICE void count_one(unsigned* counter) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
+#else
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;"
+               :
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+#endif
+}
+BATCHOPS_DEVICE unsigned count_of(const unsigned* counter) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE);
+#else
+  unsigned count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(count)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return count;
+#endif
+}
+BATCHOPS_DEVICE void wait_for(const unsigned* counter, int count) {
+  while (count_of(counter) < static_cast<unsigned>(count)) __nanosleep(64);
+}
+
+// How the blocks of a team learn of a set's sums, where sets flow: each leaves its own, counts, and
+// asks for the count only when it has summed over the next set too. Then each merges all of them.
+//
+// Progress: all blocks of a team take the same sets in the same order, and each arrives at a set
+// before it waits for the one before it. So of the sets that anybody waits for, the earliest has
+// been arrived at by everyone who waits, and who does not wait is on the way there: all blocks run,
+// the launch being a cooperative one.
+//
+// Where a set has one part, its sums stay in the block, of two sets in turn.
+template <class Sums>
+struct Passing {
+  const Team& team;
+  Sums* own;  // [2, most]
+  int most;
+
+  BATCHOPS_DEVICE bool alone() const { return team.arrivals == nullptr; }
+  BATCHOPS_DEVICE Sums& sums(int64_t set, unsigned turn, int64_t part, int channel) const {
+    if (alone()) return own[turn % 2 * most + channel];
     return static_cast<Sums*>(team.sums)[(set * team.parts + part) * team.channels + channel];
   }
-  BATCHOPS_DEVICE Result& result(int64_t set, int channel) const {
-    return *reinterpret_cast<Result*>(static_cast<unsigned char*>(team.results) +
-                                      (set * team.channels + channel) *
-                                          static_cast<int64_t>(TeamPlaces::kResult));
-  }
-
-  // All threads, after those that leave the block's sums: whether the block is the last one.
-  BATCHOPS_DEVICE bool arrive(int64_t set) const {
-    BATCHOPS_SHARED(last, int);
+  // All threads, after those that leave the block's sums.
+  BATCHOPS_DEVICE void arrive(int64_t set) const {
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(team.arrivals + set, 1u) + 1 == static_cast<unsigned>(team.parts) ? 1 : 0;
-      __threadfence();
-    }
-    __syncthreads();
-    return last != 0;
+    if (threadIdx.x == 0 && !alone()) count_one(team.counter(set));
   }
-  // All threads of the last block, once the results are written.
-  BATCHOPS_DEVICE void tell(int64_t set) const {
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    __threadfence();
-    atomicAdd(team.arrivals + set, 1u);
-  }
-  // All threads. Afterwards the result can be read.
+  // A warp. Afterwards it can read the sums of all parts.
   BATCHOPS_DEVICE void wait(int64_t set) const {
-    if (threadIdx.x == 0) {
-      const volatile unsigned* arrivals = team.arrivals + set;
-      while (*arrivals <= static_cast<unsigned>(team.parts)) __nanosleep(20);
-      __threadfence();
-    }
-    __syncthreads();
+    if (threadIdx.x % kWarp == 0 && !alone()) wait_for(team.counter(set), team.parts);
+    __syncwarp();
   }
 };
 
@@ -538,13 +654,9 @@ struct Meeting {
     __syncthreads();
     if (team.arrivals == nullptr) return;
     if (threadIdx.x == 0) {
-      __threadfence();
-      unsigned* arrivals = team.arrivals + set;
-      atomicAdd(arrivals, 1u);
-      while (*static_cast<volatile unsigned*>(arrivals) < static_cast<unsigned>(team.parts)) {
-        __nanosleep(20);
-      }
-      __threadfence();
+      unsigned* counter = team.counter(set);
+      count_one(counter);
+      wait_for(counter, team.parts);
     }
     __syncthreads();
   }
