@@ -43,8 +43,8 @@ BATCHOPS_OPTIMIZER_INLINE F second_moment(F v, F g, const Constants& c) {
   return fused(c.beta2.high, v, fused(t, g, fused(t_error, g, c.beta2.low * v)));
 }
 
-// A value as high - low, good to about 2^-44; where it is a quotient by a root that is not much more
-// than eps·b, to 2^-24 of it.
+// A value as high - low, good to about 2^-44; where it is a quotient by a root that is not much
+// more than eps·b, to 2^-24 of it.
 struct Quotient {
   F high, low;
 };
