@@ -109,7 +109,8 @@ LIMITS = {
     "batch_norm_backward_resident wide": _norm(2, reads=6, writes=2),
     "batch_norm_backward_resident narrow": _norm(2, reads=12, writes=4),
     # 3 blocks of 80 registers; fewer where planes of several channels are taken together, and one
-    # where they are so in the backward with units of 8 elements, of any activation or on Blackwell.
+    # where they are so in the backward with units of 8 elements, of any activation, or on others
+    # than sm_80 to sm_90.
     "batch_norm_forward_flow wide": _norm(2, reads=IN_FLIGHT, writes=1),
     "batch_norm_forward_flow narrow": _norm(2, reads=IN_FLIGHT, writes=1),
     "batch_norm_backward_flow wide": _norm(1, reads=2, writes=2),

@@ -21,6 +21,7 @@
 #include <cuda_pipeline_primitives.h>
 
 #include "kernels/cuda/batch_norm.cuh"
+#include "kernels/cuda/counters.cuh"
 
 namespace batchops::cuda {
 
@@ -48,7 +49,7 @@ constexpr int kFlowing = 3;
 template <class Act>
 constexpr int blocks_where_flowing(bool planes, bool crowded, bool backward) {
   if (planes && crowded && backward && kAnyActivation<Act>) return 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ >= 1000 || __CUDA_ARCH__ < 800)
   return planes && crowded && backward ? 1 : kLeastResident;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
   return kLeastResident;
@@ -570,34 +571,6 @@ struct Bringing {
   }
 };
 
-// Counting between blocks. What the block of the thread that counts has seen before a barrier is
-// seen by who finds its count, and by those whom that one meets at a barrier.
-BATCHOPS_DEVICE void count_one(unsigned* counter) {
-#ifdef BATCHOPS_CUDA_EMULATOR
-  __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
-#else
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;"
-               :
-               : "l"(__cvta_generic_to_global(counter))
-               : "memory");
-#endif
-}
-BATCHOPS_DEVICE unsigned count_of(const unsigned* counter) {
-#ifdef BATCHOPS_CUDA_EMULATOR
-  return __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE);
-#else
-  unsigned count;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-               : "=r"(count)
-               : "l"(__cvta_generic_to_global(counter))
-               : "memory");
-  return count;
-#endif
-}
-BATCHOPS_DEVICE void wait_for(const unsigned* counter, int count) {
-  while (count_of(counter) < static_cast<unsigned>(count)) __nanosleep(64);
-}
-
 // How the blocks of a team learn of a set's sums, where sets flow: each leaves its own, counts, and
 // asks for the count only when it has summed over the next set too. Then each merges all of them.
 //
@@ -625,7 +598,8 @@ struct Passing {
   }
   // A warp. Afterwards it can read the sums of all parts.
   BATCHOPS_DEVICE void wait(int64_t set) const {
-    if (threadIdx.x % kWarp == 0 && !alone()) wait_for(team.counter(set), team.parts);
+    if (threadIdx.x % kWarp == 0 && !alone())
+      wait_for(team.counter(set), static_cast<unsigned>(team.parts));
     __syncwarp();
   }
 };
@@ -656,7 +630,7 @@ struct Meeting {
     if (threadIdx.x == 0) {
       unsigned* counter = team.counter(set);
       count_one(counter);
-      wait_for(counter, team.parts);
+      wait_for(counter, static_cast<unsigned>(team.parts));
     }
     __syncthreads();
   }

@@ -343,11 +343,11 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
 }
 
 // Blocks on a multiprocessor at the least. What knows its activation at run time only needs more
-// than the 80 registers of two, and for others than sm_90 so does the code for 16-bit units whose z
+// than the 80 registers of two, and for others than sm_90 so does the code for whole units whose z
 // is made again.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 template <class T, int W, class Act>
-constexpr int kLeastBlocks = kAnyActivation<Act> || (W == 8 && Act::kNeedsZ) ? 1 : kLeastResident;
+constexpr int kLeastBlocks = kAnyActivation<Act> || (W > 1 && Act::kNeedsZ) ? 1 : kLeastResident;
 #else
 template <class T, int W, class Act>
 constexpr int kLeastBlocks = kAnyActivation<Act> ? 1 : kLeastResident;

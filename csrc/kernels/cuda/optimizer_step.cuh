@@ -48,6 +48,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/counters.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/grad_squares.cuh"
 #include "kernels/optimizer_factors.h"
@@ -329,40 +330,6 @@ struct StepArguments {
   }
 };
 
-// Atomics between blocks. What the releasing thread has seen is seen by who acquires its count, or
-// a later one.
-BATCHOPS_DEVICE unsigned add_one(unsigned* counter) {
-#ifdef BATCHOPS_CUDA_EMULATOR
-  return __nv_atomic_fetch_add(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
-#else
-  unsigned before;
-  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(__cvta_generic_to_global(counter))
-               : "memory");
-  return before;
-#endif
-}
-BATCHOPS_DEVICE void set_one(unsigned* counter) {
-#ifdef BATCHOPS_CUDA_EMULATOR
-  __nv_atomic_store_n(counter, 1u, __NV_ATOMIC_RELEASE, __NV_THREAD_SCOPE_DEVICE);
-#else
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
-               : "memory");
-#endif
-}
-BATCHOPS_DEVICE unsigned acquired(const unsigned* counter) {
-#ifdef BATCHOPS_CUDA_EMULATOR
-  return __nv_atomic_load_n(counter, __NV_ATOMIC_ACQUIRE, __NV_THREAD_SCOPE_DEVICE);
-#else
-  unsigned count;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-               : "=r"(count)
-               : "l"(__cvta_generic_to_global(counter))
-               : "memory");
-  return count;
-#endif
-}
 // Brings this warp to a barrier of the block without waiting there.
 template <int kBarrier, int kCount>
 BATCHOPS_DEVICE void barrier_arrive() {
@@ -370,19 +337,6 @@ BATCHOPS_DEVICE void barrier_arrive() {
   __barrier_arrive_count(kBarrier, kCount);
 #else
   asm volatile("barrier.arrive %0, %1;" ::"n"(kBarrier), "n"(kCount) : "memory");
-#endif
-}
-// Without the acquire, which would empty the L1 cache each time.
-BATCHOPS_DEVICE unsigned glimpsed(const unsigned* counter) {
-#ifdef BATCHOPS_CUDA_EMULATOR
-  return __nv_atomic_load_n(counter, __NV_ATOMIC_RELAXED, __NV_THREAD_SCOPE_DEVICE);
-#else
-  unsigned count;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-               : "=r"(count)
-               : "l"(__cvta_generic_to_global(counter))
-               : "memory");
-  return count;
 #endif
 }
 
@@ -484,11 +438,6 @@ class Step {
     __syncthreads();
   }
 
-  // By one thread; a barrier of those that go on follows.
-  static BATCHOPS_DEVICE void wait_for(const unsigned* counter, unsigned count) {
-    while (glimpsed(counter) < count) __nanosleep(64);
-    acquired(counter);
-  }
   // By the sweeping warps, all of them, once a tensor.
   BATCHOPS_DEVICE void wait_for_outcome(int32_t tensor) {
     if (tensor == settled_) return;
