@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
       } else {
         __pipeline_wait_prior(0);
       }
+      keep_order();
       float sums[2][kChannels];
       sums_of<T, kAhead, true>(
           chunk, tensors, act,

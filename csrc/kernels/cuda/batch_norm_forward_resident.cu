@@ -220,6 +220,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
       } else {
         __pipeline_wait_prior(0);
       }
+      keep_order();
       Moments found[kChannels];
       moments_of<true, T>(
           chunk, [](int) {},

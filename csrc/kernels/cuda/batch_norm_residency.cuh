@@ -568,6 +568,7 @@ struct Bringing {
   BATCHOPS_DEVICE void ready(int batch) const {
     next(batch + kBatches - 1);
     __pipeline_wait_prior(kBatches - 1);
+    keep_order();
   }
 };
 

@@ -498,6 +498,7 @@ BATCHOPS_DEVICE void copy_async(T* to, const T* from) {
 BATCHOPS_DEVICE void wait_for_copies() {
   __pipeline_commit();
   __pipeline_wait_prior(0);
+  keep_order();
 }
 
 // ---- statistics

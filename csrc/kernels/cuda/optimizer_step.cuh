@@ -113,12 +113,6 @@ BATCHOPS_DEVICE F select_le(F a, F b, F yes, F no) { return a.v <= b.v ? yes : n
 #define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
 #include "kernels/compensated.inl"
 
-// The compiler keeps what is read and written before from what comes after.
-BATCHOPS_DEVICE void keep_order() {
-#ifndef BATCHOPS_CUDA_EMULATOR
-  asm volatile("" ::: "memory");
-#endif
-}
 // For all of this thread's copies.
 BATCHOPS_DEVICE void wait_for_copies() {
 #if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800

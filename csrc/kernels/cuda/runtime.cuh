@@ -59,6 +59,14 @@ struct TypeIs {
   using type = T;
 };
 
+// The compiler keeps what is read and written before from what comes after: also behind
+// __pipeline_wait_prior, which does not tell it that there is something new to read.
+BATCHOPS_DEVICE void keep_order() {
+#ifndef BATCHOPS_CUDA_EMULATOR
+  asm volatile("" ::: "memory");
+#endif
+}
+
 __attribute__((format(printf, 1, 2))) inline const char* message(const char* format, ...) {
   thread_local char text[512];
   va_list arguments;
