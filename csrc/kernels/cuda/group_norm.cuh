@@ -463,10 +463,7 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
         }
       }
     }
-    for (int distance = teams.lanes / 2; distance > 0; distance /= 2) {
-      sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
-      sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
-    }
+    sum = sum_of_lanes(sum, teams.lanes);
     if (lane == 0 && s < total) to[s] = sum;
   }
   __syncthreads();

@@ -115,16 +115,12 @@ struct Pixels {
           sum.y += more.y;
         }
       }
-      for (int distance = tiles.lanes / 2; distance > 0; distance /= 2) {
-        sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
-        sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
-      }
+      sum = sum_of_lanes(sum, tiles.lanes);
       if (active && lane == 0) to[column] = sum;
     }
     __syncthreads();
   }
 
-  // Each thread copies what it will read itself.
   template <class T, int W>
   BATCHOPS_DEVICE void keep(T* to, const T* from) const {
     const int step = cut.by_unit.rows_at_once;
@@ -154,7 +150,7 @@ struct Pixels {
   }
 
   // Each group's moments, of what the block has kept. Columns are summed around shifts of their
-  // own, the means of the first thread's first rows.
+  // own.
   template <class T, int W, int kSum = sum_width(W)>
   BATCHOPS_DEVICE void moments(const T* kept, const Arena& arena) const {
     const ColumnTiles& tiles = cut.by_sum;

@@ -169,7 +169,7 @@ struct Slices {
         for (int j = 0; j < W; ++j) sum.x += v[j];
         sum.y += W;
       }
-      team_sum(teams.lanes, sum);
+      sum = sum_of_lanes(sum, teams.lanes);
       const float shift = sum.x / sum.y;
       sum = make_float2(0.0f, 0.0f);
       const auto take = [&](const T* unit) {
@@ -195,7 +195,7 @@ struct Slices {
         take(from);
         from += step;
       }
-      team_sum(teams.lanes, sum);
+      sum = sum_of_lanes(sum, teams.lanes);
       if (lane == 0 && s < total) {
         const auto n = static_cast<float>(of.end > of.begin ? of.end - of.begin : 0);
         const float rest = sum.y - sum.x * sum.x / n;
@@ -203,12 +203,6 @@ struct Slices {
       }
     }
     __syncthreads();
-  }
-  BATCHOPS_DEVICE static void team_sum(int lanes, float2& sum) {
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
-      sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
-    }
   }
 
   // channels[r] = what the job adds over each channel, of what is kept.

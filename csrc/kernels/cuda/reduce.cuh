@@ -22,6 +22,13 @@ BATCHOPS_DEVICE double sum_of_lanes(double value, int lanes) {
   }
   return value;
 }
+BATCHOPS_DEVICE float2 sum_of_lanes(float2 value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value.x += __shfl_xor_sync(kAllLanes, value.x, distance);
+    value.y += __shfl_xor_sync(kAllLanes, value.y, distance);
+  }
+  return value;
+}
 
 // Each values[i] summed over a block of kThreads threads, in every thread. All threads must call
 // it; it may be called again at once (it ends with a barrier).
