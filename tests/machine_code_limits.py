@@ -74,7 +74,7 @@ LIMITS = {
     "batch_norm_finish": Limits(2),
     # 2 blocks of 256 threads: up to 128 registers. 16-bit elements in channels_last take the most,
     # 94 to 125, for a thread keeps the coefficients of 8 channels (4 floats each) in registers.
-    # Blackwell's code takes some more than the others': 68 in partials, 83 in finish.
+    # Blackwell's code takes some more than the others': 83 in finish.
     "batch_norm_apply channels_first wide": _apply(2, reads=2, writes=1),
     "batch_norm_apply channels_first narrow": _apply(2, reads=2, writes=1),
     "batch_norm_apply channels_last wide": _apply(2, reads=2, writes=1),
@@ -84,18 +84,14 @@ LIMITS = {
     "batch_norm_apply channels_last wide any": _any(2, reads=2 * 2, writes=2),
     "batch_norm_apply channels_last narrow any": _any(3, reads=2 * 2, writes=2),
     "batch_norm_backward_partials channels_first wide": _partials(2, reads=2),
-    "batch_norm_backward_partials channels_first narrow": _partials(3, reads=2),
     "batch_norm_backward_partials channels_last wide": _partials(2, reads=2),
-    "batch_norm_backward_partials channels_last narrow": _partials(2, reads=2),
     "batch_norm_backward_partials channels_first wide any": _any(2, reads=3 * 2),
     "batch_norm_backward_partials channels_first narrow any": _any(2, reads=3 * 2),
     "batch_norm_backward_partials channels_last wide any": _any(2, reads=3),
     "batch_norm_backward_partials channels_last narrow any": _any(2, reads=3 * 2),
     "batch_norm_backward_finish": Limits(2),
     "batch_norm_backward_apply channels_first wide": _apply(2, reads=2, writes=2),
-    "batch_norm_backward_apply channels_first narrow": _apply(2, reads=2, writes=2),
     "batch_norm_backward_apply channels_last wide": _apply(2, reads=2, writes=2),
-    "batch_norm_backward_apply channels_last narrow": _apply(2, reads=2, writes=2),
     "batch_norm_backward_apply channels_first wide any": _any(2, reads=3 * 2, writes=2 * 2),
     "batch_norm_backward_apply channels_first narrow any": _any(3, reads=3 * 2, writes=2 * 2),
     "batch_norm_backward_apply channels_last wide any": _any(2, reads=3, writes=2),

@@ -323,11 +323,11 @@ def test_a_team_that_is_refused_is_streamed(library):
     with batch_norm.device(library, "streams"):
         streamed = run(library, problem)
     with batch_norm.device(library, "small"):
-        library.emulator_set_cooperative_blocks(1)
+        library.emulator_set_blocks_held(1)
         try:
             got = run(library, problem)
         finally:
-            library.emulator_set_cooperative_blocks(0)
+            library.emulator_set_blocks_held(0)
     for name, value in streamed.items():
         np.testing.assert_array_equal(got[name], value, name)
 

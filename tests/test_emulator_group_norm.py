@@ -278,6 +278,37 @@ def test_passes_over_memory_without_races(watched, shape, device, dtype, layout)
             backward.assert_written(name)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("device", "shape", "dtype"),
+    [
+        ("Hopper", (1, 8, 3200, 2), "f32"),
+        ("small with clusters", (1, 8, 750, 1), "f32"),
+        ("small with clusters", (1, 8, 1000, 1), "bf16"),
+    ],
+    ids=["then in one block", "then forward streamed", "then backward streamed"],
+)
+def test_clusters_that_are_refused(library, watched, device, shape, dtype, layout):
+    """As under MPS, or in a stream that has some of the multiprocessors."""
+    problem = Problem(*shape, layout=layout, dtype=dtype, activation="silu")
+    sizes = []
+    for held in (0, 1):
+        for lib in (library, watched):
+            lib.emulator_set_blocks_held(held)
+        try:
+            with group_norm.device(library, device):
+                check_under_all_schedules(library, problem)
+            with group_norm.device(watched, device), record(watched) as recording:
+                group_norm.backward(watched, problem, group_norm.forward(watched, problem))
+        finally:
+            for lib in (library, watched):
+                lib.emulator_set_blocks_held(0)
+        recording.assert_in_bounds()
+        sizes.append({launch.cluster for launch in recording.launches})
+    assert max(sizes[0]) > 1
+    assert sizes[1] == {1}
+
+
 # ---- what is refused
 
 

@@ -13,12 +13,15 @@ from . import lamb_reference as reference
 from . import last_places
 from .emulator import build, emulator, optimizers
 from .emulator.optimizer_checks import (
+    IN_TURN,
     LARGE,
     PLACES,
     SIZES,
     check,
     check_everywhere,
+    check_in_turn,
     divisor_of,
+    in_turn,
     same_bits,
 )
 from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Parameter, Problem, run
@@ -119,6 +122,14 @@ def test_more_chunks_than_a_block_has_threads(library):
     check(problem, results, divisor_of(problem))
 
 
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
+@pytest.mark.parametrize("place", IN_TURN, ids=str)
+def test_sizes_that_follow_each_other(library, place, clip):
+    """Of groups of their own, whose factors are others."""
+    groups = [Options(), Options(betas=(0.8, 0.99), eps=1e-4), Options(caution=True)]
+    check_in_turn(library, Problem(in_turn(place, len(groups)), groups, clip), place)
+
+
 @pytest.mark.parametrize("dtypes", [("bf16", "bf16", True), ("f16", "f32", False)])
 def test_large_tensors_of_low_precision(library, dtypes):
     p, g, master = dtypes
@@ -140,11 +151,11 @@ def test_a_part_of_the_device_does_as_well(library, blocks):
     problem = Problem([Parameter(n) for n in (*LARGE, SMALL)])
     with optimizers.device(library, "Hopper"):
         expected = run(library, problem)
-        library.emulator_set_cooperative_blocks(blocks)
+        library.emulator_set_blocks_held(blocks)
         try:
             got = run(library, problem)
         finally:
-            library.emulator_set_cooperative_blocks(0)
+            library.emulator_set_blocks_held(0)
     assert same_bits(expected, got)
 
 

@@ -10,7 +10,15 @@ import torch
 
 from . import last_places
 from .emulator import optimizers
-from .emulator.optimizer_checks import LARGE, SIZES, check, check_everywhere
+from .emulator.optimizer_checks import (
+    IN_TURN,
+    LARGE,
+    SIZES,
+    check,
+    check_everywhere,
+    check_in_turn,
+    in_turn,
+)
 from .emulator.optimizers import CHUNK, DEVICES, DTYPES, SMALL, Lars, Parameter, run
 from .lars_reference import Options
 
@@ -84,6 +92,12 @@ def test_rates_between_two_floats(library):
 def test_tensors_larger_than_what_all_blocks_hold(library, options):
     problem = Lars([Parameter(n) for n in LARGE], [options])
     check_everywhere(library, problem)
+
+
+@pytest.mark.parametrize("place", IN_TURN, ids=str)
+def test_sizes_that_follow_each_other(library, place):
+    groups = [MOMENTUM, Options(weight_decay=1e-4), replace(MOMENTUM, nesterov=True)]
+    check_in_turn(library, Lars(in_turn(place, len(groups)), groups, 0.05), place)
 
 
 def test_masters_and_loss_scale(library):

@@ -385,6 +385,8 @@ def test_optimizers_are_race_free(kind, clip, place):
     # Small ones, chunks of whole units and without, and more chunks than all slots hold.
     parameters = [optimizers.Parameter(n) for n in (1, 37, 256, 4096, 5 * optimizers.CHUNK + 5)]
     parameters.append(optimizers.Parameter(2500, "bf16", offset=1, master=True))
+    # What is not kept of the first is swept again while the second is under way.
+    parameters += [optimizers.Parameter(n * optimizers.CHUNK) for n in (9, 8, 1, 7)]
     parameters += [optimizers.Parameter(n) for n in (256,) * 20]
     # With a clip, and with step counts, lr and scale on the device.
     problem = kind(parameters, max_grad_norm=clip, on_device=clip is None)

@@ -39,9 +39,7 @@ void emulator_set_code_version(int version) { cuda_emulator::settings().code_ver
 
 // Multiprocessors that have been set apart, of which the occupancy calls know nothing: blocks that
 // run together in a cooperative launch; 0: as many as the device holds.
-void emulator_set_cooperative_blocks(int count) {
-  cuda_emulator::settings().cooperative_blocks = count;
-}
+void emulator_set_blocks_held(int count) { cuda_emulator::settings().blocks_held = count; }
 
 // What the occupancy calls answer; 0: what the kernel's threads, registers and shared memory allow.
 void emulator_set_blocks_per_multiprocessor(int count) {

@@ -78,12 +78,17 @@ cudaError_t check_fit(const Grid& grid, const Kernel& kernel) {
         cudaErrorInvalidClusterSize, kCall,
         grid.kernel + ": clusters " + text(grid.cluster) + " do not divide " + text(grid.blocks));
   }
+  if (const int held = settings().blocks_held; held > 0 && size > static_cast<unsigned>(held)) {
+    return refuse_call(cudaErrorInvalidClusterSize, kCall,
+                       grid.kernel + ": clusters of " + std::to_string(size) +
+                           " blocks, of which the process has " + std::to_string(held));
+  }
   if (!grid.cooperative) return cudaSuccess;
   const int threads = static_cast<int>(grid.block_threads());
   const int each = blocks_per_multiprocessor(kernel, threads, grid.dynamic_shared);
   auto resident = static_cast<uint64_t>(each) * settings().multiprocessors;
-  if (const int most = settings().cooperative_blocks; most > 0) {
-    resident = std::min(resident, static_cast<uint64_t>(most));
+  if (const int held = settings().blocks_held; held > 0) {
+    resident = std::min(resident, static_cast<uint64_t>(held));
   }
   if (grid.block_count() <= resident) return cudaSuccess;
   return refuse_call(cudaErrorCooperativeLaunchTooLarge, kCall,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from .. import lamb_reference, lars_reference
 from ..reference import to_float64
-from . import optimizers
+from . import emulator, optimizers
 from .optimizers import CHUNK, SMALL, Problem, State, run
 
 SIZES = {
@@ -81,3 +82,43 @@ def check_everywhere(library: ctypes.CDLL, problem: Problem) -> None:
             check(problem, results, divisor)
             first = results
         assert same_bits(first, results), place
+
+
+# A device and how many multiprocessors it has; and the chunks of one tensor that its blocks keep,
+# of one that they do not keep whole, and the blocks.
+IN_TURN = {
+    ("Ada", 1): (4, 3, 1),
+    ("alone", 1): (2, 1, 1),
+    ("small", 1): (1, 0, 1),
+    ("Hopper", 1): (5, 4, 2),
+}
+
+
+def in_turn(place: tuple[str, int], groups: int) -> list[optimizers.Parameter]:
+    """Tensors of every size that a device treats in a way of its own, each followed by each: kept
+    whole and not, by every block or by some, with as many chunks left out as wait for an outcome,
+    one less and more. Then small ones."""
+    most, some, blocks = IN_TURN[place]
+    own = {1, most, most + 1, some + 2, some + 3, some + 4} - {0}
+    chunks = sorted({n * blocks for n in own} | {n * blocks - 1 for n in own if blocks > 1})
+    order = []
+    for first, second in itertools.combinations_with_replacement(chunks, 2):
+        order += [first, second]
+    if blocks == 1:
+        order += order[::-1]
+    sizes = [n * CHUNK - 5 * (i % 2) for i, n in enumerate(order)]
+    sizes += [SMALL - i for i in range(9)]
+    return [optimizers.Parameter(n, group=i % groups) for i, n in enumerate(sizes)]
+
+
+def check_in_turn(library: ctypes.CDLL, problem: Problem, place: tuple[str, int]) -> None:
+    """Correct, and the same bits as where all of it is kept."""
+    name, multiprocessors = place
+    many = emulator.schedule(library, "random", 5, 4)  # 40 chunks
+    with optimizers.device(library, "Hopper"), many:
+        kept = run(library, problem)
+    check(problem, kept, divisor_of(problem))
+    for order, seed in (("forward", 0), ("random", 6)):
+        schedule = emulator.schedule(library, order, seed, multiprocessors)
+        with optimizers.device(library, name), schedule:
+            assert same_bits(kept, run(library, problem)), order

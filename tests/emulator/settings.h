@@ -29,7 +29,9 @@ struct Settings {
   // cluster is in flight as a whole, however many blocks it has.
   int resident_blocks = 1;
   int multiprocessors = 2;
-  int cooperative_blocks = 0;         // what a process may have of them at once; 0: all
+  // Blocks of a cooperative grid or of a cluster that a process may have at once, whatever the
+  // occupancy calls answer; 0: all of them.
+  int blocks_held = 0;
   int blocks_per_multiprocessor = 0;  // what the occupancy calls answer; 0: computed (kernel.h)
   bool registers_required = false;    // a kernel must be in the table of set_registers
   size_t static_shared_limit = 48 * 1024;

@@ -161,6 +161,17 @@ const char* dispatch_width(int64_t row, std::initializer_list<const void*> point
   return f(std::integral_constant<int, 1>{});
 }
 
+// Calls f(activation). Where units are narrower than 16 bytes, or `any` is set, one instance serves
+// all activations.
+template <class T, int W, class F>
+const char* dispatch_activation(const BatchNormShape& shape, bool any, F&& f) {
+  const float slope = static_cast<float>(shape.slope);
+  if constexpr (W == kWidest<T>) {
+    if (!any) return with_activation<Identity, Relu>(shape.activation, slope, f);
+  }
+  return f(AnyActivation{shape.activation, slope});
+}
+
 // channels_last: a block covers `tile` units of a row and as many rows as its threads allow.
 //
 //   thread t:  row t / tile, unit t % tile   (t ≥ tile · rows_at_once: idle)

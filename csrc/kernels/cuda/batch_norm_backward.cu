@@ -295,13 +295,9 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
       return dispatch_width<T>(
           plan.row(), {args.dy, args.x, tensors.residual, args.dx, args.dresidual},
           [&](auto width) {
-            const float slope = static_cast<float>(shape.slope);
-            if (tensors.residual != nullptr) {
-              return with_types(type, layout, width, AnyActivation{shape.activation, slope});
-            }
-            return with_activation<Identity, Relu>(shape.activation, slope, [&](auto act) {
-              return with_types(type, layout, width, act);
-            });
+            return dispatch_activation<T, decltype(width)::value>(
+                shape, tensors.residual != nullptr,
+                [&](auto act) { return with_types(type, layout, width, act); });
           });
     });
   });

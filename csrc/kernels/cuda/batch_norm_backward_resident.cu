@@ -229,11 +229,11 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
   };
   // The set whose sums are next; of the one before they have been left.
   int64_t set = blockIdx.x / team.parts;
-  bring(set, 0);
+#pragma unroll 1
+  for (unsigned turn = 0; turn < 2; ++turn) bring(set + turn * teams, turn);
   if (const int channel = channel_of_warp(); channel < channels && threadIdx.x % kWarp == 0) {
     columns[0][channel] = column_of(set, channel);
   }
-  bring(set + teams, 1);
   __syncthreads();
 
   for (unsigned turn = 0;; set += teams, ++turn) {

@@ -22,7 +22,7 @@ BATCHOPS_DEVICE float4 packed(const Affine& a) {
 }
 
 template <class T, Layout kLayout, int W>
-__global__ void __launch_bounds__(kThreads, kLeastResident)
+__global__ void __launch_bounds__(kThreads, kLayout == Layout::channels_first ? 4 : kLeastResident)
     batch_norm_partials(const __grid_constant__ PartialArguments args) {
   using MyChunk = Chunk<kLayout, W>;
   constexpr int kChannels = MyChunk::kChannels;

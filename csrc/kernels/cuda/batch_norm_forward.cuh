@@ -107,23 +107,24 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
     }
   };
 
-  load(0);
-  // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
-  // the offset, and an outlier among them moves it by a small part of itself only.
   float shift[1][kChannels] = {};
-#pragma unroll
-  for (int u = 0; u < kInFlight; ++u) {
-    float v[W];
-    to_float<T, W>(units[u], v);
-#pragma unroll
-    for (int j = 0; j < W; ++j) shift[0][j % kChannels] += v[j];
-  }
-  chunk.sum(shift, scratch);
-#pragma unroll
-  for (int j = 0; j < kChannels; ++j) shift[0][j] /= static_cast<float>(chunk.first_count());
-
   float sums[2][kChannels] = {};
   for (int batch = 0;;) {
+    load(batch);
+    if (batch == 0) {
+      // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
+      // the offset, and an outlier among them moves it by a small part of itself only.
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        float v[W];
+        to_float<T, W>(units[u], v);
+#pragma unroll
+        for (int j = 0; j < W; ++j) shift[0][j % kChannels] += v[j];
+      }
+      chunk.sum(shift, scratch);
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) shift[0][j] /= static_cast<float>(chunk.first_count());
+    }
     float of_batch[2][kShort ? 1 : kChannels] = {};
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
@@ -146,7 +147,6 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
       }
     }
     if (++batch >= chunk.batches()) break;
-    load(batch);
   }
   chunk.sum(sums, scratch);
 

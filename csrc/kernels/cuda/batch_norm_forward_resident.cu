@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
   };
   // The set whose sums are next; of the one before they have been left.
   int64_t set = blockIdx.x / team.parts;
-  bring(set, 0);
-  bring(set + teams, 1);
+#pragma unroll 1
+  for (unsigned turn = 0; turn < 2; ++turn) bring(set + turn * teams, turn);
 
   for (unsigned turn = 0;; set += teams, ++turn) {
     const int64_t before = set - teams;

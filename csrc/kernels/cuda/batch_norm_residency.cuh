@@ -362,24 +362,16 @@ Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
   return team;
 }
 
-// Calls run(TypeIs<T>, integral_constant<int, W>, activation); where units are narrower than 16
-// bytes, or `any` is set, one instance serves all activations.
+// Calls run(TypeIs<T>, integral_constant<int, W>, activation).
 template <class F>
 const char* dispatch_resident(const char* operation, const BatchNormShape& shape, const Plan& plan,
                               std::initializer_list<const void*> pointers, F&& run,
                               bool any = false) {
-  const float slope = static_cast<float>(shape.slope);
   return dispatch_dtype(operation, shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return dispatch_width<T>(plan.row(), pointers, [&](auto width) -> const char* {
-      constexpr int W = decltype(width)::value;
-      if constexpr (W < kWidest<T>) {
-        return run(type, width, AnyActivation{shape.activation, slope});
-      } else {
-        if (any) return run(type, width, AnyActivation{shape.activation, slope});
-        return with_activation<Identity, Relu>(shape.activation, slope,
-                                               [&](auto act) { return run(type, width, act); });
-      }
+    return dispatch_width<T>(plan.row(), pointers, [&](auto width) {
+      return dispatch_activation<T, decltype(width)::value>(
+          shape, any, [&](auto act) { return run(type, width, act); });
     });
   });
 }
@@ -410,21 +402,12 @@ inline size_t team_bytes(const Plan& plan, Keeping keeping, const Device& device
 template <class F>
 const char* dispatch_planes(const char* operation, const BatchNormShape& shape, F&& run,
                             bool any = false) {
-  const float slope = static_cast<float>(shape.slope);
-  return dispatch_dtype(operation, shape.dtype, [&](auto type) -> const char* {
-    constexpr int W = kWidest<typename decltype(type)::type>;
-    const std::integral_constant<int, W> width{};
-    if (any) return run(type, width, AnyActivation{shape.activation, slope});
-    return with_activation<Identity, Relu>(shape.activation, slope,
-                                           [&](auto act) { return run(type, width, act); });
+  return dispatch_dtype(operation, shape.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const std::integral_constant<int, kWidest<T>> width{};
+    return dispatch_activation<T, kWidest<T>>(shape, any,
+                                              [&](auto act) { return run(type, width, act); });
   });
-}
-
-// Whether a launch was refused because its blocks do not run together: those of a cooperative grid,
-// or of a cluster.
-inline bool refused(cudaError_t error) {
-  constexpr int kInvalidClusterSize = 912;  // has its name from CUDA 12 on
-  return lacks_room(error) || static_cast<int>(error) == kInvalidClusterSize;
 }
 
 // Launches `kernel` with the arguments that make(found) gives, which have a Team in them, and
@@ -474,7 +457,7 @@ const char* launch_team(const char* operation, const char* name,
   }
   shape.blocks.x = static_cast<unsigned>(blocks);
   const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
-  if ((found.cluster || found.team()) && refused(error)) {
+  if ((found.cluster || found.team()) && lacks_room(error)) {
     static_cast<void>(cudaGetLastError());
     return nullptr;
   }

@@ -571,15 +571,15 @@ bool recomputes_z(const GroupNormBackward& args) {
   return traits_of(args.shape.activation).needs_z && args.mask == nullptr;
 }
 
-const char* backward(const GroupNormBackward& args, void* workspace, int device, void* stream) {
+// On what `found` has.
+const char* backward(const GroupNormBackward& args, void* workspace, const Device& found,
+                     int device, void* stream, bool& refused) {
   const GroupNormShape& shape = args.shape;
   const bool wants_parameters = args.dweight != nullptr || args.dbias != nullptr;
   const bool wants_elements = args.dx != nullptr || args.dresidual != nullptr;
   if (!wants_parameters && !wants_elements) return nullptr;
   const bool recomputes = recomputes_z(args);
   const void* residual = recomputes ? args.residual : nullptr;
-  Device found;
-  if (const char* error = query(kOperation, device, found)) return error;
 
   const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
     using T = typename decltype(type)::type;
@@ -607,11 +607,12 @@ const char* backward(const GroupNormBackward& args, void* workspace, int device,
 
     const bool sums = to.cut.resident || wants_parameters || args.dx != nullptr;
     if (sums) {
-      if (const char* error =
-              launch_parts(kOperation, "group_norm_backward",
-                           group_norm_backward<T, kLayout, W, Act>, to, act, device, stream)) {
+      if (const char* error = launch_parts(kOperation, "group_norm_backward",
+                                           group_norm_backward<T, kLayout, W, Act>, to, act, device,
+                                           stream, refused)) {
         return error;
       }
+      if (refused) return nullptr;
     }
     int64_t blocks = 0;
     if (!to.cut.resident && args.dx != nullptr) {
@@ -649,21 +650,29 @@ size_t group_norm_backward_workspace_cuda(const GroupNormBackward& args, int dev
   if (cuda::query(cuda::kOperation, device, found) != nullptr) return 0;
   const bool residual = cuda::recomputes_z(args) && args.residual != nullptr;
   const auto purpose = cuda::purpose_of(shape, residual, args.mask != nullptr);
-  const cuda::Workspace space(cuda::group::make_cut(shape, purpose, 1, found));
-  return static_cast<size_t>(std::max<int64_t>(space.entries(shape.C), 2)) * sizeof(float2);
+  int64_t entries = 2;
+  cuda::group::for_each_cut(shape, purpose, found, [&](const cuda::group::Cut& cut) {
+    entries = std::max(entries, cuda::Workspace(cut).entries(shape.C));
+  });
+  return static_cast<size_t>(entries) * sizeof(float2);
 }
 
 const char* group_norm_backward_cuda(const GroupNormBackward& args, void* workspace, int device,
                                      void* stream) {
   if (args.shape.numel() == 0) return nullptr;
-  if (const char* error = cuda::use_device(cuda::kOperation, device)) return error;
+  cuda::Device found;
+  if (const char* error = cuda::query(cuda::kOperation, device, found)) return error;
   if (const char* error = cuda::group::validate(cuda::kOperation, args.shape, args.mask)) {
     return error;
   }
   if (args.dy == nullptr || args.x == nullptr || args.stats == nullptr || workspace == nullptr) {
     return cuda::message("%s: dy, x, stats and workspace must not be null", cuda::kOperation);
   }
-  return cuda::backward(args, workspace, device, stream);
+  bool refused = false;
+  const char* error = cuda::backward(args, workspace, found, device, stream, refused);
+  if (!refused) return error;
+  return cuda::backward(args, workspace, cuda::group::without_clusters(found), device, stream,
+                        refused);
 }
 
 }  // namespace batchops

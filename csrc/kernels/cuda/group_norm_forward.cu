@@ -235,11 +235,10 @@ Purpose purpose_of(const GroupNormShape& shape, bool mask) {
   return {1, static_cast<int>(size_of(shape.dtype)), false, mask};
 }
 
-const char* forward(const GroupNormForward& args, void* workspace, int device, void* stream) {
+// On what `found` has.
+const char* forward(const GroupNormForward& args, void* workspace, const Device& found, int device,
+                    void* stream, bool& refused) {
   const GroupNormShape& shape = args.shape;
-  Device found;
-  if (const char* error = query(kOperation, device, found)) return error;
-
   const auto run = [&](auto type, auto layout, auto width, auto act) -> const char* {
     using T = typename decltype(type)::type;
     constexpr int W = decltype(width)::value;
@@ -260,10 +259,10 @@ const char* forward(const GroupNormForward& args, void* workspace, int device, v
     if (!args.have_stats) {
       if (const char* error =
               launch_parts(kOperation, "group_norm_forward", group_norm_forward<T, kLayout, W, Act>,
-                           to, act, device, stream)) {
+                           to, act, device, stream, refused)) {
         return error;
       }
-      if (to.cut.resident) return nullptr;
+      if (refused || to.cut.resident) return nullptr;
       int64_t blocks = 0;
       if (const char* error = grid_size(kOperation, device, to.cut.groups, blocks)) return error;
       if (const char* error = launch("group_norm_forward_finish", group_norm_forward_finish, blocks,
@@ -291,21 +290,29 @@ size_t group_norm_forward_workspace_cuda(const GroupNormForward& args, int devic
   cuda::Device found;
   if (cuda::query(cuda::kOperation, device, found) != nullptr) return 0;
   const cuda::group::Purpose purpose = cuda::purpose_of(shape, args.mask != nullptr);
-  const int64_t moments = cuda::group::make_cut(shape, purpose, 1, found).moments();
-  return static_cast<size_t>(std::max<int64_t>(moments, 1)) * sizeof(cuda::Moments);  // never null
+  int64_t moments = 1;  // never null
+  cuda::group::for_each_cut(shape, purpose, found, [&](const cuda::group::Cut& cut) {
+    moments = std::max(moments, cut.moments());
+  });
+  return static_cast<size_t>(moments) * sizeof(cuda::Moments);
 }
 
 const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspace, int device,
                                     void* stream) {
   if (args.shape.numel() == 0) return nullptr;
-  if (const char* error = cuda::use_device(cuda::kOperation, device)) return error;
+  cuda::Device found;
+  if (const char* error = cuda::query(cuda::kOperation, device, found)) return error;
   if (const char* error = cuda::group::validate(cuda::kOperation, args.shape, args.mask)) {
     return error;
   }
   if (args.x == nullptr || args.y == nullptr || args.stats == nullptr || workspace == nullptr) {
     return cuda::message("%s: x, y, stats and workspace must not be null", cuda::kOperation);
   }
-  return cuda::forward(args, workspace, device, stream);
+  bool refused = false;
+  const char* error = cuda::forward(args, workspace, found, device, stream, refused);
+  if (!refused) return error;
+  return cuda::forward(args, workspace, cuda::group::without_clusters(found), device, stream,
+                       refused);
 }
 
 }  // namespace batchops

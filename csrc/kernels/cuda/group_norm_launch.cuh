@@ -65,11 +65,27 @@ const char* apply_shape(const char* operation, const Arguments& args, int device
   return error;
 }
 
-// The kernel that sees each part first: on clusters where the cut says so.
+// The cut's device where no cluster is to be had.
+inline Device without_clusters(Device device) {
+  device.most_cluster = 1;
+  return device;
+}
+
+// f(cut) of the cut that is tried first and, if that takes clusters, of the one without.
+template <class F>
+void for_each_cut(const GroupNormShape& shape, const Purpose& purpose, const Device& found, F f) {
+  const Cut first = make_cut(shape, purpose, 1, found);
+  f(first);
+  if (first.cluster()) f(make_cut(shape, purpose, 1, without_clusters(found)));
+}
+
+// The kernel that sees each part first: on clusters where the cut says so. Those may be `refused`:
+// a process or a stream may have less than the device.
 template <class Arguments, class Act>
 const char* launch_parts(const char* operation, const char* name,
                          void (*kernel)(const Arguments, const Act), const Arguments& args,
-                         const Act& act, int device, void* stream) {
+                         const Act& act, int device, void* stream, bool& refused) {
+  refused = false;
   int64_t blocks = 0;
   if (const char* error = grid_size(operation, device, args.cut.turns(), blocks)) return error;
   const auto bytes = static_cast<size_t>(args.shared.total);
@@ -77,7 +93,11 @@ const char* launch_parts(const char* operation, const char* name,
   const auto parts = static_cast<unsigned>(args.cut.parts);
   const unsigned whole_clusters = static_cast<unsigned>(round_up<int64_t>(blocks, parts));
   const LaunchShape shape{dim3(whole_clusters, 1, 1), dim3(kBlock, 1, 1), bytes, parts};
-  return launch(name, kernel, shape, stream, args, act);
+  const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
+  refused = lacks_room(error);
+  if (!refused) return check(name, "launch", error);
+  static_cast<void>(cudaGetLastError());
+  return nullptr;
 }
 
 }  // namespace batchops::cuda::group

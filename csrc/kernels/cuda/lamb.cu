@@ -18,11 +18,11 @@ struct Lamb {
   using Group = LambGroup;
   using Set = LambSet;
   struct Factors : LambFactors {
-    int32_t caution, apart, inside;
+    bool caution, apart, inside;
     Factors() = default;
     BATCHOPS_DEVICE Factors(const LambSet& set, double C)
         : LambFactors(set, C),
-          caution(set.caution),
+          caution(set.caution != 0),
           apart(is_apart(set)),
           inside(eps_inside[0] != 0) {}
   };
@@ -57,16 +57,17 @@ struct Lamb {
   static BATCHOPS_DEVICE int sums(const Factors& factors) { return factors.caution ? kSums : 3; }
   // Without what is rare: typed code is there for every pair of types.
   static BATCHOPS_DEVICE bool typed(const Factors& factors) {
-    return factors.caution == 0 && factors.inside == 0;
+    return !factors.caution && !factors.inside;
   }
   static BATCHOPS_DEVICE bool typed_second(const Outcome& outcome) { return outcome.apart == 0; }
 
   static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
-                                    const Slot& stage) {
-    slot.start(0, x.exact(), x.exact_dtype(), units);
-    stage.start(0, x.g, static_cast<DType>(x.g_dtype), units);
-    slot.start(1, x.m, DType::f32, units);
-    stage.start(1, x.v, DType::f32, units);
+                                    const Slot& stage, bool kept) {
+    const L2Policy once(true), policy(kept);
+    slot.start(0, x.exact(), x.exact_dtype(), units, policy);
+    stage.start(0, x.g, static_cast<DType>(x.g_dtype), units, once);
+    slot.start(1, x.m, DType::f32, units, policy);
+    stage.start(1, x.v, DType::f32, units, policy);
   }
   static BATCHOPS_DEVICE void fetch_second(const Entry&, const Units&, const Slot&) {}
 
@@ -79,9 +80,10 @@ struct Lamb {
     const Memory<P> p(x.exact(), p_dtype, units.begin);
     const Memory<G> g(x.g, g_dtype, units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
-    const bool caution = !kTyped && factors.caution != 0, apart = !kTyped && factors.apart != 0;
+    const bool caution = !kTyped && factors.caution, apart = !kTyped && factors.apart;
     Constants c(factors);
     if constexpr (kTyped) c.inside = false;
+    const L2Policy policy = kept.policy();
     struct Staged {
       Unit<Held<G>, W> g;
       Unit<float, W> v;
@@ -133,8 +135,8 @@ struct Lamb {
             if (apart) p_i[j] = u_j.high.v;
             u_i[j] = (apart ? u_j.low : u_rounded).v;
           }
-          m.store<W>(i, m_i);
-          v.store<W>(i, v_i);
+          m.store<W>(i, m_i, policy);
+          v.store<W>(i, v_i, policy);
           const int32_t place = units.kept + n * W;
           // The copy of p is where it would be kept.
           if (!From::kIs || !std::is_same_v<P, float>) kept.template keep<0, W>(place, p_i);
@@ -182,7 +184,7 @@ struct Lamb {
           for (int j = 0; j < W; ++j) {
             p_i[j] = updated(F(p_i[j]), {F(high[j]), F(low[j])}, step).v;
           }
-          p.template store<W>(i, p_i);
+          p.template store<W>(i, p_i, L2Policy(true));
           copy.publish<P, W>(units.begin, i, p_i);
         });
   }
@@ -215,8 +217,8 @@ struct Lamb {
         // Rare enough for loads of single elements.
         g_j = F(load_as_float(x.g, static_cast<DType>(x.g_dtype), at + j)) * c.g_scale;
       }
-      const Quotient u_j = direction(F(m_i[j]), F(v_i[j]), g_j, F(p[j]), factors.caution != 0,
-                                     factors.apart != 0, c);
+      const Quotient u_j =
+          direction(F(m_i[j]), F(v_i[j]), g_j, F(p[j]), factors.caution, factors.apart, c);
       high[j] = (factors.apart ? u_j.high : u_j.high - u_j.low).v;
       if (factors.apart) low[j] = u_j.low.v;
     }

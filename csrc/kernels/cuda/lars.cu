@@ -62,12 +62,12 @@ struct Lars {
   static BATCHOPS_DEVICE constexpr bool typed_second(const Outcome&) { return true; }
 
   static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
-                                    const Slot&) {
-    slot.start(0, x.exact(), x.exact_dtype(), units);
-    slot.start(1, x.g, static_cast<DType>(x.g_dtype), units);
+                                    const Slot&, bool kept) {
+    slot.start(0, x.exact(), x.exact_dtype(), units, L2Policy(kept));
+    slot.start(1, x.g, static_cast<DType>(x.g_dtype), units, L2Policy(kept));
   }
   static BATCHOPS_DEVICE void fetch_second(const Entry& x, const Units& units, const Slot& stage) {
-    if (x.m != nullptr) stage.start(0, x.m, DType::f32, units);
+    if (x.m != nullptr) stage.start(0, x.m, DType::f32, units, L2Policy(true));
   }
 
   // Keeps p and the scaled g.
@@ -161,8 +161,8 @@ struct Lars {
             m_i[j] = m_j.v;
             p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c) : moved(p_j, m_j, c)).v;
           }
-          if (momentum) m.store<W>(i, m_i);
-          p.template store<W>(i, p_i);
+          if (momentum) m.store<W>(i, m_i, L2Policy(true));
+          p.template store<W>(i, p_i, L2Policy(true));
           copy.publish<P, W>(units.begin, i, p_i);
         });
   }

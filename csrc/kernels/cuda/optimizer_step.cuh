@@ -7,7 +7,9 @@
 // chunks; when its slots are full, a block waits for the outcome of the tensor it keeps longest,
 // makes the second sweep over that chunk from what it has kept, and so frees the slot. Of a tensor
 // with more chunks than the slots of all blocks hold, the first ones are not kept: their second
-// sweep reads the memory again, back to front. It gives the same bits.
+// sweep reads the memory again, back to front, and finds in the L2 cache what lines that nobody
+// needs again leave room for. It gives the same bits. While such a tensor's outcome is on its way,
+// a block sweeps chunks of the next tensor which, if it is as large, are not kept either.
 //
 // While a chunk is computed the copies of the next one are under way, into the slot after it and,
 // what the slot has no place for, into the stage, which by then has been read. Two warps more do
@@ -31,10 +33,10 @@
 // once, before any of them waits for anything else. After that a block waits for a tensor only when
 // it has made the first sweep over all of its own chunks of that tensor and of those before it:
 //   settle(), before the sweep over a chunk, makes room for that chunk and for the copies of the
-//   next. A block keeps one chunk less of a tensor than it has slots. So if the oldest chunk is of
-//   the same tensor as the one to sweep, there is room already; else it is of an earlier one.
-//   Chunks that are not kept, and chunks after them, want all of an earlier tensor's settled. The
-//   scout waits only for tensors before that of the chunk being swept.
+//   next. A block keeps one chunk less of a tensor than it has slots, and two less of one that it
+//   does not keep whole. So if the oldest chunk is of the same tensor as the one to sweep, there
+//   is room already; else it is of an earlier one. What is swept again is of an earlier tensor
+//   too. The scout waits only for tensors before that of the chunk being swept.
 // The clerk waits for nobody but the sweeping warps' next sums, and they, then, for none but the
 // two: whatever they have left for the clerk is published whether or not they go on. So of the
 // tensors without an outcome take the first: nobody who still owes it a chunk is waiting, for
@@ -123,6 +125,28 @@ BATCHOPS_DEVICE void wait_for_copies() {
   keep_order();
 }
 
+// One copy of this thread's into shared memory.
+template <int kBytes>
+BATCHOPS_DEVICE void copy_ahead(float* to, const char* from, L2Policy policy) {
+#if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  static_cast<void>(policy);
+  __pipeline_memcpy_async(to, from, kBytes);
+#else
+  const auto place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                 :
+                 : "r"(place), "l"(__cvta_generic_to_global(from)), "l"(policy.bits)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;"
+                 :
+                 : "r"(place), "l"(__cvta_generic_to_global(from)), "n"(kBytes), "l"(policy.bits)
+                 : "memory");
+  }
+#endif
+}
+
 // Room for two floats an element of a chunk. Each thread has places of its own, so that no barrier
 // is needed, whatever tensor the room was for before:
 //
@@ -132,6 +156,9 @@ BATCHOPS_DEVICE void wait_for_copies() {
 // rest of their place empty.
 struct Slot {
   float* floats;  // or null: there is no room
+
+  // Of what the second sweep does not read if there is.
+  BATCHOPS_DEVICE L2Policy policy() const { return L2Policy(floats != nullptr); }
 
   // Elements n … n + W - 1 of those that are this thread's.
   template <int W>
@@ -150,7 +177,8 @@ struct Slot {
   }
 
   // Starts the copies of this thread's units of an array.
-  BATCHOPS_DEVICE void start(int half, const void* array, DType dtype, const Units& units) const {
+  BATCHOPS_DEVICE void start(int half, const void* array, DType dtype, const Units& units,
+                             L2Policy policy) const {
     const char* from =
         static_cast<const char*>(array) + (units.begin + units.thread * kWidth) * size_of(dtype);
     keep_order();
@@ -158,9 +186,9 @@ struct Slot {
     for (int u = 0; u < kInFlight; ++u) {
       if (units.thread + u * kThreads >= units.count) break;
       if (size_of(dtype) == 4) {
-        __pipeline_memcpy_async(place(half, u * kWidth), from + u * (kThreads * kWidth * 4), 16);
+        copy_ahead<16>(place(half, u * kWidth), from + u * (kThreads * kWidth * 4), policy);
       } else {
-        __pipeline_memcpy_async(place(half, u * kWidth), from + u * (kThreads * kWidth * 2), 8);
+        copy_ahead<8>(place(half, u * kWidth), from + u * (kThreads * kWidth * 2), policy);
       }
     }
   }
@@ -258,10 +286,11 @@ struct Copy {
   BATCHOPS_DEVICE void publish(int64_t begin, int32_t unit, const float (&from)[W]) const {
     if (p == nullptr) return;
     if constexpr (std::is_same_v<P, Any>) {
-      Memory<Any>(p, dtype, begin).store<W>(unit, from);
+      Memory<Any>(p, dtype, begin).store<W>(unit, from, L2Policy(true));
     } else if constexpr (std::is_same_v<P, float>) {
       with_element(dtype, [&](auto type) {
-        Memory<typename decltype(type)::type>(p, dtype, begin).template store<W>(unit, from);
+        Memory<typename decltype(type)::type>(p, dtype, begin)
+            .template store<W>(unit, from, L2Policy(true));
       });
     }
   }
@@ -281,7 +310,7 @@ BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
 //   Outcome                          what the second sweep needs of a tensor
 //   outcome(Set, sums, numel, C, grad_scale, stats)
 //   kGradAgain                       whether the second sweep reads g where nothing was kept
-//   fetch(entry, units, slot, stage)           starts the copies that first() finds there
+//   fetch(entry, units, slot, stage, kept)     starts the copies that first() finds there
 //   fetch_second(entry, units, stage)          … and those that second() does, if any
 //   typed(factors)                             whether first<P, G> with types will do
 //   typed_second(outcome)                      … and whether second<…> will
@@ -343,7 +372,10 @@ class Step {
  public:
   // `memory`: the dynamic shared memory.
   BATCHOPS_DEVICE Step(const StepArguments<Algorithm>& args, float* memory)
-      : args_(args), memory_(memory) {}
+      : args_(args), memory_(memory) {
+    const int unused = 32 - 4 * args.slots;
+    order_ = 0x76543210u << unused >> unused;
+  }
 
   BATCHOPS_DEVICE void run() {
     if (skipped(args_.device)) return forget_stats();
@@ -363,12 +395,20 @@ class Step {
         if (lane() == 0) warp_factors().set = -1;
       }
       const bool kept = !chunk || is_kept(item, turn);
-      const int32_t left_out = left_out_before(item, turn);
-      settle(item, turn, over || !kept || left_out >= 0 ? 0 : chunk ? room() - 1 : room());
-      if (left_out >= 0) sweep_again(left_out, turn - 1);
+      const bool follows = item >= blocks() && is_chunk(item - blocks());
+      const bool after_kept = follows && is_kept(item - blocks(), turn - 1);
+      // Chunks that were not kept, between those that are and this item.
+      const int32_t gap = follows && !after_kept && deferred_ > 0 ? deferred_ : 0;
+      // Kept ones that nothing is known of once others come between.
+      const bool all = over || (gap > 0 && kept) || (!kept && after_kept && deferred_ != 0);
+      const bool wait = deferred_ >= (all ? 0 : most_deferred());
+      settle(item, turn, gap, all || (wait && gap > 0) ? 0 : chunk ? room() - 1 : room());
+      if (wait) sweep_again();
       if (over) break;
+      if (deferred_ >= 0) ++deferred_;
       if (chunk) {
         sweep(item, turn, kept);
+        defer(item, turn);
         meet();
         ++turn;
       } else {
@@ -432,6 +472,15 @@ class Step {
     __syncthreads();
   }
 
+  // Chunks that are swept before what waits for a tensor's outcome is looked at again, where slots
+  // do not run out before: by then it is there, and the L2 cache has not forgotten yet.
+  static constexpr int kDeferred = 2;
+
+  // No more than the least that a block has of a tensor that it does not keep whole.
+  BATCHOPS_DEVICE int32_t most_deferred() const {
+    return room() > kDeferred ? kDeferred : room() - 1;
+  }
+
   // By the sweeping warps, all of them, once a tensor.
   BATCHOPS_DEVICE void wait_for_outcome(int32_t tensor) {
     if (tensor == settled_) return;
@@ -449,9 +498,11 @@ class Step {
   struct Shared {
     double sums[kSums][kWarps];  // for the clerk
     double divisor;
-    // By the scout: those of this turn, of the one before and of the next.
+    // By the scout: those of this turn and of the next. And, of the chunks to sweep again, theirs
+    // and which is the last.
     unsigned char factors[3 * sizeof(Factors)];
-    // … and of the one after that.
+    int32_t left_out;
+    // By the scout, as all below: those of this turn, of the one before and of the next two.
     Entry entries[4];
     int32_t entry_tensors[4];
     // Of the chunk that makes room in a turn, as long as all are kept.
@@ -465,7 +516,10 @@ class Step {
     return shared;
   }
   static BATCHOPS_DEVICE Factors& factors_at(int32_t turn) {
-    return reinterpret_cast<Factors*>(shared().factors)[turn % 3];
+    return reinterpret_cast<Factors*>(shared().factors)[turn % 2];
+  }
+  static BATCHOPS_DEVICE Factors& factors_again() {
+    return reinterpret_cast<Factors*>(shared().factors)[2];
   }
 
   static BATCHOPS_DEVICE const Entry& entry_at(int32_t turn) { return shared().entries[turn % 4]; }
@@ -486,32 +540,35 @@ class Step {
     return is_chunk(item) ? Part(x, item) : Part(x);
   }
 
-  // Chunks of one tensor that a block keeps: one slot is for the copies of the next.
+  // Chunks of one tensor that a block keeps: one slot is for the copies of the next. Of a tensor
+  // that is not kept whole, one less: then the next tensor's are swept before it is settled.
   BATCHOPS_DEVICE int32_t room() const { return args_.slots - 1; }
+  BATCHOPS_DEVICE int32_t room_for(const Entry& x) const {
+    return x.chunks() > room() * blocks() ? room() - 1 : room();
+  }
   // Whether they hold the block's chunks of this one's tensor from this one on.
   BATCHOPS_DEVICE bool is_kept(int32_t chunk, int32_t turn) const {
-    return entry_at(turn).last_chunk() - chunk < room() * blocks();
-  }
-  // The last chunk not kept of the tensor that ends, for this block, right before the item; below 0
-  // where there is none.
-  BATCHOPS_DEVICE int32_t left_out_before(int32_t item, int32_t turn) const {
-    const int32_t last = item - blocks();
-    if (last < 0 || !is_chunk(last)) return -1;
-    const Entry& x = entry_at(turn - 1);
-    const int32_t left_out = last - room() * blocks();
-    return item > x.last_chunk() && left_out >= x.first_chunk ? left_out : -1;
+    const Entry& x = entry_at(turn);
+    return x.last_chunk() - chunk < room_for(x) * blocks();
   }
 
   // The slot so many places before the next free one.
   BATCHOPS_DEVICE Slot slot(int32_t before) const {
-    const int32_t i = next_slot_ - before;
-    return {memory_ + ((i < 0 ? i + args_.slots : i) * 2 + Algorithm::kStage) * kChunk};
+    const int place = 4 * (before == 0 ? 0 : args_.slots - before);
+    return {memory_ + (static_cast<int>(order_ >> place & 15) * 2 + Algorithm::kStage) * kChunk};
   }
   BATCHOPS_DEVICE Slot stage() const { return {memory_}; }
+  // Those that are kept follow each other. One that is not changes places with the one after it,
+  // where the copies of the next chunk go.
   BATCHOPS_DEVICE Slot take_slot(bool keeps) {
     const Slot taken = slot(0);
-    kept_ += keeps;
-    next_slot_ = next_slot_ + 1 == args_.slots ? 0 : next_slot_ + 1;
+    const uint32_t first = order_ & 15;
+    if (keeps) {
+      ++kept_;
+      order_ = order_ >> 4 | first << 4 * (args_.slots - 1);
+    } else {
+      order_ = (order_ & ~255u) | (order_ >> 4 & 15) | first << 4;
+    }
     return taken;
   }
 
@@ -520,7 +577,7 @@ class Step {
   BATCHOPS_DEVICE void fetch(int32_t chunk, int32_t turn) {
     const Entry& x = entry_at(turn);
     const Units units = Units::wide(Part(x, chunk));
-    if (units.count > 0) Algorithm::fetch(x, units, slot(0), stage());
+    if (units.count > 0) Algorithm::fetch(x, units, slot(0), stage(), is_kept(chunk, turn));
     fetched_second_ = -1;
     if (Algorithm::kFetchesSecond && kept_ == args_.slots - 1) {
       const int32_t oldest = chunk - kept_ * blocks();
@@ -611,11 +668,11 @@ class Step {
     if (lane() == 0) find_outcome<false>(tensor, x, sums);
   }
 
-  // Second sweeps over the items that are kept longest, of those before `item`, until at most
-  // `most` are kept.
-  BATCHOPS_DEVICE void settle(int32_t item, int32_t turn, int32_t most) {
+  // Second sweeps over the items that are kept longest, of those before the last `gap` before
+  // `item`, until at most `most` are kept.
+  BATCHOPS_DEVICE void settle(int32_t item, int32_t turn, int32_t gap, int32_t most) {
     for (; kept_ > most; --kept_) {
-      const int32_t oldest = item - kept_ * blocks();
+      const int32_t oldest = item - (kept_ + gap) * blocks();
       const Entry* x = &settled_at(turn);
       const Outcome* outcome = &shared().outcomes[turn % 2];
       if (shared().outcome_chunks[turn % 2] != oldest) {
@@ -647,15 +704,33 @@ class Step {
         });
   }
 
-  // The second sweep over this block's chunks that were not kept, of the tensor of that turn, which
-  // is settled; back to front, for what was read last is still in the L2 cache.
-  BATCHOPS_DEVICE void sweep_again(int32_t last, int32_t turn) {
+  // After the block's last chunk of a tensor: leaves to a later turn what waits for its outcome.
+  // That is the chunks that were not kept, if any, and those that were, if the next tensor's are
+  // not.
+  BATCHOPS_DEVICE void defer(int32_t item, int32_t turn) {
+    const Entry& x = entry_at(turn);
+    const int32_t next = item + blocks(), left_out = item - room_for(x) * blocks();
+    if (next <= x.last_chunk()) return;
+    const bool some = left_out >= x.first_chunk;
+    if (!some && (deferred_ >= 0 || !is_chunk(next) || is_kept(next, turn + 1))) return;
+    // All have met in the sweep since they had those of others in use, and will meet the scout.
+    if (threadIdx.x == 0) {
+      shared().left_out = some ? left_out : -1;
+      if (some) factors_again() = factors_at(turn);
+    }
+    deferred_ = 0;
+  }
+  // The chunks that were not kept, back to front, for what was read last is still in the L2 cache.
+  BATCHOPS_DEVICE void sweep_again() {
+    deferred_ = -1;
+    const int32_t last = shared().left_out;
+    if (last < 0) return;
     const int32_t tensor = tensor_of(last);
     wait_for_outcome(tensor);
     const Entry& x = entry(tensor);
     const Outcome outcome = args_.outcomes[tensor];
     for (int32_t item = last; item >= x.first_chunk; item -= blocks()) {
-      second<false>(Part(x, item), factors_at(turn), outcome, Slot{}, Slot{});
+      second<false>(Part(x, item), factors_again(), outcome, Slot{}, Slot{});
     }
   }
 
@@ -750,12 +825,13 @@ class Step {
         factors_at(turn) = Factors(args_.set(set), divisor());
       }
     }
-    // As long as all chunks are kept, this is the one that makes room.
+    // As long as chunks are kept, this is the one that makes room.
     const int32_t oldest = chunk_at(turn - room());
     const int32_t tensor = tensor_at(now, turn - room() + kWarp);
     const int32_t tensor_before = tensor_at(now, turn - 1 - room() + kWarp);
     // Not before the sweep over this block's last chunk of it, which may be in the turn before.
-    const bool early = turn >= room() && is_chunk(oldest) && tensor != tensor_at(now, turn - 1);
+    const bool early = turn >= room() && is_chunk(oldest) && tensor != tensor_at(now, turn - 1) &&
+                       is_kept(chunk_at(turn - 1), turn - 1);
     if (lane() == 0) {
       const int32_t before = shared().outcome_chunks[(turn - 1) % 2];
       shared().outcome_chunks[turn % 2] = early ? oldest : -1;
@@ -879,8 +955,9 @@ class Step {
 
   const StepArguments<Algorithm>& args_;
   float* memory_;
-  int32_t kept_ = 0;  // of the last items, in slots by turns
-  int32_t next_slot_ = 0;
+  int32_t kept_ = 0;             // in a row, though others may follow
+  uint32_t order_;               // the slots from the next free one on, four bits each
+  int32_t deferred_ = -1;        // items since there are chunks to sweep again; or below 0
   int32_t settled_ = -1;         // a tensor whose outcome is known to be there
   int32_t fetched_second_ = -1;  // a chunk whose second sweep finds copies in the stage
 };
@@ -1011,8 +1088,9 @@ struct StepKernels {
 // that leaves less than it takes to have a chunk's outcome come while another one is swept, where
 // it has one for itself.
 inline int32_t slots_of(const Device& device, int stage_bytes) {
-  constexpr int kReserved = 1024;                           // by the driver, of each block
-  constexpr int kWorth = 3, kLeast = 2, kMost = kWarp / 2;  // for the scout's lanes
+  constexpr int kReserved = 1024;  // by the driver, of each block
+  constexpr int kWorth = 3, kLeast = 2, kMost = 8;
+  static_assert(kMost * 4 <= 32 && kMost <= kWarp / 2, "for Step::order_ and the scout's lanes");
   const auto slots = [&](int blocks) {
     const int share = device.shared_of_all / blocks - kReserved;
     return (std::min(share, device.shared) - kStaticBytes - stage_bytes) / kSlotBytes;

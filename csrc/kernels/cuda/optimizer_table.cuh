@@ -139,15 +139,15 @@ class Memory {
     }
   }
   template <int W>
-  BATCHOPS_DEVICE void store(int32_t unit, const float (&values)[W]) const {
+  BATCHOPS_DEVICE void store(int32_t unit, const float (&values)[W], L2Policy policy) const {
     const uint32_t i = unit * W;
     if constexpr (std::is_same_v<T, Any>) {
       with_element(dtype_, [&](auto type) {
         using E = typename decltype(type)::type;
-        store_unit<E, W>(const_cast<E*>(at<E>(i)), values);
+        store_unit<E, W>(const_cast<E*>(at<E>(i)), values, policy);
       });
     } else {
-      store_unit<T, W>(const_cast<T*>(at<T>(i)), values);
+      store_unit<T, W>(const_cast<T*>(at<T>(i)), values, policy);
     }
   }
 

@@ -231,9 +231,12 @@ cudaError_t try_launch(const char* name, void (*kernel)(Params...), const Launch
   return error == cudaSuccess ? cudaPeekAtLastError() : error;
 }
 
-// Whether a cooperative launch was refused because its blocks do not run together.
+// Whether a launch was refused because its blocks do not run together: those of a cooperative grid,
+// or of a cluster.
 inline bool lacks_room(cudaError_t error) {
-  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+  constexpr int kInvalidClusterSize = 912;  // has its name from CUDA 12 on
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported ||
+         static_cast<int>(error) == kInvalidClusterSize;
 }
 
 // The same, and checks that the launch was accepted.

@@ -115,6 +115,47 @@ BATCHOPS_DEVICE void store_word(Word* to, const Word& word) {
   *to = word;
 }
 
+// How long the L2 cache is to hold a line: `once`, of what nobody needs again soon, it is the first
+// to go.
+struct L2Policy {
+#if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  BATCHOPS_DEVICE explicit L2Policy(bool) {}
+#else
+  uint64_t bits;
+
+  BATCHOPS_DEVICE explicit L2Policy(bool once) {
+    if (once) {
+      asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(bits));
+    } else {
+      asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(bits));
+    }
+  }
+#endif
+};
+
+template <class Word>
+BATCHOPS_DEVICE void store_word(Word* to, const Word& word, L2Policy policy) {
+#if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  static_cast<void>(policy);
+  store_word(to, word);
+#else
+  const size_t place = __cvta_generic_to_global(to);
+  if constexpr (std::is_same_v<Word, uint4>) {
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;"
+                 :
+                 : "l"(place), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w), "l"(policy.bits)
+                 : "memory");
+  } else if constexpr (std::is_same_v<Word, uint2>) {
+    asm volatile("st.global.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;"
+                 :
+                 : "l"(place), "r"(word.x), "r"(word.y), "l"(policy.bits)
+                 : "memory");
+  } else {
+    *to = word;
+  }
+#endif
+}
+
 // Two at once: one instruction, where each by itself takes one and another to put them together.
 BATCHOPS_DEVICE __half2 pair_from_float(__half, float first, float second) {
   return __floats2half2_rn(first, second);
@@ -123,8 +164,9 @@ BATCHOPS_DEVICE __nv_bfloat162 pair_from_float(__nv_bfloat16, float first, float
   return __floats2bfloat162_rn(first, second);
 }
 
-template <class T, int W>
-BATCHOPS_DEVICE void store_unit(T* to, const float (&from)[W]) {
+// With a policy for the L2 cache, if any.
+template <class T, int W, class... Policy>
+BATCHOPS_DEVICE void store_unit(T* to, const float (&from)[W], Policy... policy) {
   alignas(16) T elements[W];
   if constexpr (sizeof(T) == 2 && W % 2 == 0) {
 #pragma unroll
@@ -139,7 +181,7 @@ BATCHOPS_DEVICE void store_unit(T* to, const float (&from)[W]) {
   using Bits = typename Word<Unit<T, W>::kBytes>::type;
   Bits bits;
   memcpy(&bits, elements, sizeof bits);
-  store_word(reinterpret_cast<Bits*>(to), bits);
+  store_word(reinterpret_cast<Bits*>(to), bits, policy...);
 }
 
 // Per-channel values (weights, running statistics): few, so their dtype is a run-time switch rather
