@@ -8,7 +8,7 @@ from torch import nn
 
 from ._convert.analysis import plan
 from ._convert.blocks import ResidualForward
-from ._convert.tables import NORMS, STOCK, FusedActivation
+from ._convert.tables import NORMS, STOCK, FusedActivation, fused_norm
 
 __all__ = ["convert", "revert"]
 
@@ -22,7 +22,9 @@ def convert(model: _Model, *, fuse: bool = True) -> _Model:
     """Swaps torch's norms for the fused modules, in place, and returns ``model``.
 
     Only a norm's class changes: parameters, buffers, hooks, dtype, device, training flag and
-    state_dict keys are the very same objects and names. Subclasses of torch's norms are left alone.
+    state_dict keys are the very same objects and names. Subclasses of torch's norms are left alone,
+    but for timm's ``GroupNorm``, ``GroupNorm1`` and ``LayerNorm`` (unless their fast norm is on),
+    which do what torch's do.
 
     With ``fuse``, an activation module (ReLU, and the others that the norms know) that is the only
     user of a norm's output moves into the norm, and an identity takes its place in ``model``.
@@ -65,8 +67,12 @@ def convert(model: _Model, *, fuse: bool = True) -> _Model:
         for block in found.blocks:
             block.__dict__["forward"] = ResidualForward(block)
     for module in model.modules():
-        if type(module) in NORMS:
-            module.__class__ = NORMS[type(module)]
+        kind = fused_norm(module)
+        if kind is None:
+            continue
+        if type(module) not in NORMS:
+            module.__dict__[_FROM] = type(module)
+        module.__class__ = kind
     return model
 
 

@@ -324,6 +324,51 @@ def test_timm_norms_with_an_activation_stay_without_fuse():
     assert type(batchops.convert(nn.Sequential(BatchNormAct2d(4)), fuse=False)[0]) is BatchNormAct2d
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_timm_norms_that_do_what_torchs_do(fuse):
+    models.timm()
+    from timm.layers import GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d
+
+    class Mine(LayerNorm):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    fast = LayerNorm(8)
+    fast._fast_norm = True
+    stock = randomize(
+        nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), GroupNorm(4, 2), nn.SiLU(), GroupNorm1(4), LayerNorm2d(4)),
+            *(LayerNorm(8), Mine(8), fast),
+        )
+    )
+    ours = copy.deepcopy(stock)
+    keys = list(ours.state_dict())
+    batchops.convert(ours, fuse=fuse)
+    assert [type(m) for m in ours] == [
+        *(nn.Conv2d, bnn.GroupNorm, FusedActivation if fuse else nn.SiLU, bnn.GroupNorm),
+        *(LayerNorm2d, bnn.LayerNorm, Mine, LayerNorm),
+    ]
+    assert ours[1].activation == ("silu" if fuse else None)
+    assert list(ours.state_dict()) == keys
+    x = torch.randn(4, 3, 10, 10)
+    assert_same_behaviour(ours, stock, x)
+    for other in (pickle.loads(pickle.dumps(nn.Sequential(*ours[:6]))), copy.deepcopy(ours), ours):
+        batchops.revert(other)
+        assert all(type(m) is type(was) for m, was in zip(other, stock, strict=False))
+    assert_same_behaviour(ours, stock, x)
+
+
+def test_a_vision_transformer_of_timm():
+    of = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    stock = randomize(models.timm().create_model("vit_tiny_patch16_224", num_classes=10, **of))
+    ours = batchops.convert(copy.deepcopy(stock))
+    assert [type(m) for m in ours.modules() if isinstance(m, nn.LayerNorm)] == [bnn.LayerNorm] * 5
+    assert_same_as_stock(ours, stock, torch.randn(4, 3, 32, 32))
+    batchops.revert(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in stock.modules()]
+    assert [set(m.__dict__) for m in ours.modules()] == [set(m.__dict__) for m in stock.modules()]
+
+
 # -------------------------------------------------------------------------------- a diffusion UNet
 
 

@@ -46,6 +46,10 @@ _NORM_ACTS = {
 }
 _TIMM_NORM_ACT = ("timm.layers.norm_act", "timm.models.layers.norm_act")
 
+# Norms of timm that do what torch's do, with other arguments when they are made.
+_TIMM_NORM = ("timm.layers.norm", "timm.models.layers.norm")
+_RENAMED = {"GroupNorm": nn.GroupNorm, "GroupNorm1": nn.GroupNorm, "LayerNorm": nn.LayerNorm}
+
 
 class FusedActivation(nn.Identity):
     """Stands where an activation module was whose work the norms before it now do."""
@@ -78,10 +82,21 @@ def _has_kernel(activation: Activation) -> bool:
     return True
 
 
+def fused_norm(module: nn.Module) -> type[nn.Module] | None:
+    """The class by which a stock norm becomes ours: torch's, or one of timm's that is no more."""
+    kind = type(module)
+    if kind.__module__ not in _TIMM_NORM:
+        return NORMS.get(kind)
+    stock = _RENAMED.get(kind.__qualname__)
+    if stock is None or kind.__mro__[1:2] != (stock,) or "forward" in module.__dict__:
+        return None
+    return None if getattr(module, "_fast_norm", False) else NORMS.get(stock)
+
+
 def is_norm(module: nn.Module) -> bool:
     """A stock norm to swap, or a fused one that has no activation yet."""
     fused_without = type(module) in STOCK and module.activation is None
-    return type(module) in NORMS or fused_without
+    return fused_norm(module) is not None or fused_without
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -135,6 +150,7 @@ __all__ = [
     "Activation",
     "FusedActivation",
     "activation_of",
+    "fused_norm",
     "fused_norm_act",
     "has_hooks",
     "is_norm",
