@@ -130,6 +130,28 @@ def test_sizes_that_follow_each_other(library, place, clip):
     check_in_turn(library, Problem(in_turn(place, len(groups)), groups, clip), place)
 
 
+def test_the_largest_tensors_come_first(library):
+    """In the order of their work; statistics and step counts stay where the tensors are."""
+    large = 2**20  # the most of one that takes its turn
+    sizes = (CHUNK, large + 1, 300, SMALL, large, 2 * CHUNK, large + 2 * CHUNK, 0)
+    parameters = [
+        Parameter(n, "bf16", "bf16", step=1 + t, excluded=t % 3 == 0) for t, n in enumerate(sizes)
+    ]
+    problem = Problem(parameters)
+    with optimizers.device(library, "Hopper", "random", 3):
+        results = run(library, problem)
+        placed = optimizers.Placed(library, problem)
+        optimizers.step(library, placed)
+    check(problem, results, divisor_of(problem))
+    rows = placed.table.bytes[: 72 * len(sizes)].view(np.int32).reshape(len(sizes), 18)
+    chunks = [-(-n // CHUNK) for n in sizes]
+    # By what comes before: the large ones, then the others; small ones count by themselves.
+    order = [1, 6, 0, 2, 4, 5]
+    assert [rows[i, 12] for i in order] == list(np.cumsum([0] + [chunks[i] for i in order[:-1]]))
+    assert [rows[i, 15] for i in order] == list(range(6))
+    assert [rows[i, 12] for i in (3, 7)] == [0, 1]
+
+
 @pytest.mark.parametrize("dtypes", [("bf16", "bf16", True), ("f16", "f32", False)])
 def test_large_tensors_of_low_precision(library, dtypes):
     p, g, master = dtypes

@@ -94,7 +94,7 @@ const char* launch_parts(const char* operation, const char* name,
   const unsigned whole_clusters = static_cast<unsigned>(round_up<int64_t>(blocks, parts));
   const LaunchShape shape{dim3(whole_clusters, 1, 1), dim3(kBlock, 1, 1), bytes, parts};
   const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
-  refused = lacks_room(error);
+  refused = lacks_room(error) || error == cudaErrorLaunchOutOfResources;
   if (!refused) return check(name, "launch", error);
   static_cast<void>(cudaGetLastError());
   return nullptr;

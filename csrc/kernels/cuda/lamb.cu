@@ -160,10 +160,10 @@ struct Lamb {
         units,
         [&](int32_t i) {
           Loaded raw{};
-          if (!kKept || apart) raw.p = p.template load<W>(i);
+          if (!kKept || apart) raw.p = p.template load<W>(i, Once{});
           if constexpr (!kKept) {
-            raw.m = m.load<W>(i);
-            raw.v = v.load<W>(i);
+            raw.m = m.load<W>(i, Once{});
+            raw.v = v.load<W>(i, Once{});
           }
           return raw;
         },
@@ -184,7 +184,7 @@ struct Lamb {
           for (int j = 0; j < W; ++j) {
             p_i[j] = updated(F(p_i[j]), {F(high[j]), F(low[j])}, step).v;
           }
-          p.template store<W>(i, p_i, L2Policy(true));
+          p.template store<W>(i, p_i, Once{});
           copy.publish<P, W>(units.begin, i, p_i);
         });
   }

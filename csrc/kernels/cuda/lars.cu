@@ -131,8 +131,8 @@ struct Lars {
         [&](int32_t i) {
           Loaded raw{};
           if constexpr (!kKept) {
-            raw.p = p.template load<W>(i);
-            raw.g = g.template load<W>(i);
+            raw.p = p.template load<W>(i, Once{});
+            raw.g = g.template load<W>(i, Once{});
           }
           if constexpr (kKept && W == kWidth) {
             if (momentum && stage.floats != nullptr) {
@@ -140,7 +140,7 @@ struct Lars {
               return raw;
             }
           }
-          if (momentum) raw.m = m.load<W>(i);
+          if (momentum) raw.m = m.load<W>(i, Once{});
           return raw;
         },
         [&](const Loaded& raw, int32_t i, int32_t n) {
@@ -161,8 +161,8 @@ struct Lars {
             m_i[j] = m_j.v;
             p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c) : moved(p_j, m_j, c)).v;
           }
-          if (momentum) m.store<W>(i, m_i, L2Policy(true));
-          p.template store<W>(i, p_i, L2Policy(true));
+          if (momentum) m.store<W>(i, m_i, Once{});
+          p.template store<W>(i, p_i, Once{});
           copy.publish<P, W>(units.begin, i, p_i);
         });
   }

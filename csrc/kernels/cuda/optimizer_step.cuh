@@ -286,11 +286,11 @@ struct Copy {
   BATCHOPS_DEVICE void publish(int64_t begin, int32_t unit, const float (&from)[W]) const {
     if (p == nullptr) return;
     if constexpr (std::is_same_v<P, Any>) {
-      Memory<Any>(p, dtype, begin).store<W>(unit, from, L2Policy(true));
+      Memory<Any>(p, dtype, begin).store<W>(unit, from, Once{});
     } else if constexpr (std::is_same_v<P, float>) {
       with_element(dtype, [&](auto type) {
         Memory<typename decltype(type)::type>(p, dtype, begin)
-            .template store<W>(unit, from, L2Policy(true));
+            .template store<W>(unit, from, Once{});
       });
     }
   }
@@ -475,6 +475,7 @@ class Step {
   // Chunks that are swept before what waits for a tensor's outcome is looked at again, where slots
   // do not run out before: by then it is there, and the L2 cache has not forgotten yet.
   static constexpr int kDeferred = 2;
+  static_assert(kDeferred > 0, "or what is kept would be lost track of, unless it is settled");
 
   // No more than the least that a block has of a tensor that it does not keep whole.
   BATCHOPS_DEVICE int32_t most_deferred() const {
@@ -825,13 +826,13 @@ class Step {
         factors_at(turn) = Factors(args_.set(set), divisor());
       }
     }
-    // As long as chunks are kept, this is the one that makes room.
+    // As long as chunks are kept, this is the one that makes room for another.
     const int32_t oldest = chunk_at(turn - room());
     const int32_t tensor = tensor_at(now, turn - room() + kWarp);
     const int32_t tensor_before = tensor_at(now, turn - 1 - room() + kWarp);
     // Not before the sweep over this block's last chunk of it, which may be in the turn before.
-    const bool early = turn >= room() && is_chunk(oldest) && tensor != tensor_at(now, turn - 1) &&
-                       is_kept(chunk_at(turn - 1), turn - 1);
+    const bool early = turn >= room() && is_chunk(chunk_at(turn)) &&
+                       tensor != tensor_at(now, turn - 1) && is_kept(chunk_at(turn - 1), turn - 1);
     if (lane() == 0) {
       const int32_t before = shared().outcome_chunks[(turn - 1) % 2];
       shared().outcome_chunks[turn % 2] = early ? oldest : -1;
@@ -873,8 +874,8 @@ class Step {
     return (x.chunks() + kGroup - 1) / kGroup;
   }
   // The first of a tensor's groups; more than any of an earlier tensor.
-  static BATCHOPS_DEVICE int32_t first_group(const Entry& x, int32_t tensor) {
-    return x.first_chunk / kGroup + tensor;
+  static BATCHOPS_DEVICE int32_t first_group(const Entry& x) {
+    return x.first_chunk / kGroup + x.rank;
   }
 
   BATCHOPS_DEVICE static void load_sums(const double* from, double (&sums)[kSums]) {
@@ -888,7 +889,7 @@ class Step {
     const int32_t chunks = x.chunks(), groups = groups_of(x);
     const int32_t chunk = item - x.first_chunk, group = chunk / kGroup;
     const int32_t in_group = group + 1 < groups ? kGroup : chunks - group * kGroup;
-    const int32_t place = first_group(x, tensor);
+    const int32_t place = first_group(x);
     if (!is_last(&args_.group_arrivals[place + group], in_group, sums,
                  args_.sums + int64_t{item} * kSums)) {
       return;

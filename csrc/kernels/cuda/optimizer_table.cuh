@@ -1,6 +1,6 @@
 // The optimizers' tensors as kernels see them: a table in device memory, cut into items of work.
 //
-//   items   0 … chunks - 1    a chunk of a tensor, in the tensors' order; a block's work
+//   items   0 … chunks - 1    a chunk of a tensor, first those of the large tensors; a block's work
 //           chunks …          kWarps small tensors, a warp's work each
 #pragma once
 #include "kernels/cuda/vector.cuh"
@@ -17,6 +17,9 @@ constexpr int kInFlight = 2;
 // it, are not worth a block.
 constexpr int kChunk = kThreads * kInFlight * kWidth;
 constexpr int kSmall = kChunk / kWarps;
+// Elements beyond which the blocks of most devices do not keep a tensor whole. Those come first, or
+// one between them would have its outcome waited for as soon as its chunks are done.
+constexpr int64_t kLarge = 1 << 20;
 
 struct Entry {
   void* p;
@@ -25,10 +28,11 @@ struct Entry {
   float* v;
   float* master;  // or null
   int64_t numel;
-  int32_t first_chunk;       // of a small tensor, its place among the small ones
-  int32_t set;               // see optimizer_sets
-  int16_t p_dtype, g_dtype;  // DType
-  int32_t wide;              // all of them aligned to kWidth elements
+  int32_t first_chunk;      // of a small tensor, its place among the small ones
+  int32_t set;              // see optimizer_sets
+  int8_t p_dtype, g_dtype;  // DType
+  int16_t wide;             // all of them aligned to kWidth elements
+  int32_t rank;             // by first_chunk, among the tensors that have chunks
 
   // What the formulas take for p.
   BATCHOPS_DEVICE void* exact() const { return master == nullptr ? p : master; }
@@ -124,22 +128,24 @@ class Memory {
   BATCHOPS_DEVICE Memory(const void* array, DType dtype, int64_t begin)
       : at_(static_cast<const char*>(array) + begin * size_of(dtype)), dtype_(dtype) {}
 
-  template <int W>
-  BATCHOPS_DEVICE Unit<Held<T>, W> load(int32_t unit) const {
+  // `once`: Once or nothing.
+  template <int W, class... Policy>
+  BATCHOPS_DEVICE Unit<Held<T>, W> load(int32_t unit, Policy... once) const {
     const uint32_t i = unit * W;
     if constexpr (std::is_same_v<T, Any>) {
       float values[W];
       with_element(dtype_, [&](auto type) {
         using E = typename decltype(type)::type;
-        to_float<E, W>(load_unit<E, W>(at<E>(i)), values);
+        to_float<E, W>(load_unit<E, W>(at<E>(i), once...), values);
       });
       return load_unit<float, W>(values);
     } else {
-      return load_unit<T, W>(at<T>(i));
+      return load_unit<T, W>(at<T>(i), once...);
     }
   }
-  template <int W>
-  BATCHOPS_DEVICE void store(int32_t unit, const float (&values)[W], L2Policy policy) const {
+  // `policy`: Once or an L2Policy.
+  template <int W, class Policy>
+  BATCHOPS_DEVICE void store(int32_t unit, const float (&values)[W], Policy policy) const {
     const uint32_t i = unit * W;
     if constexpr (std::is_same_v<T, Any>) {
       with_element(dtype_, [&](auto type) {

@@ -73,18 +73,32 @@ void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_coun
   std::vector<Nothing> sets;
   const std::vector<int32_t> set_of = optimizer_sets(
       tensors, tensor_count, group_count, sets, [](const OptimizerTensor&) { return Nothing{}; });
-  int32_t chunks = 0, smalls = 0;
+  const auto chunks_of = [](const OptimizerTensor& x) {
+    return x.numel <= kSmall ? 0 : static_cast<int32_t>((x.numel + kChunk - 1) / kChunk);
+  };
+  // Where the next one's chunks begin: of large tensors, and of others.
+  struct Next {
+    int32_t chunk = 0, rank = 0;
+  } large, other;
+  for (int64_t i = 0; i < tensor_count; ++i) {
+    if (tensors[i].numel <= kLarge) continue;
+    other.chunk += chunks_of(tensors[i]);
+    ++other.rank;
+  }
+  int32_t smalls = 0;
   for (int64_t i = 0; i < tensor_count; ++i) {
     const OptimizerTensor& x = tensors[i];
+    const bool small = x.numel <= kSmall;
+    Next& next = x.numel > kLarge ? large : other;
     const bool wide = aligned(x.p, x.p_dtype) && aligned(x.g, x.g_dtype) &&
                       aligned(x.m, DType::f32) && aligned(x.v, DType::f32) &&
                       aligned(x.master, DType::f32);
-    const Row row{
-        {x.p, x.g, x.m, x.v, x.master, x.numel, x.numel <= kSmall ? smalls++ : chunks, set_of[i],
-         static_cast<int16_t>(x.p_dtype), static_cast<int16_t>(x.g_dtype), wide},
-        x.device_step};
+    const Row row{{x.p, x.g, x.m, x.v, x.master, x.numel, small ? smalls++ : next.chunk, set_of[i],
+                   static_cast<int8_t>(x.p_dtype), static_cast<int8_t>(x.g_dtype), wide, next.rank},
+                  x.device_step};
     std::memcpy(static_cast<unsigned char*>(entries) + i * sizeof row, &row, sizeof row);
-    if (x.numel > kSmall) chunks += static_cast<int32_t>((x.numel + kChunk - 1) / kChunk);
+    next.chunk += chunks_of(x);
+    next.rank += small ? 0 : 1;
   }
 }
 

@@ -115,8 +115,27 @@ BATCHOPS_DEVICE void store_word(Word* to, const Word& word) {
   *to = word;
 }
 
-// How long the L2 cache is to hold a line: `once`, of what nobody needs again soon, it is the first
-// to go.
+// Of what nobody needs again soon: its line is the first to leave the L2 cache.
+struct Once {};
+
+template <class T, int W>
+BATCHOPS_DEVICE Unit<T, W> load_unit(const T* from, Once) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  return load_unit<T, W>(from);
+#else
+  return {__ldcs(reinterpret_cast<const typename Word<Unit<T, W>::kBytes>::type*>(from))};
+#endif
+}
+template <class Word>
+BATCHOPS_DEVICE void store_word(Word* to, const Word& word, Once) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  *to = word;
+#else
+  __stcs(to, word);
+#endif
+}
+
+// The same, if it is `once` that it is needed.
 struct L2Policy {
 #if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
   BATCHOPS_DEVICE explicit L2Policy(bool) {}
