@@ -53,10 +53,9 @@ def _expected(x, weight, bias, dy, relu: bool, backward: bool) -> list[torch.Ten
     return [y, dx, p.flatten(), s.flatten()]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("phase", ["forward", "forward + backward"])
 @pytest.mark.parametrize("form", ["functional", "module"])
-@pytest.mark.parametrize("variant", ["plain", "relu"])
+@pytest.mark.parametrize("variant", ["plain", pytest.param("relu", marks=pytest.mark.quick)])
 @pytest.mark.parametrize("shape", [(N, C), (N, C, 4, 4)], ids=["1d", "2d"])
 def test_overhead(pair, device, threads, shape, variant, form, phase):
     generator = torch.Generator(device).manual_seed(0)

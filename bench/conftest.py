@@ -21,7 +21,7 @@ Side = Callable[..., Any]
 # A round lasts at least this long, by repeating short calls, so that the clock's own cost and
 # resolution stay below a percent of what is measured.
 ROUND_SECONDS = 5e-3
-MIN_ROUNDS = 7
+MIN_ROUNDS, QUICK_ROUNDS = 7, 5
 MAX_ROUNDS = 400
 FLOOR_BYTES = 256 << 20
 FLOOR_SAMPLES = 3
@@ -97,7 +97,7 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session")
-def floor(device: torch.device) -> Callable[[], list[float]]:
+def floor(device: torch.device, quick: bool) -> Callable[[], list[float]]:
     """Samples of the bytes a second (reads + writes) that a large copy moves at this moment.
 
     The buffers live as long as the session. Each case takes samples right before and right after
@@ -108,7 +108,8 @@ def floor(device: torch.device) -> Callable[[], list[float]]:
     clock = _Clock(device)
 
     def sample() -> list[float]:
-        times = [clock(lambda: target.copy_(source)) for _ in range(FLOOR_SAMPLES + 1)][1:]
+        count = 1 if quick else FLOOR_SAMPLES
+        times = [clock(lambda: target.copy_(source)) for _ in range(count + 1)][1:]
         return [2 * FLOOR_BYTES / seconds for seconds in times]
 
     return sample
@@ -208,6 +209,7 @@ class Pair:
         threads: int,
         floor: Callable[[], list[float]],
         seconds: float,
+        min_rounds: int,
         records: list[dict[str, Any]],
         default_op: str,
     ) -> None:
@@ -216,6 +218,7 @@ class Pair:
         self.threads = threads
         self.floor = floor
         self.seconds = seconds
+        self.min_rounds = min_rounds
         self.records = records
         self.default_op = default_op
 
@@ -353,7 +356,7 @@ class Pair:
         for side in sides:
             timed(side, calls)
         one_round = sum(side.seconds[-1] for side in sides) * calls
-        rounds = min(max(MIN_ROUNDS, round(self.seconds / one_round)), MAX_ROUNDS)
+        rounds = min(max(self.min_rounds, round(self.seconds / one_round)), MAX_ROUNDS)
         for side in sides:
             side.seconds.clear()
             side.faults.clear()
@@ -429,7 +432,8 @@ def pair(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, f
     has_threads = "threads" in request.fixturenames
     threads = request.getfixturevalue("threads") if has_threads else torch.get_num_threads()
     op = request.node.originalname.removeprefix("test_").removeprefix("bench_")
-    return Pair(benchmark, device, threads, floor, seconds, records, op)
+    rounds = QUICK_ROUNDS if quick else MIN_ROUNDS
+    return Pair(benchmark, device, threads, floor, seconds, rounds, records, op)
 
 
 @pytest.fixture
