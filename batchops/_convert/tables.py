@@ -85,12 +85,23 @@ def _has_kernel(activation: Activation) -> bool:
 def fused_norm(module: nn.Module) -> type[nn.Module] | None:
     """The class by which a stock norm becomes ours: torch's, or one of timm's that is no more."""
     kind = type(module)
-    if kind.__module__ not in _TIMM_NORM:
+    stock = _stock_of_timm(kind, _TIMM_NORM, _RENAMED)
+    if stock is None:
         return NORMS.get(kind)
-    stock = _RENAMED.get(kind.__qualname__)
-    if stock is None or kind.__mro__[1:2] != (stock,) or "forward" in module.__dict__:
-        return None
-    return None if getattr(module, "_fast_norm", False) else NORMS.get(stock)
+    return NORMS[stock] if _computes_as_stock(module) else None
+
+
+def _stock_of_timm(
+    kind: type[nn.Module], places: tuple[str, ...], names: dict[str, type[nn.Module]]
+) -> type[nn.Module] | None:
+    """torch's norm that a class of timm's is one of, by the class's exact place."""
+    stock = names.get(kind.__qualname__) if kind.__module__ in places else None
+    return stock if stock in NORMS and kind.__mro__[1:2] == (stock,) else None
+
+
+def _computes_as_stock(module: nn.Module) -> bool:
+    """Whether a norm of timm's has the forward of its class, and torch's rule on dtypes."""
+    return "forward" not in module.__dict__ and not getattr(module, "_fast_norm", False)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -119,20 +130,14 @@ def is_transparent(module: nn.Module) -> bool:
 
 
 def stock_of_norm_act(module: nn.Module) -> type[nn.Module] | None:
-    """torch's norm inside one of timm's norms with an activation, by the class's exact place."""
-    kind = type(module)
-    if kind.__module__ not in _TIMM_NORM_ACT:
-        return None
-    stock = _NORM_ACTS.get(kind.__qualname__)
-    return stock if stock in NORMS and kind.__mro__[1:2] == (stock,) else None
+    """torch's norm inside one of timm's norms with an activation."""
+    return _stock_of_timm(type(module), _TIMM_NORM_ACT, _NORM_ACTS)
 
 
 def fused_norm_act(module: nn.Module) -> tuple[type[nn.Module], Activation | None] | None:
     """The class and the activation by which a norm of timm's becomes ours, where it can."""
     stock = stock_of_norm_act(module)
-    if stock is None or "forward" in module.__dict__ or set(module._modules) != {"drop", "act"}:
-        return None
-    if getattr(module, "_fast_norm", False):  # another rule on dtypes
+    if stock is None or not _computes_as_stock(module) or set(module._modules) != {"drop", "act"}:
         return None
     if not is_transparent(module.drop):
         return None

@@ -99,7 +99,7 @@ def in_turn(place: tuple[str, int], groups: int) -> list[optimizers.Parameter]:
     whole and not, by every block or by some, with as many chunks left out as wait for an outcome,
     one less and more. Then small ones."""
     most, some, blocks = IN_TURN[place]
-    own = {1, most, most + 1, some + 2, some + 3, some + 4} - {0}
+    own = {1, most, most + 1, some + 2, some + 3, some + 4}
     chunks = sorted({n * blocks for n in own} | {n * blocks - 1 for n in own if blocks > 1})
     order = []
     for first, second in itertools.combinations_with_replacement(chunks, 2):

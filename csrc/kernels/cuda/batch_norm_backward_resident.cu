@@ -361,17 +361,26 @@ Keeping keeping_of(const BatchNormShape& shape, bool residual) {
   return {residual ? 3 : 2, static_cast<int>(size_of(shape.dtype)), sizeof(float2), false};
 }
 
-// The workspace: the team's, then sums of columns [C, ghosts].
-size_t columns_bytes(const Plan& plan) {
-  return plan.ghosts > 1 ? static_cast<size_t>(plan.columns()) * sizeof(float2) : 0;
-}
+struct Kernels {
+  static constexpr const char* flow_name = "batch_norm_backward_flow";
+  static constexpr const char* resident_name = "batch_norm_backward_resident";
+
+  template <class T, int W, bool kPlanes, class Act>
+  static auto flow() {
+    return batch_norm_backward_flow<T, W, kPlanes, Act>;
+  }
+  template <class T, int W, class Act>
+  static auto resident() {
+    return batch_norm_backward_resident<T, W, Act>;
+  }
+};
 
 }  // namespace batch_norm_backward_resident_cu
 
 size_t backward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool residual,
                                    const Device& device) {
   const Keeping keeping = keeping_of(shape, residual);
-  return team_bytes(plan, keeping, device) + columns_bytes(plan);
+  return team_bytes(plan, keeping, device) + columns_bytes<float2>(plan);
 }
 
 const char* backward_resident(const BatchNormBackward& args, const Plan& plan, void* workspace,
@@ -392,34 +401,15 @@ const char* backward_resident(const BatchNormBackward& args, const Plan& plan, v
     constexpr int W = decltype(width)::value;
     const auto make = [&](const Residency& cut) {
       const TeamPlaces places(cut, keeping);
-      if (plan.ghosts > 1) {
-        columns =
-            reinterpret_cast<float2*>(static_cast<unsigned char*>(workspace) + places.bytes());
-      }
+      columns = columns_of<float2>(plan, places, workspace);
       return ResidentArguments{tensors, columns, residency::grid(plan, keeping, cut, W),
                                make_team<T, W>(plan, keeping, cut, places, workspace), gradients};
     };
     return launch_team(kBackward, name, kernel, plan, keeping, found, make, act, device, stream,
                        done);
   };
-  const auto run_planes = [&](auto type, auto width, auto act) {
-    return launched("batch_norm_backward_flow", type, width, act,
-                    batch_norm_backward_flow<typename decltype(type)::type, decltype(width)::value,
-                                             true, decltype(act)>);
-  };
-  const auto run = [&](auto type, auto width, auto act) {
-    using T = typename decltype(type)::type;
-    constexpr int W = decltype(width)::value;
-    if (found.flow) {
-      return launched("batch_norm_backward_flow", type, width, act,
-                      batch_norm_backward_flow<T, W, false, decltype(act)>);
-    }
-    return launched("batch_norm_backward_resident", type, width, act,
-                    batch_norm_backward_resident<T, W, decltype(act)>);
-  };
-  const bool any = tensors.residual != nullptr;
-  const char* error = found.planes ? dispatch_planes(kBackward, shape, run_planes, any)
-                                   : dispatch_resident(kBackward, shape, plan, pointers, run, any);
+  const char* error = dispatch_kernel<Kernels>(kBackward, shape, plan, found, pointers,
+                                               tensors.residual != nullptr, launched);
   const bool wants_parameters = args.dweight != nullptr || args.dbias != nullptr;
   if (error != nullptr || !done || columns == nullptr || !wants_parameters) return error;
   const GradientFinishArguments finish{columns, 1,       plan.ghosts, true,

@@ -330,10 +330,19 @@ Keeping keeping_of(const BatchNormShape& shape, bool mask) {
   return {1, static_cast<int>(size_of(shape.dtype)), sizeof(Moments), mask};
 }
 
-// The workspace: the team's, then moments of columns [C, ghosts].
-size_t columns_bytes(const Plan& plan) {
-  return plan.ghosts > 1 ? static_cast<size_t>(plan.columns()) * sizeof(Moments) : 0;
-}
+struct Kernels {
+  static constexpr const char* flow_name = "batch_norm_forward_flow";
+  static constexpr const char* resident_name = "batch_norm_forward_resident";
+
+  template <class T, int W, bool kPlanes, class Act>
+  static auto flow() {
+    return batch_norm_forward_flow<T, W, kPlanes, Act>;
+  }
+  template <class T, int W, class Act>
+  static auto resident() {
+    return batch_norm_forward_resident<T, W, Act>;
+  }
+};
 
 }  // namespace batch_norm_forward_resident_cu
 
@@ -350,7 +359,7 @@ int spared_multiprocessors = [] {
 size_t forward_resident_workspace(const Plan& plan, const BatchNormShape& shape, bool mask,
                                   const Device& device) {
   const Keeping keeping = keeping_of(shape, mask);
-  return team_bytes(plan, keeping, device) + columns_bytes(plan);
+  return team_bytes(plan, keeping, device) + columns_bytes<Moments>(plan);
 }
 
 const char* forward_resident(const BatchNormForward& args, const Plan& plan, void* workspace,
@@ -359,7 +368,8 @@ const char* forward_resident(const BatchNormForward& args, const Plan& plan, voi
   Device on;
   if (const char* error = query(kForward, device, on)) return error;
   const Keeping keeping = keeping_of(shape, walks_mask(args));
-  const Residency found = residency_for(plan, keeping, on, {args.x, args.residual, args.y});
+  const std::initializer_list<const void*> pointers = {args.x, args.residual, args.y};
+  const Residency found = residency_for(plan, keeping, on, pointers);
   if (!found.possible) return nullptr;
   Moments* columns = nullptr;
   const Statistics statistics = statistics_of(args, plan);
@@ -368,10 +378,7 @@ const char* forward_resident(const BatchNormForward& args, const Plan& plan, voi
     constexpr int W = decltype(width)::value;
     const auto make = [&](const Residency& cut) {
       const TeamPlaces places(cut, keeping);
-      if (plan.ghosts > 1) {
-        columns =
-            reinterpret_cast<Moments*>(static_cast<unsigned char*>(workspace) + places.bytes());
-      }
+      columns = columns_of<Moments>(plan, places, workspace);
       return ResidentArguments{args.x,
                                columns,
                                Elementwise(args, plan),
@@ -382,24 +389,8 @@ const char* forward_resident(const BatchNormForward& args, const Plan& plan, voi
     return launch_team(kForward, name, kernel, plan, keeping, found, make, act, device, stream,
                        done);
   };
-  const auto run_planes = [&](auto type, auto width, auto act) {
-    return launched("batch_norm_forward_flow", type, width, act,
-                    batch_norm_forward_flow<typename decltype(type)::type, decltype(width)::value,
-                                            true, decltype(act)>);
-  };
-  const auto run = [&](auto type, auto width, auto act) {
-    using T = typename decltype(type)::type;
-    constexpr int W = decltype(width)::value;
-    if (found.flow) {
-      return launched("batch_norm_forward_flow", type, width, act,
-                      batch_norm_forward_flow<T, W, false, decltype(act)>);
-    }
-    return launched("batch_norm_forward_resident", type, width, act,
-                    batch_norm_forward_resident<T, W, decltype(act)>);
-  };
   const char* error =
-      found.planes ? dispatch_planes(kForward, shape, run_planes)
-                   : dispatch_resident(kForward, shape, plan, {args.x, args.residual, args.y}, run);
+      dispatch_kernel<Kernels>(kForward, shape, plan, found, pointers, false, launched);
   if (error != nullptr || !done || columns == nullptr || !statistics.runs()) return error;
   const FinishArguments finish{Known::columns, columns, 1, plan.ghosts, 1, nullptr, statistics};
   return forward_finish(finish, device, stream);

@@ -365,8 +365,7 @@ Team make_team(const Plan& plan, const Keeping& keeping, const Residency& found,
 // Calls run(TypeIs<T>, integral_constant<int, W>, activation).
 template <class F>
 const char* dispatch_resident(const char* operation, const BatchNormShape& shape, const Plan& plan,
-                              std::initializer_list<const void*> pointers, F&& run,
-                              bool any = false) {
+                              std::initializer_list<const void*> pointers, F&& run, bool any) {
   return dispatch_dtype(operation, shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_width<T>(plan.row(), pointers, [&](auto width) {
@@ -400,14 +399,59 @@ inline size_t team_bytes(const Plan& plan, Keeping keeping, const Device& device
 
 // Calls run(TypeIs<T>, integral_constant<int, W>, activation) with units of 16 bytes.
 template <class F>
-const char* dispatch_planes(const char* operation, const BatchNormShape& shape, F&& run,
-                            bool any = false) {
+const char* dispatch_planes(const char* operation, const BatchNormShape& shape, F&& run, bool any) {
   return dispatch_dtype(operation, shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const std::integral_constant<int, kWidest<T>> width{};
     return dispatch_activation<T, kWidest<T>>(shape, any,
                                               [&](auto act) { return run(type, width, act); });
   });
+}
+
+// With ghost batches the workspace has results of columns [C, ghosts] behind the team's.
+template <class Result>
+size_t columns_bytes(const Plan& plan) {
+  return plan.ghosts > 1 ? static_cast<size_t>(plan.columns()) * sizeof(Result) : 0;
+}
+template <class Result>
+Result* columns_of(const Plan& plan, const TeamPlaces& places, void* workspace) {
+  if (plan.ghosts == 1) return nullptr;
+  return reinterpret_cast<Result*>(static_cast<unsigned char*>(workspace) + places.bytes());
+}
+
+// Calls launched(name, TypeIs<T>, integral_constant<int, W>, activation, kernel) with the one of
+// Kernels that `found` takes:
+//
+//   flow_name, flow<T, W, kPlanes, Act>()       where sets flow
+//   resident_name, resident<T, W, Act>()        elsewhere
+template <class Kernels, class Launched>
+const char* dispatch_kernel(const char* operation, const BatchNormShape& shape, const Plan& plan,
+                            const Residency& found, std::initializer_list<const void*> pointers,
+                            bool any, Launched&& launched) {
+  if (found.planes) {
+    return dispatch_planes(
+        operation, shape,
+        [&](auto type, auto width, auto act) {
+          using T = typename decltype(type)::type;
+          constexpr int W = decltype(width)::value;
+          return launched(Kernels::flow_name, type, width, act,
+                          Kernels::template flow<T, W, true, decltype(act)>());
+        },
+        any);
+  }
+  return dispatch_resident(
+      operation, shape, plan, pointers,
+      [&](auto type, auto width, auto act) {
+        using T = typename decltype(type)::type;
+        constexpr int W = decltype(width)::value;
+        if (found.flow) {
+          return launched(Kernels::flow_name, type, width, act,
+                          Kernels::template flow<T, W, false, decltype(act)>());
+        }
+        return launched(Kernels::resident_name, type, width, act,
+                        Kernels::template resident<T, W, decltype(act)>());
+      },
+      any);
 }
 
 // Launches `kernel` with the arguments that make(found) gives, which have a Team in them, and

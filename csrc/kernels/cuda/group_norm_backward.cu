@@ -668,11 +668,9 @@ const char* group_norm_backward_cuda(const GroupNormBackward& args, void* worksp
   if (args.dy == nullptr || args.x == nullptr || args.stats == nullptr || workspace == nullptr) {
     return cuda::message("%s: dy, x, stats and workspace must not be null", cuda::kOperation);
   }
-  bool refused = false;
-  const char* error = cuda::backward(args, workspace, found, device, stream, refused);
-  if (!refused) return error;
-  return cuda::backward(args, workspace, cuda::group::without_clusters(found), device, stream,
-                        refused);
+  return cuda::group::with_fallback(found, [&](const cuda::Device& on, bool& refused) {
+    return cuda::backward(args, workspace, on, device, stream, refused);
+  });
 }
 
 }  // namespace batchops

@@ -308,11 +308,9 @@ const char* group_norm_forward_cuda(const GroupNormForward& args, void* workspac
   if (args.x == nullptr || args.y == nullptr || args.stats == nullptr || workspace == nullptr) {
     return cuda::message("%s: x, y, stats and workspace must not be null", cuda::kOperation);
   }
-  bool refused = false;
-  const char* error = cuda::forward(args, workspace, found, device, stream, refused);
-  if (!refused) return error;
-  return cuda::forward(args, workspace, cuda::group::without_clusters(found), device, stream,
-                       refused);
+  return cuda::group::with_fallback(found, [&](const cuda::Device& on, bool& refused) {
+    return cuda::forward(args, workspace, on, device, stream, refused);
+  });
 }
 
 }  // namespace batchops

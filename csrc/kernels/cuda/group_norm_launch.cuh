@@ -71,6 +71,14 @@ inline Device without_clusters(Device device) {
   return device;
 }
 
+// f(device, refused) on what is found and, if its clusters are refused, without.
+template <class F>
+const char* with_fallback(const Device& found, F f) {
+  bool refused = false;
+  const char* error = f(found, refused);
+  return refused ? f(without_clusters(found), refused) : error;
+}
+
 // f(cut) of the cut that is tried first and, if that takes clusters, of the one without.
 template <class F>
 void for_each_cut(const GroupNormShape& shape, const Purpose& purpose, const Device& found, F f) {

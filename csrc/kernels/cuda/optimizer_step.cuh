@@ -958,7 +958,7 @@ class Step {
   float* memory_;
   int32_t kept_ = 0;             // in a row, though others may follow
   uint32_t order_;               // the slots from the next free one on, four bits each
-  int32_t deferred_ = -1;        // items since there are chunks to sweep again; or below 0
+  int32_t deferred_ = -1;        // items since one was left to wait (defer()); or below 0
   int32_t settled_ = -1;         // a tensor whose outcome is known to be there
   int32_t fetched_second_ = -1;  // a chunk whose second sweep finds copies in the stage
 };

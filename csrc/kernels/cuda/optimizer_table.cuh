@@ -21,6 +21,10 @@ constexpr int kSmall = kChunk / kWarps;
 // one between them would have its outcome waited for as soon as its chunks are done.
 constexpr int64_t kLarge = 1 << 20;
 
+__host__ __device__ inline int32_t chunks_of(int64_t numel) {
+  return static_cast<int32_t>((numel + kChunk - 1) / kChunk);
+}
+
 struct Entry {
   void* p;
   const void* g;
@@ -39,9 +43,7 @@ struct Entry {
   BATCHOPS_DEVICE DType exact_dtype() const {
     return master == nullptr ? static_cast<DType>(p_dtype) : DType::f32;
   }
-  BATCHOPS_DEVICE int32_t chunks() const {
-    return static_cast<int32_t>((numel + kChunk - 1) / kChunk);
-  }
+  BATCHOPS_DEVICE int32_t chunks() const { return chunks_of(numel); }
   BATCHOPS_DEVICE int32_t last_chunk() const { return first_chunk + chunks() - 1; }
 };
 static_assert(sizeof(Entry) == 64);
@@ -65,7 +67,7 @@ struct Table {
       if (x[i].numel <= kSmall) {
         ++smalls;
       } else {
-        chunks += static_cast<int32_t>((x[i].numel + kChunk - 1) / kChunk);
+        chunks += chunks_of(x[i].numel);
       }
     }
   }

@@ -73,16 +73,13 @@ void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_coun
   std::vector<Nothing> sets;
   const std::vector<int32_t> set_of = optimizer_sets(
       tensors, tensor_count, group_count, sets, [](const OptimizerTensor&) { return Nothing{}; });
-  const auto chunks_of = [](const OptimizerTensor& x) {
-    return x.numel <= kSmall ? 0 : static_cast<int32_t>((x.numel + kChunk - 1) / kChunk);
-  };
   // Where the next one's chunks begin: of large tensors, and of others.
   struct Next {
     int32_t chunk = 0, rank = 0;
   } large, other;
   for (int64_t i = 0; i < tensor_count; ++i) {
     if (tensors[i].numel <= kLarge) continue;
-    other.chunk += chunks_of(tensors[i]);
+    other.chunk += chunks_of(tensors[i].numel);
     ++other.rank;
   }
   int32_t smalls = 0;
@@ -97,8 +94,9 @@ void optimizer_describe_cuda(const OptimizerTensor* tensors, int64_t tensor_coun
                    static_cast<int8_t>(x.p_dtype), static_cast<int8_t>(x.g_dtype), wide, next.rank},
                   x.device_step};
     std::memcpy(static_cast<unsigned char*>(entries) + i * sizeof row, &row, sizeof row);
-    next.chunk += chunks_of(x);
-    next.rank += small ? 0 : 1;
+    if (small) continue;
+    next.chunk += chunks_of(x.numel);
+    ++next.rank;
   }
 }
 
