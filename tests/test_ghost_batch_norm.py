@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing  # not there of itself
 import torch.nn.functional as F
 
 import batchops
