@@ -17,9 +17,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Development builds name one target; wheels name them all (cmake/cuda.cmake).
+# Development builds name one target, with the PTX that tests run; wheels name them all
+# (cmake/cuda.cmake).
 CUDA_ARCHS ?=
-DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90-real))
+DEV_ARCHS := $(or $(CUDA_ARCHS),$(if $(shell command -v nvidia-smi 2>/dev/null),native,90))
 # Bytecode is made of what is imported, once, and not of all that torch brings: where it may not be
 # kept, each of the many processes that the tests start would compile torch again.
 export PYTHONDONTWRITEBYTECODE :=

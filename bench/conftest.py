@@ -21,6 +21,8 @@ Side = Callable[..., Any]
 # A round lasts at least this long, by repeating short calls, so that the clock's own cost and
 # resolution stay below a percent of what is measured.
 ROUND_SECONDS = 5e-3
+# Of rounds that take so long, fewer will do: what disturbs single calls evens out within them.
+LONG_ROUND_SECONDS = 0.2
 MIN_ROUNDS, QUICK_ROUNDS = 7, 5
 MAX_ROUNDS = 400
 FLOOR_BYTES = 256 << 20
@@ -356,7 +358,8 @@ class Pair:
         for side in sides:
             timed(side, calls)
         one_round = sum(side.seconds[-1] for side in sides) * calls
-        rounds = min(max(self.min_rounds, round(self.seconds / one_round)), MAX_ROUNDS)
+        least = QUICK_ROUNDS if one_round > LONG_ROUND_SECONDS else self.min_rounds
+        rounds = min(max(least, round(self.seconds / one_round)), MAX_ROUNDS)
         for side in sides:
             side.seconds.clear()
             side.faults.clear()

@@ -37,6 +37,8 @@ CORE = (
     "host_call.cpp",
     "kernel.cpp",
     "launch.cpp",
+    "ptx_machine.cpp",
+    "ptx_program.cpp",
     "runtime_api.cpp",
     "scheduler.cpp",
     "settings.cpp",
@@ -207,8 +209,12 @@ def build(
 
 
 def library(name: str, kernels: list[str], api: list[str], instrument: bool = False) -> ctypes.CDLL:
-    """build(), loaded."""
-    return ctypes.CDLL(str(build(name, kernels, api, instrument=instrument)))
+    """build(), loaded; its kernels as C++, unless the environment asks for PTX (ptx.py)."""
+    from . import ptx
+
+    loaded = ctypes.CDLL(str(build(name, kernels, api, instrument=instrument)))
+    ptx.load_as_wanted(loaded)
+    return loaded
 
 
 def run_sanitized(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernel.h"
+#include "ptx_machine.h"
 
 extern "C" {
 
@@ -54,6 +55,32 @@ void emulator_set_registers(const char* kernel, int registers) {
 // Whether kernels of which that has not been told may not be launched.
 void emulator_require_registers(bool required) {
   cuda_emulator::settings().registers_required = required;
+}
+
+// Kernels run as PTX from here on, those of this file and of others that were loaded before.
+int emulator_load_ptx(const char* file, char* text, size_t size) {
+  return cuda_emulator::guarded(text, size, [&]() -> const char* {
+    cuda_emulator::ptx::load(file);
+    return nullptr;
+  });
+}
+
+void emulator_forget_ptx() { cuda_emulator::ptx::forget(); }
+
+// "tanh.approx.f32\n…"
+void emulator_unknown_ptx(char* text, size_t size) {
+  std::string all;
+  for (const std::string& name : cuda_emulator::ptx::unknown_instructions()) all += name + "\n";
+  std::snprintf(text, size, "%s", all.c_str());
+}
+
+// "add 120\nld.global 7\n…": what has been run of each instruction since it was last asked for.
+void emulator_take_ptx_counts(char* text, size_t size) {
+  std::string all;
+  for (const auto& [name, count] : cuda_emulator::ptx::take_counts()) {
+    all += name + " " + std::to_string(count) + "\n";
+  }
+  std::snprintf(text, size, "%s", all.c_str());
 }
 
 }  // extern "C"

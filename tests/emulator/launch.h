@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "ptx_machine.h"
 #include "scheduler.h"
 
 namespace cuda_emulator {
@@ -27,8 +28,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Args&&... args) {
   // The arguments are copied now: the grid may run later.
   std::tuple<std::remove_cv_t<Params>...> copies(std::forward<Args>(args)...);
-  return cuda_emulator::launch(*config, cuda_emulator::address_of(kernel),
-                               [kernel, copies] { std::apply(kernel, copies); });
+  const void* const address = cuda_emulator::address_of(kernel);
+  const auto* const code = cuda_emulator::ptx::code_of(address);
+  return cuda_emulator::launch(*config, address, [kernel, copies, code] {
+    if (code == nullptr) {
+      std::apply(kernel, copies);
+      return;
+    }
+    const auto in_ptx = [&](const auto&... params) {
+      const void* const places[] = {&params..., nullptr};
+      const size_t sizes[] = {sizeof params..., 0};
+      cuda_emulator::ptx::run(*code, places, sizes, sizeof...(params));
+    };
+    std::apply(in_ptx, copies);
+  });
 }
 
 template <class Function>

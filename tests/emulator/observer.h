@@ -1,6 +1,7 @@
 // What happens while a grid runs, for whoever looks: the byte counters (traffic.h) and the race
 // detector (race.h). The scheduler and the emulated intrinsics report here; loads and stores of
-// kernel code come from the compiler's instrumentation instead (instrument.cpp) and are not events.
+// kernel code come from the compiler's instrumentation instead (instrument.cpp), and are events
+// only where it is PTX that runs (ptx_machine.h).
 //
 //   if (Observer* o = observer()) o->fence(Scope::device);
 //
@@ -87,6 +88,8 @@ class Observer {
   virtual void waited(const void* /*object*/) {}
 
   // All of these are of the running thread.
+  virtual void accessed(const void* /*data*/, size_t /*bytes*/, bool /*writes*/,
+                        const void* /*code*/) {}
   virtual void fence(Scope) {}
   virtual void atomic(const AtomicEvent&) {}
   virtual void copy_issued(const CopyEvent&) {}

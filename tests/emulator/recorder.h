@@ -38,6 +38,9 @@ class Recorder final : public Observer {
   void blocks_released(std::span<const uint64_t> blocks) override;
   void arrives(const void* object) override;
   void waited(const void* object) override;
+  void accessed(const void* data, size_t bytes, bool writes, const void* code) override {
+    touch(data, bytes, !writes, writes, code);
+  }
   void fence(Scope scope) override;
   void atomic(const AtomicEvent& event) override { touch_atomic(event); }
   void copy_issued(const CopyEvent& copy) override;

@@ -1,0 +1,101 @@
+"""The PTX of the installed build, run by the emulator in place of its kernels' C++.
+
+With BATCHOPS_EMULATOR_PTX=1 every emulated kernel of the other tests runs as that, and with the
+path of a folder as the PTX that lies there; or, for one library:
+
+    with ptx.running(library):
+        run(library, problem)          # as ever
+        counts = ptx.take_counts(library)
+
+What nvcc makes of inline assembly, of what is compiled under __CUDA_ARCH__ and of every access is
+then what runs (ptx_machine.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from .. import machine_code
+from ..kept import alone
+from . import build, emulator, toolkit
+
+
+def _skip(reason: str) -> None:
+    if os.environ.get("BATCHOPS_REQUIRE_CUDA_TOOLKIT", "0") == "1":
+        raise RuntimeError(reason)
+    pytest.skip(reason)
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """The installed build's PTX, one file a source; skips where it has none."""
+    library, cuobjdump = machine_code.built_library(), toolkit.tool("cuobjdump")
+    if library is None or cuobjdump is None:
+        _skip("needs a build with CUDA, and cuobjdump")
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    folder = build.CACHE / f"ptx-{digest}"
+    build.CACHE.mkdir(parents=True, exist_ok=True)
+    with alone(build.CACHE / "ptx.lock"):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=build.CACHE) as name:
+                command = [cuobjdump, "-xptx", "all", str(library)]
+                subprocess.run(command, cwd=name, capture_output=True, check=True)
+                made = folder.with_suffix(f".{os.getpid()}.part")
+                Path(name).rename(made)
+                Path(name).mkdir()
+            made.rename(folder)
+    found = tuple(sorted(folder.glob("*.ptx")))
+    if not found:
+        _skip("the build has no PTX: its targets are all real ones, as 90-real")
+    return found
+
+
+def load(library: ctypes.CDLL, path: Path) -> None:
+    emulator.call(library.emulator_load_ptx, str(path).encode())
+
+
+def load_as_wanted(library: ctypes.CDLL) -> None:
+    """What BATCHOPS_EMULATOR_PTX says, if it does."""
+    wanted = os.environ.get("BATCHOPS_EMULATOR_PTX", "0")
+    if wanted == "0":
+        return
+    for path in files() if wanted == "1" else sorted(Path(wanted).glob("*.ptx")):
+        load(library, path)
+
+
+@contextmanager
+def running(library: ctypes.CDLL, *paths: Path) -> Iterator[None]:
+    """Kernels run as PTX: of these files, or else of the installed build."""
+    try:
+        for path in paths or files():
+            load(library, path)
+        yield
+    finally:
+        library.emulator_forget_ptx()
+
+
+def unknown_instructions(library: ctypes.CDLL) -> list[str]:
+    """Of what is loaded, those that the machine does not know."""
+    return _said(library.emulator_unknown_ptx).splitlines()
+
+
+def take_counts(library: ctypes.CDLL) -> dict[str, int]:
+    """Instructions that threads have run, by name, since this was last asked."""
+    pairs = (line.split() for line in _said(library.emulator_take_ptx_counts).splitlines())
+    return {name: int(count) for name, count in pairs}
+
+
+def _said(function: ctypes._NamedFuncPointer) -> str:
+    text = ctypes.create_string_buffer(1 << 16)
+    function(text, ctypes.c_size_t(len(text)))
+    return text.value.decode()
