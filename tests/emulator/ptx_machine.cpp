@@ -8,6 +8,7 @@
 #include <bit>
 #include <cfenv>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <fstream>
@@ -15,6 +16,7 @@
 #include <memory>
 #include <set>
 #include <sstream>
+#include <string_view>
 #include <type_traits>
 #include <unordered_map>
 #include <vector>
@@ -1437,9 +1439,14 @@ std::vector<uint64_t>& registers_of(const Thread& thread) {
 void load(const std::string& file) {
   std::ifstream in(file);
   if (!in) throw std::runtime_error("cannot read " + file);
-  std::stringstream text;
-  text << in.rdbuf();
-  for (auto& function : read(file, text.str())) {
+  std::stringstream whole;
+  whole << in.rdbuf();
+  const std::string text = whole.str();
+  constexpr std::string_view kTarget = ".target sm_";
+  if (const size_t at = text.find(kTarget); at != std::string::npos) {
+    settings().code_version = std::atoi(text.c_str() + at + kTarget.size());
+  }
+  for (auto& function : read(file, text)) {
     const std::string name = function->name;
     Code& code = codes()[name];
     code = Code{};
@@ -1447,7 +1454,10 @@ void load(const std::string& file) {
   }
 }
 
-void forget() { codes().clear(); }
+void forget() {
+  codes().clear();
+  settings().code_version = 0;
+}
 
 std::set<std::string> unknown_instructions() {
   std::set<std::string> all;

@@ -15,7 +15,8 @@ namespace cuda_emulator::ptx {
 
 struct Code;
 
-// Takes the kernels of a file, by their names. Throws Syntax; a runtime_error if it cannot be read.
+// Takes the kernels of a file, by their names; its target is the code's from here on. Throws
+// Syntax; a runtime_error if it cannot be read.
 void load(const std::string& file);
 // From here on kernels run as C++ again.
 void forget();
