@@ -26,7 +26,7 @@ LONG_ROUND_SECONDS = 0.2
 MIN_ROUNDS, QUICK_ROUNDS = 7, 5
 MAX_ROUNDS = 400
 FLOOR_BYTES = 256 << 20
-FLOOR_SAMPLES = 3
+FLOOR_SAMPLES = 2
 WHOLE_STEPS = {"bench_training.py", "bench_optimizers.py"}
 
 
@@ -431,7 +431,7 @@ def pair(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, f
     config = request.config
     records = config.stash.setdefault(_RECORDS, [])
     quick = config.getoption("--quick")
-    seconds = config.getoption("--pair-seconds") or (0.2 if quick else 0.5)
+    seconds = config.getoption("--pair-seconds") or (0.2 if quick else 0.4)
     has_threads = "threads" in request.fixturenames
     threads = request.getfixturevalue("threads") if has_threads else torch.get_num_threads()
     op = request.node.originalname.removeprefix("test_").removeprefix("bench_")

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <set>
@@ -292,30 +293,6 @@ struct Max {
     } else {
       return std::max(a, b);
     }
-  }
-};
-struct And {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a & b;
-  }
-};
-struct Or {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a | b;
-  }
-};
-struct Xor {
-  template <class T>
-  T operator()(T a, T b) const {
-    return a ^ b;
-  }
-};
-struct Not {
-  template <class T>
-  T operator()(T a) const {
-    return static_cast<T>(~a);
   }
 };
 struct Negate {
@@ -1157,9 +1134,9 @@ class Decoder {
         if (s.says("min")) i.run = &update_ordered<T, Min>;
         if (s.says("max")) i.run = &update_ordered<T, Max>;
         if constexpr (std::is_integral_v<T>) {
-          if (s.says("and")) i.run = &update_ordered<T, And>;
-          if (s.says("or")) i.run = &update_ordered<T, Or>;
-          if (s.says("xor")) i.run = &update_ordered<T, Xor>;
+          if (s.says("and")) i.run = &update_ordered<T, std::bit_and<>>;
+          if (s.says("or")) i.run = &update_ordered<T, std::bit_or<>>;
+          if (s.says("xor")) i.run = &update_ordered<T, std::bit_xor<>>;
         }
       }
     });
@@ -1211,14 +1188,14 @@ void Decoder::decode(const Statement& s, Instruction& i) {
   }
   if (is("min") && !s.says("NaN")) number<Min>(type, i);
   if (is("max") && !s.says("NaN")) number<Max>(type, i);
-  if (is("and")) bits<And>(type, i);
-  if (is("or")) bits<Or>(type, i);
-  if (is("xor")) bits<Xor>(type, i);
+  if (is("and")) bits<std::bit_and<>>(type, i);
+  if (is("or")) bits<std::bit_or<>>(type, i);
+  if (is("xor")) bits<std::bit_xor<>>(type, i);
   if (is("not")) {
     if (type == Type::pred) {
       i.run = &unary<uint8_t, PredicateNot>;
     } else {
-      with_integer(type, [&]<class T>(As<T>) { i.run = &unary<T, Not>; });
+      with_integer(type, [&]<class T>(As<T>) { i.run = &unary<T, std::bit_not<>>; });
     }
   }
   if (is("neg")) unary_number<Negate>(type, i);
