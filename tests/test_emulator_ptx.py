@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .emulator import batch_norm, build, emulator, group_norm, norm_checks, optimizers, ptx
+from .emulator import (
+    batch_norm,
+    build,
+    emulator,
+    group_norm,
+    instructions,
+    norm_checks,
+    optimizers,
+    ptx,
+)
 from .emulator.optimizer_checks import LARGE, SIZES, check_everywhere
 from .emulator.optimizers import CHUNK, DTYPES, Parameter
 from .lamb_reference import Options as LambOptions
@@ -468,6 +477,20 @@ def test_group_norm(group_norms, dtype, layout, device):
         with group_norm.device(group_norms, device):
             norm_checks.check_under_all_schedules(group_norms, problem)
     assert_ran(group_norms, "ld.global", "st.global", "bar", "cp")
+
+
+def test_instructions_of_an_element(monkeypatch, batch_norms):
+    """More of them with an activation and a residual; a multiply-add for z at the least."""
+    monkeypatch.setattr(instructions, "BATCH_NORM", (2, 8, 512))
+    found = {row.name: row for row in instructions.rows("batch_norm f32 channels_first")}
+    for phase in ("forward", "backward"):
+        plain, more = (
+            found[f"batch_norm f32 channels_first {how}, {phase}"]
+            for how in ("none", "relu + residual")
+        )
+        assert plain.counts["fma"] >= plain.elements
+        assert plain.an_element < more.an_element
+    assert str(plain).startswith("batch_norm f32 channels_first none, backward")
 
 
 OPTIONS = {

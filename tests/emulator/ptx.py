@@ -73,15 +73,26 @@ def load_as_wanted(library: ctypes.CDLL) -> None:
         load(library, path)
 
 
+_running: dict[int, list[tuple[Path, ...]]] = {}  # by library, the innermost last
+
+
 @contextmanager
 def running(library: ctypes.CDLL, *paths: Path) -> Iterator[None]:
-    """Kernels run as PTX: of these files, or else of the installed build."""
+    """Kernels run as PTX: of these files, or else of the installed build. May be nested."""
+    stack = _running.setdefault(library._handle, [])
+    stack.append(paths or files())
     try:
-        for path in paths or files():
-            load(library, path)
+        _load_innermost(library)
         yield
     finally:
-        library.emulator_forget_ptx()
+        stack.pop()
+        _load_innermost(library)
+
+
+def _load_innermost(library: ctypes.CDLL) -> None:
+    library.emulator_forget_ptx()
+    for path in (_running[library._handle] or [()])[-1]:
+        load(library, path)
 
 
 def unknown_instructions(library: ctypes.CDLL) -> list[str]:
