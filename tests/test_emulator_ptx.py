@@ -493,6 +493,13 @@ def test_instructions_of_an_element(monkeypatch, batch_norms):
     assert str(plain).startswith("batch_norm f32 channels_first none, backward")
 
 
+def test_instructions_of_a_step(steps):
+    plain, clipped = instructions.steps("lars")
+    assert (plain.bytes_each, clipped.bytes_each) == (20, 24)
+    assert plain.counts["fma"] >= plain.elements
+    assert plain.an_element < clipped.an_element
+
+
 OPTIONS = {
     "lamb": (
         LambOptions(),
