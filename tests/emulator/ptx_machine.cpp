@@ -226,24 +226,16 @@ typename WrapOf<T>::type wrap(T a) {
   return static_cast<typename WrapOf<T>::type>(a);
 }
 
-struct Add {
+template <class Operation>
+struct Wrapping {
   template <class T>
   auto operator()(T a, T b) const {
-    return wrap(a) + wrap(b);
+    return Operation{}(wrap(a), wrap(b));
   }
 };
-struct Sub {
-  template <class T>
-  auto operator()(T a, T b) const {
-    return wrap(a) - wrap(b);
-  }
-};
-struct Mul {
-  template <class T>
-  auto operator()(T a, T b) const {
-    return wrap(a) * wrap(b);
-  }
-};
+using Add = Wrapping<std::plus<>>;
+using Sub = Wrapping<std::minus<>>;
+using Mul = Wrapping<std::multiplies<>>;
 struct MulHigh {
   template <class T>
   T operator()(T a, T b) const {
