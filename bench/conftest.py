@@ -23,7 +23,7 @@ Side = Callable[..., Any]
 ROUND_SECONDS = 5e-3
 # Of rounds that take so long, fewer will do: what disturbs single calls evens out within them.
 LONG_ROUND_SECONDS = 0.2
-MIN_ROUNDS, QUICK_ROUNDS = 7, 5
+MIN_ROUNDS, FEW_ROUNDS = 7, 5
 MAX_ROUNDS = 400
 FLOOR_BYTES = 256 << 20
 FLOOR_SAMPLES = 2
@@ -358,7 +358,7 @@ class Pair:
         for side in sides:
             timed(side, calls)
         one_round = sum(side.seconds[-1] for side in sides) * calls
-        least = QUICK_ROUNDS if one_round > LONG_ROUND_SECONDS else self.min_rounds
+        least = FEW_ROUNDS if one_round > LONG_ROUND_SECONDS else self.min_rounds
         rounds = min(max(least, round(self.seconds / one_round)), MAX_ROUNDS)
         for side in sides:
             side.seconds.clear()
@@ -435,7 +435,7 @@ def pair(request: pytest.FixtureRequest, benchmark: Any, device: torch.device, f
     has_threads = "threads" in request.fixturenames
     threads = request.getfixturevalue("threads") if has_threads else torch.get_num_threads()
     op = request.node.originalname.removeprefix("test_").removeprefix("bench_")
-    rounds = QUICK_ROUNDS if quick else MIN_ROUNDS
+    rounds = FEW_ROUNDS if quick else MIN_ROUNDS
     return Pair(benchmark, device, threads, floor, seconds, rounds, records, op)
 
 

@@ -53,7 +53,7 @@ def threads():
 
 def pytest_configure(config: pytest.Config) -> None:
     """Where the checks of CUDA kernels must run (CI), a missing tool is an error, not a skip."""
-    if os.environ.get("BATCHOPS_REQUIRE_CUDA_TOOLKIT", "0") != "1":
+    if not toolkit.required():
         return
     found = {
         "CUDA headers": toolkit.include_dir(),

@@ -482,7 +482,7 @@ def test_group_norm(group_norms, dtype, layout, device):
 def test_instructions_of_an_element(monkeypatch, batch_norms):
     """More of them with an activation and a residual; a multiply-add for z at the least."""
     monkeypatch.setattr(instructions, "BATCH_NORM", (2, 8, 512))
-    found = {row.name: row for row in instructions.rows("batch_norm f32 channels_first")}
+    found = {row.name: row for row in instructions.norms("batch_norm f32 channels_first")}
     for phase in ("forward", "backward"):
         plain, more = (
             found[f"batch_norm f32 channels_first {how}, {phase}"]

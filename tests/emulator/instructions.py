@@ -12,15 +12,14 @@ blocks.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import batch_norm, group_norm, norm, optimizers, ptx
 
-GROUP_NORM = (1, 320, 4096, 32)  # N, C, HxW, G
 BATCH_NORM = (8, 64, 3136)  # N, C, HxW
+GROUP_NORM = (1, 320, 4096, 32)  # N, C, HxW, G
 SIZES = {"bf16": 2, "f32": 4}
 
 
@@ -45,38 +44,38 @@ class Row:
         return f"{self.name:<52} {self.an_element:6.1f} {self.a_byte:6.2f}   {each}"
 
 
-def problems() -> Iterator[tuple[str, norm.Problem]]:
-    variants = (("none", False), ("silu", False))
-    for dtype, layout, (activation, residual) in itertools.product(SIZES, norm.LAYOUTS, variants):
-        how = {"dtype": dtype, "layout": layout, "activation": activation, "residual": residual}
-        name = f"group_norm {dtype} {layout} {activation}"
-        yield name, group_norm.Problem(*GROUP_NORM, **how)
-    variants = (("none", False), ("relu", True))
-    for dtype, layout, (activation, residual) in itertools.product(SIZES, norm.LAYOUTS, variants):
-        how = {"dtype": dtype, "layout": layout, "activation": activation, "residual": residual}
-        name = f"batch_norm {dtype} {layout} {activation}{' + residual' * residual}"
-        yield name, batch_norm.Problem(*BATCH_NORM, **how)
+def _problems(
+    kind: type[norm.Problem], shape: tuple[int, ...], variant: tuple[str, bool]
+) -> Iterator[tuple[str, norm.Problem]]:
+    for dtype, layout, how in itertools.product(SIZES, norm.LAYOUTS, (("none", False), variant)):
+        activation, residual = how
+        name = f"{kind.operation} {dtype} {layout} {activation}{' + residual' * residual}"
+        options = {"dtype": dtype, "layout": layout}
+        yield name, kind(*shape, activation=activation, residual=residual, **options)
 
 
-def rows(wanted: str = "") -> Iterator[Row]:
-    """Forward and backward of each problem whose name `wanted` is a part of."""
-    libraries: dict[str, ctypes.CDLL] = {}
-    for name, problem in problems():
-        if wanted not in name:
+def norms(wanted: str = "") -> Iterator[Row]:
+    """Forward and backward of each norm whose name `wanted` is a part of."""
+    for module, shape, variant in (
+        (group_norm, GROUP_NORM, ("silu", False)),
+        (batch_norm, BATCH_NORM, ("relu", True)),
+    ):
+        problems = [
+            (name, p) for name, p in _problems(module.Problem, shape, variant) if wanted in name
+        ]
+        if not problems:
             continue
-        module = {"group_norm": group_norm, "batch_norm": batch_norm}[problem.operation]
-        if problem.operation not in libraries:
-            libraries[problem.operation] = module.library()
-        library = libraries[problem.operation]
-        elements, size = problem.N * problem.C * problem.HxW, SIZES[problem.dtype]
+        library = module.library()
         with ptx.running(library):
             ptx.take_counts(library)
-            saved = norm.forward(library, problem)
-            counts = ptx.take_counts(library)
-            yield Row(f"{name}, forward", elements, (2 + problem.residual) * size, counts)
-            norm.backward(library, problem, saved)
-            counts = ptx.take_counts(library)
-            yield Row(f"{name}, backward", elements, (3 + problem.residual) * size, counts)
+            for name, p in problems:
+                elements, size = p.N * p.C * p.HxW, SIZES[p.dtype]
+                saved = norm.forward(library, p)
+                counts = ptx.take_counts(library)
+                yield Row(f"{name}, forward", elements, (2 + p.residual) * size, counts)
+                norm.backward(library, p, saved)
+                counts = ptx.take_counts(library)
+                yield Row(f"{name}, backward", elements, (3 + p.residual) * size, counts)
 
 
 def steps(wanted: str = "") -> Iterator[Row]:
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("wanted", nargs="?", default="", help="a part of the rows' names")
     print(f"{'instructions of PTX':<52} {'elem.':>6} {'byte':>6}   of each, for an element")
     wanted = parser.parse_args().wanted
-    for row in itertools.chain(rows(wanted), steps(wanted)):
+    for row in itertools.chain(norms(wanted), steps(wanted)):
         print(row, flush=True)
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -31,7 +31,7 @@ from . import build, emulator, toolkit
 
 
 def _skip(reason: str) -> None:
-    if os.environ.get("BATCHOPS_REQUIRE_CUDA_TOOLKIT", "0") == "1":
+    if toolkit.required():
         raise RuntimeError(reason)
     pytest.skip(reason)
 
@@ -47,13 +47,12 @@ def files() -> tuple[Path, ...]:
     build.CACHE.mkdir(parents=True, exist_ok=True)
     with alone(build.CACHE / "ptx.lock"):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=build.CACHE) as name:
-                command = [cuobjdump, "-xptx", "all", str(library)]
-                subprocess.run(command, cwd=name, capture_output=True, check=True)
-                made = folder.with_suffix(f".{os.getpid()}.part")
-                Path(name).rename(made)
-                Path(name).mkdir()
-            made.rename(folder)
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)  # of who was interrupted
+            part.mkdir()
+            command = [cuobjdump, "-xptx", "all", str(library)]
+            subprocess.run(command, cwd=part, capture_output=True, check=True)
+            part.rename(folder)
     found = tuple(sorted(folder.glob("*.ptx")))
     if not found:
         _skip("the build has no PTX: its targets are all real ones, as 90-real")

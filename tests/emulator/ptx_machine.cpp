@@ -143,9 +143,7 @@ void narrow(float a, Half& to) { to = std::bit_cast<Half>(__float2half_rn(a)); }
 void narrow(float a, Bfloat& to) { to = std::bit_cast<Bfloat>(__float2bfloat16_rn(a)); }
 
 template <class T>
-struct As {
-  using type = T;
-};
+struct As {};
 
 // Calls f(As<T>{}) with the host's type; false where the type has none.
 template <class F>
@@ -558,7 +556,6 @@ void convert(Frame& f, const Instruction& i) {
   } else if constexpr (std::is_floating_point_v<To> && std::is_floating_point_v<A>) {
     auto result = static_cast<To>(kInteger ? rounded(a, kRound) : a);
     if (kRound == Round::saturate) {
-      result = static_cast<To>(a);
       result = result > 0 ? std::min(result, To{1}) : To{0};
     }
     set(f, i.o[0], result);
@@ -823,6 +820,7 @@ void unknown(Frame& f, const Instruction& i) {
   fail(f, i, std::string("an instruction that is unknown here: ") + i.what);
 }
 void call(Frame& f, const Instruction& i);
+void decode(Code& code);
 
 // ---- what threads do together
 
@@ -947,7 +945,6 @@ class Decoder {
     end.run = &nothing;
     code_.instructions.push_back(end);
     code_.places.push_back({f_.file.c_str(), f_.name.c_str(), f_.line, 0});
-    code_.decoded = true;
   }
 
  private:
@@ -1337,6 +1334,7 @@ void Decoder::decode_call(const Statement& s, Instruction& i) {
         i.o[to++] = index_of(one);
       }
     } else if (const auto found = codes().find(o.name); found != codes().end()) {
+      cuda_emulator::ptx::decode(found->second);
       i.callee = &found->second;
     }
   }
@@ -1344,7 +1342,9 @@ void Decoder::decode_call(const Statement& s, Instruction& i) {
 }
 
 void decode(Code& code) {
-  if (!code.decoded) Decoder(code).run();
+  if (code.decoded) return;
+  code.decoded = true;
+  Decoder(code).run();
 }
 
 // ---- running
@@ -1447,9 +1447,6 @@ const Code* code_of(const void* kernel) {
   }
   const auto found = codes().find(info.dli_sname);
   if (found == codes().end()) throw Error(std::string("PTX: no kernel ") + info.dli_sname);
-  for (auto& [name, code] : codes()) {
-    if (!code.function->entry) decode(code);
-  }
   decode(found->second);
   return &found->second;
 }

@@ -10,6 +10,11 @@ from functools import cache
 from pathlib import Path
 
 
+def required() -> bool:
+    """Whether tests fail where a part of the toolkit is missing, rather than being skipped."""
+    return os.environ.get("BATCHOPS_REQUIRE_CUDA_TOOLKIT", "0") == "1"
+
+
 @cache
 def _candidates() -> list[Path]:
     found: list[Path] = []
