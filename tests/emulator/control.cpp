@@ -2,6 +2,7 @@
 #include "control.h"
 
 #include <cstring>
+#include <fstream>
 
 #include "kernel.h"
 #include "ptx_machine.h"
@@ -74,13 +75,15 @@ void emulator_unknown_ptx(char* text, size_t size) {
   std::snprintf(text, size, "%s", all.c_str());
 }
 
-// "add 120\nld.global 7\n…": what has been run of each instruction since it was last asked for.
-void emulator_take_ptx_counts(char* text, size_t size) {
-  std::string all;
-  for (const auto& [name, count] : cuda_emulator::ptx::take_counts()) {
-    all += name + " " + std::to_string(count) + "\n";
-  }
-  std::snprintf(text, size, "%s", all.c_str());
+// Writes "count name line file\n…": how often each instruction has run since it was last asked for.
+int emulator_take_ptx_counts(const char* to, char* text, size_t size) {
+  return cuda_emulator::guarded(text, size, [&]() -> const char* {
+    std::ofstream out(to);
+    for (const auto& [name, file, line, runs] : cuda_emulator::ptx::take_counts()) {
+      out << runs << ' ' << name << ' ' << line << ' ' << file << '\n';
+    }
+    return out.flush() ? nullptr : "cannot write the counts";
+  });
 }
 
 }  // extern "C"

@@ -1,24 +1,27 @@
 """How many instructions of PTX threads run for each element and byte of norms and optimizers.
 
-    python -m tests.emulator.instructions [part of a row's name]
+    python -m tests.emulator.instructions [--lines] [part of a row's name]
 
 An H200 issues about seven for each byte that its memory moves (132 multiprocessors, 128 a
 clock, 1.98 GHz, 4.8 TB/s): a kernel beyond that is bound by its instructions. ptxas leaves out most
 mov and ld.param and makes two of some 64-bit ones, so this tells which kernels to look at, and not
-their time. The emulated device has two multiprocessors: a larger one may spread a problem over more
-blocks.
+their time. With --lines each row is followed by the PTX that runs most often.
+
+The emulated device has two multiprocessors: a larger one may spread a problem over more blocks.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import batch_norm, group_norm, norm, optimizers, ptx
 
-BATCH_NORM = (8, 64, 3136)  # N, C, HxW
+BATCH_NORM = (64, 64, 3136)  # N, C, HxW
 GROUP_NORM = (1, 320, 4096, 32)  # N, C, HxW, G
 SIZES = {"bf16": 2, "f32": 4}
 
@@ -28,20 +31,38 @@ class Row:
     name: str
     elements: int
     bytes_each: int  # of an element, that move at least
-    counts: dict[str, int]
+    lines: list[ptx.Count]
+
+    @property
+    def counts(self) -> Counter[str]:
+        return ptx.by_name(self.lines)
 
     @property
     def an_element(self) -> float:
-        return sum(self.counts.values()) / self.elements
+        return sum(line.runs for line in self.lines) / self.elements
 
     @property
     def a_byte(self) -> float:
         return self.an_element / self.bytes_each
 
     def __str__(self) -> str:
-        most = sorted(self.counts.items(), key=lambda item: -item[1])[:6]
+        most = self.counts.most_common(6)
         each = ", ".join(f"{name} {count / self.elements:.1f}" for name, count in most)
         return f"{self.name:<52} {self.an_element:6.1f} {self.a_byte:6.2f}   {each}"
+
+    def hottest(self, least: float = 0.02) -> Iterator[str]:
+        """Stretches of PTX that run as a whole, the most frequent first: those with this share."""
+        lines = sorted(self.lines, key=lambda line: (line.file, line.line))
+        whole = [list(of) for _, of in itertools.groupby(lines, lambda x: (x.file, x.runs))]
+        whole.sort(key=lambda of: -len(of) * of[0].runs)
+        for of in whole:
+            share = len(of) * of[0].runs / self.elements
+            if share < least * self.an_element:
+                return
+            first, last = of[0], of[-1]
+            yield f"  {share:.2f} an element: {len(of)} x {first.runs / self.elements:.4f}"
+            text = Path(first.file).read_text().splitlines()[first.line - 1 : last.line]
+            yield from (f"    {first.line + k}  {line.strip()}" for k, line in enumerate(text))
 
 
 def _problems(
@@ -67,15 +88,15 @@ def norms(wanted: str = "") -> Iterator[Row]:
             continue
         library = module.library()
         with ptx.running(library):
-            ptx.take_counts(library)
+            ptx.take_lines(library)
             for name, p in problems:
                 elements, size = p.N * p.C * p.HxW, SIZES[p.dtype]
                 saved = norm.forward(library, p)
-                counts = ptx.take_counts(library)
-                yield Row(f"{name}, forward", elements, (2 + p.residual) * size, counts)
+                lines = ptx.take_lines(library)
+                yield Row(f"{name}, forward", elements, (2 + p.residual) * size, lines)
                 norm.backward(library, p, saved)
-                counts = ptx.take_counts(library)
-                yield Row(f"{name}, backward", elements, (3 + p.residual) * size, counts)
+                lines = ptx.take_lines(library)
+                yield Row(f"{name}, backward", elements, (3 + p.residual) * size, lines)
 
 
 def steps(wanted: str = "") -> Iterator[Row]:
@@ -89,19 +110,22 @@ def steps(wanted: str = "") -> Iterator[Row]:
         tensors = [optimizers.Parameter(16 * optimizers.CHUNK) for _ in range(4)]
         elements = sum(x.numel for x in tensors)
         with ptx.running(library), optimizers.device(library, "Hopper"):
-            ptx.take_counts(library)
+            ptx.take_lines(library)
             optimizers.run(library, kind(tensors, max_grad_norm=clip))
-            counts = ptx.take_counts(library)
-        yield Row(name, elements, bytes_each + 4 * (clip is not None), counts)
+            lines = ptx.take_lines(library)
+        yield Row(name, elements, bytes_each + 4 * (clip is not None), lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wanted", nargs="?", default="", help="a part of the rows' names")
+    parser.add_argument("--lines", action="store_true", help="what runs most often, too")
+    args = parser.parse_args()
     print(f"{'instructions of PTX':<52} {'elem.':>6} {'byte':>6}   of each, for an element")
-    wanted = parser.parse_args().wanted
-    for row in itertools.chain(norms(wanted), steps(wanted)):
+    for row in itertools.chain(norms(args.wanted), steps(args.wanted)):
         print(row, flush=True)
+        if args.lines:
+            print("\n".join(row.hottest()), flush=True)
 
 
 if __name__ == "__main__":

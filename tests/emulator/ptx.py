@@ -18,10 +18,13 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -38,7 +41,11 @@ def _skip(reason: str) -> None:
 
 @cache
 def files() -> tuple[Path, ...]:
-    """The installed build's PTX, one file a source; skips where it has none."""
+    """The folder's that BATCHOPS_EMULATOR_PTX names, or the installed build's PTX, one file a
+    source; skips where it has none."""
+    wanted = os.environ.get("BATCHOPS_EMULATOR_PTX", "0")
+    if wanted not in ("0", "1"):
+        return tuple(sorted(Path(wanted).glob("*.ptx")))
     library, cuobjdump = machine_code.built_library(), toolkit.tool("cuobjdump")
     if library is None or cuobjdump is None:
         _skip("needs a build with CUDA, and cuobjdump")
@@ -65,11 +72,9 @@ def load(library: ctypes.CDLL, path: Path) -> None:
 
 def load_as_wanted(library: ctypes.CDLL) -> None:
     """What BATCHOPS_EMULATOR_PTX says, if it does."""
-    wanted = os.environ.get("BATCHOPS_EMULATOR_PTX", "0")
-    if wanted == "0":
-        return
-    for path in files() if wanted == "1" else sorted(Path(wanted).glob("*.ptx")):
-        load(library, path)
+    if os.environ.get("BATCHOPS_EMULATOR_PTX", "0") != "0":
+        for path in files():
+            load(library, path)
 
 
 _running: dict[int, list[tuple[Path, ...]]] = {}  # by library, the innermost last
@@ -99,10 +104,33 @@ def unknown_instructions(library: ctypes.CDLL) -> list[str]:
     return _said(library.emulator_unknown_ptx).splitlines()
 
 
+class Count(NamedTuple):
+    """How often an instruction of a file has run."""
+
+    runs: int
+    name: str
+    line: int
+    file: str
+
+
+def take_lines(library: ctypes.CDLL) -> list[Count]:
+    """Instructions that threads have run, by their places, since this was last asked."""
+    with tempfile.NamedTemporaryFile("r") as written:
+        emulator.call(library.emulator_take_ptx_counts, written.name.encode())
+        lines = [line.rstrip("\n").split(" ", 3) for line in written]
+    return [Count(int(runs), name, int(line), file) for runs, name, line, file in lines]
+
+
+def by_name(lines: Iterable[Count]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts[line.name] += line.runs
+    return counts
+
+
 def take_counts(library: ctypes.CDLL) -> dict[str, int]:
-    """Instructions that threads have run, by name, since this was last asked."""
-    pairs = (line.split() for line in _said(library.emulator_take_ptx_counts).splitlines())
-    return {name: int(count) for name, count in pairs}
+    """The same, added up by name."""
+    return dict(by_name(take_lines(library)))
 
 
 def _said(function: ctypes._NamedFuncPointer) -> str:

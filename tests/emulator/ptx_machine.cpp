@@ -14,12 +14,14 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <set>
 #include <sstream>
 #include <string_view>
 #include <type_traits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "atomics.h"
@@ -51,7 +53,7 @@ struct Instruction {
   Scope scope = Scope::device;
   const Code* callee = nullptr;
   const char* what = nullptr;
-  uint64_t* runs = nullptr;
+  mutable uint64_t runs = 0;
 };
 
 // As std::source_location keeps them.
@@ -86,10 +88,6 @@ namespace {
 
 std::map<std::string, Code>& codes() {
   static std::map<std::string, Code> instance;
-  return instance;
-}
-std::map<std::string, uint64_t>& counts() {
-  static std::map<std::string, uint64_t> instance;
   return instance;
 }
 std::deque<std::string>& texts() {
@@ -930,7 +928,6 @@ class Decoder {
       Instruction i;
       i.guard = s.guard < 0 ? kNone : s.guard;
       i.guard_is_not = s.guard_is_not;
-      i.runs = &counts()[count_name(s)];
       s_ = &s;
       decode(s, i);
       if (i.run == nullptr) {
@@ -948,15 +945,6 @@ class Decoder {
   }
 
  private:
-  static std::string count_name(const Statement& s) {
-    const std::string& first = s.words[0];
-    if (first != "ld" && first != "st") return first;
-    for (const char* space : {"global", "shared", "param", "local"}) {
-      if (s.says(space)) return first + "." + space;
-    }
-    return first + ".generic";
-  }
-
   int32_t constant(uint64_t bits) {
     const auto found = std::find(code_.constants.begin(), code_.constants.end(), bits);
     const auto index = static_cast<int32_t>(found - code_.constants.begin());
@@ -1354,8 +1342,8 @@ void execute(Frame& f) {
   const size_t end = f.code->instructions.size() - 1;
   while (f.at < end) {
     const Instruction& i = code[f.at++];
+    ++i.runs;
     if (i.guard != kNone && ((f.r[i.guard] & 1) != 0) == i.guard_is_not) continue;
-    ++*i.runs;
     i.run(f, i);
   }
 }
@@ -1395,6 +1383,15 @@ void call(Frame& f, const Instruction& i) {
   for (const Variable& v : i.callee->function->params) inner.r[v.address] = raw(f, i.o[k++]);
   place_variables(inner);
   execute(inner);
+}
+
+std::string count_name(const Statement& s) {
+  const std::string& first = s.words[0];
+  if (first != "ld" && first != "st") return first;
+  for (const char* space : {"global", "shared", "param", "local"}) {
+    if (s.says(space)) return first + "." + space;
+  }
+  return first + ".generic";
 }
 
 // A thread's registers, kept for the next one that runs on the same fiber.
@@ -1472,11 +1469,14 @@ void run(const Code& code, const void* const* params, const size_t* sizes, size_
   execute(f);
 }
 
-std::map<std::string, uint64_t> take_counts() {
-  std::map<std::string, uint64_t> taken;
-  for (auto& [name, count] : counts()) {
-    if (count > 0) taken[name] = count;
-    count = 0;
+std::vector<Count> take_counts() {
+  std::vector<Count> taken;
+  for (auto& [name, code] : codes()) {
+    for (size_t k = 0; code.decoded && k < code.function->body.size(); ++k) {
+      const uint64_t runs = std::exchange(code.instructions[k].runs, 0);
+      const Statement& s = code.function->body[k];
+      if (runs > 0) taken.push_back({count_name(s), code.function->file, s.line, runs});
+    }
   }
   return taken;
 }

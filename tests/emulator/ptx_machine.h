@@ -7,9 +7,9 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <set>
 #include <string>
+#include <vector>
 
 namespace cuda_emulator::ptx {
 
@@ -28,8 +28,13 @@ const Code* code_of(const void* kernel);
 // One thread of it, the running one.
 void run(const Code& code, const void* const* params, const size_t* sizes, size_t count);
 
-// Instructions that threads have run of kernels, by the first words of their names ("ld.global"),
-// since it was last asked for.
-std::map<std::string, uint64_t> take_counts();
+// Instructions that threads have run of kernels since it was last asked for.
+struct Count {
+  std::string name;  // its first words: "ld.global"
+  std::string file;
+  unsigned line;
+  uint64_t runs;
+};
+std::vector<Count> take_counts();
 
 }  // namespace cuda_emulator::ptx
