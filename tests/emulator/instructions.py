@@ -7,7 +7,8 @@ clock, 1.98 GHz, 4.8 TB/s): a kernel beyond that is bound by its instructions. p
 mov and ld.param and makes two of some 64-bit ones, so this tells which kernels to look at, and not
 their time. With --lines each row is followed by the PTX that runs most often.
 
-The emulated device has two multiprocessors: a larger one may spread a problem over more blocks.
+The emulated device has eight multiprocessors, enough for the largest clusters: a larger one may
+spread a problem over more blocks.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import batch_norm, group_norm, norm, optimizers, ptx
+from . import batch_norm, emulator, group_norm, norm, optimizers, ptx
 
 BATCH_NORM = (64, 64, 3136)  # N, C, HxW
 GROUP_NORM = (1, 320, 4096, 32)  # N, C, HxW, G
+MULTIPROCESSORS = 8
 SIZES = {"bf16": 2, "f32": 4}
 
 
@@ -72,7 +74,11 @@ def _problems(
         activation, residual = how
         name = f"{kind.operation} {dtype} {layout} {activation}{' + residual' * residual}"
         options = {"dtype": dtype, "layout": layout}
-        yield name, kind(*shape, activation=activation, residual=residual, **options)
+        without = () if residual else ("dresidual",)
+        yield (
+            name,
+            kind(*shape, activation=activation, residual=residual, without=without, **options),
+        )
 
 
 def norms(wanted: str = "") -> Iterator[Row]:
@@ -87,7 +93,10 @@ def norms(wanted: str = "") -> Iterator[Row]:
         if not problems:
             continue
         library = module.library()
-        with ptx.running(library):
+        with (
+            ptx.running(library),
+            emulator.schedule(library, "forward", multiprocessors=MULTIPROCESSORS),
+        ):
             ptx.take_lines(library)
             for name, p in problems:
                 elements, size = p.N * p.C * p.HxW, SIZES[p.dtype]

@@ -18,6 +18,7 @@
 // Sums are floats around a shift near the mean, over one part; parts are merged in double, in
 // order. The same cut, and so the same bits, on every device of one kind.
 #pragma once
+#include <limits>
 #include <numeric>
 #include <type_traits>
 
@@ -53,17 +54,23 @@ struct RowTeams {
   RowTeams() = default;
   RowTeams(int64_t rows, int64_t length, int width) {
     while (lanes < kWarp && int64_t{lanes} * 2 * width <= length) lanes *= 2;
+    // In units that a lane takes: what a segment and, at the end, a place cost besides.
+    constexpr double kOfSegment = 2.0, kOfPlace = 0.1;
     const int64_t teams = kBlock / lanes;
     const int64_t most = clamp<int64_t>(length / (int64_t{lanes} * width * 2), 1, teams);
-    const int64_t wanted = rows >= teams ? 1 : clamp<int64_t>(teams / rows, 1, most);
-    // … so that teams end together.
-    int64_t best = wanted;
-    for (int64_t more = wanted + 1; more <= most && more <= 4 * wanted; ++more) {
-      if (ceil_divide(rows * more, teams) * best < ceil_divide(rows * best, teams) * more)
-        best = more;
+    double least = std::numeric_limits<double>::max();
+    for (int64_t cuts = 1; cuts <= most; ++cuts) {
+      const int64_t stretch = round_up<int64_t>(ceil_divide(length, cuts), 8);
+      const int64_t found = ceil_divide(length, stretch);
+      const int64_t turns = ceil_divide(rows * found, teams);
+      const int64_t units = ceil_divide(stretch, int64_t{lanes} * width);
+      const double cost = static_cast<double>(turns) * (static_cast<double>(units) + kOfSegment) +
+                          kOfPlace * static_cast<double>(found);
+      if (cost >= least) continue;
+      least = cost;
+      segment = static_cast<int>(stretch);
+      segments = static_cast<int>(found);
     }
-    segment = static_cast<int>(round_up<int64_t>(ceil_divide(length, best), 8));
-    segments = static_cast<int>(ceil_divide<int64_t>(length, segment));
     by_segments = FastDivide(static_cast<unsigned>(segments));
   }
 };
@@ -275,8 +282,7 @@ inline void complete_but_divisions(Cut& cut, const Purpose& purpose, int unit,
       unit > 1 && cut.whole_channels && cut.HxW >= kLongPlane && cut.HxW < int64_t{1} << 30;
   cut.over_groups = RowTeams(cut.local_groups, length, cut.whole_groups ? unit : 1);
   cut.over_channels =
-      RowTeams(cut.parts > 1 ? clamp<int64_t>(cut.chunk / cut.HxW, 1, cut.channels) : cut.channels,
-               cut.HxW < length ? cut.HxW : length, cut.whole_channels ? unit : 1);
+      RowTeams(cut.channels, cut.HxW < length ? cut.HxW : length, cut.whole_channels ? unit : 1);
   cut.over_group_channels =
       RowTeams(cut.local_groups, cut.D < cut.channels ? cut.D : cut.channels, 1);
   cut.group_lanes = merging_lanes(cut.local_groups, cut.over_groups.segments);
@@ -447,7 +453,8 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
   const int at_once = kBlock / teams.lanes;
   const int total = rows * teams.segments;
   float2* to = teams.segments > 1 ? slots : sums;
-  for (int first = 0; first < total; first += at_once) {
+  const int before = team - team % (kWarp / teams.lanes);  // teams of the warps before
+  for (int first = 0; first + before < total; first += at_once) {
     const int s = first + team;
     float2 sum = make_float2(0.0f, 0.0f);
     if (s < total) {
@@ -623,7 +630,7 @@ struct Affines {
 template <class Job, class F>
 BATCHOPS_DEVICE void by_residual(const Job& job, F f) {
   if constexpr (Job::kSplits) {
-    if (!job.adds_residual()) {
+    if (job.is_plain()) {
       f(job.plain());
       return;
     }

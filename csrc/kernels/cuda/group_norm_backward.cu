@@ -40,6 +40,8 @@ struct BackwardJob {
   static constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
   static constexpr bool kSplits =
       kResident && sizeof(T) == 2 && Act::kNeedsZ && kMayAdd && !kAnyActivation<Act>;
+  // Whether add() leaves dz in the place of dy.
+  static constexpr bool kLeavesDz = kResident && Act::kNeedsZ && sizeof(T) == sizeof(float);
 
   struct alignas(16) Coefficients {
     Affine affine;
@@ -78,8 +80,22 @@ struct BackwardJob {
     if constexpr (!kMayAdd || !Act::kNeedsZ) return false;
     return args.residual != nullptr;
   }
+  BATCHOPS_DEVICE bool wants_dresidual() const { return kMayAdd && args.dresidual != nullptr; }
+  // Without those the only output is dx.
+  BATCHOPS_DEVICE bool wants_dx() const { return !kMayAdd || args.dx != nullptr; }
+  BATCHOPS_DEVICE bool is_plain() const { return !adds_residual() && !wants_dresidual(); }
   BATCHOPS_DEVICE auto plain() const {
     return BackwardJob<T, Act, kResident, false>(args, act, arena);
+  }
+  // f(job) with what is left to do once add() has been over all elements.
+  template <class F>
+  BATCHOPS_DEVICE void when_added(F f) const {
+    if constexpr (kLeavesDz) {
+      const Identity dz;
+      f(BackwardJob<T, Identity, kResident>(args, dz, arena));
+    } else {
+      f(*this);
+    }
   }
 
   BATCHOPS_DEVICE Coefficients make_with(const Terms& t, float weight, float bias) const {
@@ -150,22 +166,25 @@ struct BackwardJob {
         z[j] = adds ? __fadd_rn(normalised, z[j]) : normalised;
       }
       for_each_element<1>(act, dz, z, [](auto functor, float gradient, float of) {
-        return functor.backward(gradient, of);
+        if constexpr (sizeof(T) == 2) {
+          return functor.backward(Coarse(gradient), Coarse(of)).v;
+        } else {
+          return functor.backward(gradient, of);
+        }
       });
     }
   }
 
-  // sink(j, dz, dz · (x - mean)).
+  // sink(j, dz, dz · what is scaled) of what lies at i in shared memory.
   template <int W, class CoefficientsOf, class Sink>
-  BATCHOPS_DEVICE void add(const Held<W>& held, CoefficientsOf k, unsigned bits, Sink sink) const {
+  BATCHOPS_DEVICE void add(const Held<W>& held, int i, CoefficientsOf k, unsigned bits,
+                           Sink sink) const {
     float centred[W], dz[W];
     centre<W>(held, k, centred);
     differentiate<W>(held, k, bits, centred, dz);
+    if constexpr (kLeavesDz) keep_floats<W>(arena.tensor<T>(1) + i, dz);
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      const float x = kFolded<T> ? __fsub_rn(centred[j], k(j).affine.mean) : centred[j];
-      sink(j, dz[j], dz[j] * x);
-    }
+    for (int j = 0; j < W; ++j) sink(j, dz[j], dz[j] * centred[j]);
   }
 
   template <int W, class CoefficientsOf>
@@ -177,10 +196,8 @@ struct BackwardJob {
 #pragma unroll
     for (int j = 0; j < W; ++j) rest[j] = __fmaf_rn(k(j).along, centred[j], k(j).constant);
     differentiate<W>(held, k, bits, centred, dz);
-    if (args.dresidual != nullptr) {
-      store_range<T, W>(static_cast<T*>(args.dresidual) + at, dz, valid);
-    }
-    if (args.dx != nullptr) {
+    if (wants_dresidual()) store_range<T, W>(static_cast<T*>(args.dresidual) + at, dz, valid);
+    if (wants_dx()) {
 #pragma unroll
       for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(k(j).affine.scale, dz[j], rest[j]);
       store_range<T, W>(static_cast<T*>(args.dx) + at, dz, valid);
@@ -188,6 +205,13 @@ struct BackwardJob {
     return 0;
   }
 };
+
+// Σ dz · x̂ from Σ dz and Σ dz · what is scaled.
+template <class T>
+BATCHOPS_DEVICE float product_of(const Terms& t, const float2& sum) {
+  const float product = kFolded<T> ? __fmaf_rn(-t.mean, sum.x, sum.y) : sum.y;
+  return t.rstd * (product - t.low * sum.x);
+}
 
 // `folded`: for what is not centred before.
 BATCHOPS_DEVICE float2 direction_of(const Terms& t, double A, double B, int64_t M, bool folded) {
@@ -208,7 +232,7 @@ BATCHOPS_DEVICE void sum_by_channel(const BackwardArguments& args, const Walk& p
   for (int r = threadIdx.x; r < part.channels; r += kBlock) {
     const Terms& t = arena.terms()[part.group_of_channel(r)];
     float2 sum = channels[r];
-    sum.y = t.rstd * (sum.y - t.low * sum.x);
+    sum.y = product_of<T>(t, sum);
     channels[r] = sum;
     if (args.by_channel != nullptr) args.by_channel[part.first_sum + r] = sum;
   }
@@ -228,13 +252,13 @@ BATCHOPS_DEVICE void sum_by_channel(const BackwardArguments& args, const Walk& p
 
 // The same of layer norm, where each element is a channel of its sample: each sample's sums at
 // once, and each channel's added to arena.channels() by the thread that the channel belongs to.
-template <int W, class Job>
+template <class T, int W, class Job>
 BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& part,
                                    const Job& job, const Arena& arena) {
   const int M = static_cast<int>(args.cut.M);
   using Coefficients = typename Job::Coefficients;
   const auto bits_of = [&](int i) { return job.masked() ? part.mask_bits(job.mask, i) : 0u; };
-  if (args.dx != nullptr) {
+  if (args.dx != nullptr || Job::kLeavesDz) {
     sum_rows<W>(
         part.groups, args.cut.over_groups, [&](int r) { return part.range_of_group(r); },
         [&](int r) {
@@ -244,7 +268,7 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
             job.template make_row<kWidth>(i - part.begin - r * M, r, k);
             typename Job::template Held<kWidth> held;
             job.template load<kWidth>(held, i);
-            job.template add<kWidth>(held, Each{k}, bits_of(i), [&](int j, float a, float b) {
+            job.template add<kWidth>(held, i, Each{k}, bits_of(i), [&](int j, float a, float b) {
               sum.x += k[j].weight * a;
               sum.y += k[j].weight * b;
             });
@@ -254,31 +278,35 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
     for (int r = threadIdx.x; r < part.groups; r += kBlock) {
       const Terms& t = arena.terms()[r];
       float2& sum = arena.sums()[r];
-      sum.y = t.rstd * (sum.y - t.low * sum.x);
+      sum.y = product_of<T>(t, sum);
     }
     __syncthreads();
   }
   if (args.by_channel == nullptr) return;
-  for (int c = threadIdx.x * W; c < M; c += kBlock * W) {
-    float2 sums[W];
+  job.when_added([&](const auto& of) {
+    using Of = std::decay_t<decltype(of)>;
+    for (int c = threadIdx.x * W; c < M; c += kBlock * W) {
+      float2 sums[W];
 #pragma unroll
-    for (int j = 0; j < W; ++j) sums[j] = arena.channels()[c + j];
+      for (int j = 0; j < W; ++j) sums[j] = arena.channels()[c + j];
 #pragma unroll 1
-    for (int r = 0; r < part.groups; ++r) {
-      const int i = part.begin + r * M + c;
-      const Terms& t = arena.terms()[r];
-      Coefficients k[W];
-      job.template make_row<W>(c, r, k);
-      typename Job::template Held<W> held;
-      job.template load<W>(held, i);
-      job.template add<W>(held, Each{k}, bits_of(i), [&](int j, float a, float b) {
-        sums[j].x += a;
-        sums[j].y += t.rstd * (b - t.low * a);
-      });
-    }
+      for (int r = 0; r < part.groups; ++r) {
+        const int i = part.begin + r * M + c;
+        const Terms& t = arena.terms()[r];
+        typename Of::Coefficients k[W];
+        of.template make_row<W>(c, r, k);
+        typename Of::template Held<W> held;
+        of.template load<W>(held, i);
+        const unsigned bits = of.masked() ? part.mask_bits(of.mask, i) : 0u;
+        of.template add<W>(held, i, Each{k}, bits, [&](int j, float a, float b) {
+          sums[j].x += a;
+          sums[j].y += product_of<T>(t, make_float2(a, b));
+        });
+      }
 #pragma unroll
-    for (int j = 0; j < W; ++j) arena.channels()[c + j] = sums[j];
-  }
+      for (int j = 0; j < W; ++j) arena.channels()[c + j] = sums[j];
+    }
+  });
   __syncthreads();  // what comes next changes the terms
 }
 
@@ -306,9 +334,9 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
     wait_for_copies();
     __syncthreads();
     if (args.cut.whole_samples) {
-      sum_by_sample<BackwardJob<T, Act, true>::template kOddPiece<W>>(args, part, job, arena);
+      sum_by_sample<T, BackwardJob<T, Act, true>::template kOddPiece<W>>(args, part, job, arena);
     } else {
-      sum_by_sample<1>(args, part, job, arena);
+      sum_by_sample<T, 1>(args, part, job, arena);
     }
   }
   if (!args.cut.resident) return;
@@ -335,7 +363,8 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
     if (args.cut.cluster()) cluster_arrive();  // their sums have been read
   }
   if (args.dx != nullptr || args.dresidual != nullptr) {
-    Walk(args.cut, forgotten(piece)).template apply<T, W>(job);
+    job.when_added(
+        [&](const auto& of) { Walk(args.cut, forgotten(piece)).template apply<T, W>(of); });
   }
   __syncthreads();
   // No block leaves, or writes other sums, while others may read its own.
@@ -344,8 +373,11 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
 
 // Blocks on a multiprocessor at the least. What knows its activation at run time only needs more
 // than the 80 registers of two, and for others than sm_90 so does the code for whole units whose z
-// is made again.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+// is made again, before sm_80 and from sm_120 for any.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+template <class T, int W, class Act>
+constexpr int kLeastBlocks = kAnyActivation<Act> || W > 1 ? 1 : kLeastResident;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 template <class T, int W, class Act>
 constexpr int kLeastBlocks = kAnyActivation<Act> || (W > 1 && Act::kNeedsZ) ? 1 : kLeastResident;
 #else

@@ -67,6 +67,7 @@ struct ForwardJob {
     if constexpr (!kMayAdd) return false;
     return args.residual != nullptr;
   }
+  BATCHOPS_DEVICE bool is_plain() const { return !adds_residual(); }
   BATCHOPS_DEVICE auto plain() const {
     return ForwardJob<T, Act, kResident, false>(args, act, arena);
   }

@@ -102,6 +102,7 @@ struct Pixels {
 #pragma unroll 1
     for (int base = 0; base < items; base += kBlock) {
       const int item = base + static_cast<int>(threadIdx.x);
+      if (item - item % kWarp >= items) break;  // nothing for all of the warp
       const int lane = item % tiles.lanes;
       const int line = item / tiles.lanes;
       const int column = first_of_turn + line;
@@ -250,15 +251,17 @@ struct Pixels {
       if (active) {
         coefficients<kSum>(job, first, k);
         by_residual(job, [&](const auto& of) {
+          int i = local(row, first);
 #pragma unroll Job::kUnroll
           for (int r = row; r < rows; r += tiles.rows_at_once) {
             typename std::decay_t<decltype(of)>::template Held<kSum> held;
-            of.template load<kSum>(held, local(r, first));
+            of.template load<kSum>(held, i);
             const unsigned bits = of.masked() ? mask_bits(of.mask, r, first) : 0u;
-            of.template add<kSum>(held, Each{k}, bits, [&](int j, float s, float p) {
+            of.template add<kSum>(held, i, Each{k}, bits, [&](int j, float s, float p) {
               sums[j].x += s;
               sums[j].y += p;
             });
+            i += tiles.rows_at_once * cut.kept_row;
           }
         });
       }

@@ -149,8 +149,9 @@ struct Slices {
     const int total = groups * teams.segments;
     const int step = teams.lanes * W;
     Moments* to = arena.stretches();
+    const int before = team - team % (kWarp / teams.lanes);  // teams of the warps before
 #pragma unroll 1
-    for (int first = 0; first < total; first += kBlock / teams.lanes) {
+    for (int first = 0; first + before < total; first += kBlock / teams.lanes) {
       const int s = first + team;
       Range of{0, 0};
       if (s < total) {
@@ -233,10 +234,11 @@ struct Slices {
 #pragma unroll
               for (int h = 0; h < kWidth; h += kPiece) {
                 const auto piece = Of::template piece<kPiece>(held, h / kPiece);
-                of_job.template add<kPiece>(piece, Same{k}, bits >> h, [&](int, float a, float b) {
-                  sum.x += a;
-                  sum.y += b;
-                });
+                of_job.template add<kPiece>(piece, i + h, Same{k}, bits >> h,
+                                            [&](int, float a, float b) {
+                                              sum.x += a;
+                                              sum.y += b;
+                                            });
               }
             };
           },

@@ -175,6 +175,19 @@ BATCHOPS_DEVICE void store_word(Word* to, const Word& word, L2Policy policy) {
 #endif
 }
 
+// Floats to shared memory.
+template <int W>
+BATCHOPS_DEVICE void keep_floats(float* to, const float (&from)[W]) {
+  if constexpr (W == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else if constexpr (W == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(from[0], from[1]);
+  } else {
+    static_assert(W == 1);
+    *to = from[0];
+  }
+}
+
 // Two at once: one instruction, where each by itself takes one and another to put them together.
 BATCHOPS_DEVICE __half2 pair_from_float(__half, float first, float second) {
   return __floats2half2_rn(first, second);
