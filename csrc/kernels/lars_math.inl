@@ -15,23 +15,26 @@ struct Constants {
         p_m(f.p_m) {}
 };
 
-// a·x + b·y + c·z + w, of whose roundings only the last counts.
-BATCHOPS_OPTIMIZER_INLINE F sum_of_products(F w, const Factor& a, F x, const Factor& b, F y,
-                                            const Factor& c, F z) {
+// A sum and its error.
+struct Sum {
+  F value, error;
+};
+// a·x + b·y + c·z
+BATCHOPS_OPTIMIZER_INLINE Sum sum_of_products(const Factor& a, F x, const Factor& b, F y,
+                                              const Factor& c, F z) {
   F x_error, y_error, z_error;
   const F s = product(a, x, x_error), t = product(b, y, y_error), u = product(c, z, z_error);
   const F st = s + t;
   const F st_error = sum_error(s, t, st);
   const F stu = st + u;
   const F stu_error = sum_error(st, u, stu);
-  const F all = stu + w;
-  return all +
-         (sum_error(stu, w, all) + ((st_error + stu_error) + (x_error + (y_error + z_error))));
+  return {stu, (st_error + stu_error) + (x_error + (y_error + z_error))};
 }
 
 // μ·m + k_g·g + k_p·p
 BATCHOPS_OPTIMIZER_INLINE F buffer(F m, F g, F p, const Constants& c) {
-  return sum_of_products(F(0.0f), c.momentum, m, c.k_g, g, c.k_p, p);
+  const Sum sum = sum_of_products(c.momentum, m, c.k_g, g, c.k_p, p);
+  return sum.value + sum.error;
 }
 // p - p_m·m, the factor with its minus
 BATCHOPS_OPTIMIZER_INLINE F moved(F p, F m, const Constants& c) {
@@ -42,5 +45,7 @@ BATCHOPS_OPTIMIZER_INLINE F moved(F p, F m, const Constants& c) {
 }
 // p - (p_g·g + p_p·p + p_m·m), the factors with their minus
 BATCHOPS_OPTIMIZER_INLINE F updated(F p, F g, F m, const Constants& c) {
-  return sum_of_products(p, c.p_g, g, c.p_p, p, c.p_m, m);
+  const Sum sum = sum_of_products(c.p_g, g, c.p_p, p, c.p_m, m);
+  const F all = sum.value + p;
+  return all + (sum_error(sum.value, p, all) + sum.error);
 }

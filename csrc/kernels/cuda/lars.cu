@@ -119,8 +119,8 @@ struct Lars {
     const Constants c(outcome);
     const bool momentum = x.m != nullptr;
     const Copy copy(x);
-    // Without nesterov the gradient does not go to p itself.
-    const bool direct = outcome.p_g[0] != 0 || outcome.p_p[0] != 0;
+    // With momentum, unless it is nesterov's, the gradient does not go to p itself.
+    const bool direct = !momentum || outcome.p_g[0] != 0 || outcome.p_p[0] != 0;
     struct Loaded {
       Unit<Held<P>, W> p;
       Unit<Held<G>, W> g;
@@ -136,7 +136,8 @@ struct Lars {
           }
           if constexpr (kKept && W == kWidth) {
             if (momentum && stage.floats != nullptr) {
-              raw.m = stage.copied<float>(0, DType::f32, (i - units.thread) / kThreads * W);
+              const auto before = static_cast<unsigned>(i - units.thread);
+              raw.m = stage.copied<float>(0, DType::f32, before / kThreads * W);
               return raw;
             }
           }
@@ -154,14 +155,20 @@ struct Lars {
             for (int j = 0; j < W; ++j) g_i[j] = (F(g_i[j]) * c.g_scale).v;
           }
           to_float<float, W>(raw.m, m_i);
+          if (momentum) {
 #pragma unroll
-          for (int j = 0; j < W; ++j) {
-            const F p_j(p_i[j]), g_j(g_i[j]);
-            const F m_j = momentum ? buffer(F(m_i[j]), g_j, p_j, c) : F(0.0f);
-            m_i[j] = m_j.v;
-            p_i[j] = (direct || !momentum ? updated(p_j, g_j, m_j, c) : moved(p_j, m_j, c)).v;
+            for (int j = 0; j < W; ++j) m_i[j] = buffer(F(m_i[j]), F(g_i[j]), F(p_i[j]), c).v;
+            m.store<W>(i, m_i, Once{});
           }
-          if (momentum) m.store<W>(i, m_i, Once{});
+          if (direct) {
+#pragma unroll
+            for (int j = 0; j < W; ++j) {
+              p_i[j] = updated(F(p_i[j]), F(g_i[j]), F(m_i[j]), c).v;
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < W; ++j) p_i[j] = moved(F(p_i[j]), F(m_i[j]), c).v;
+          }
           p.template store<W>(i, p_i, Once{});
           copy.publish<P, W>(units.begin, i, p_i);
         });

@@ -168,7 +168,7 @@ struct Slot {
   }
   template <int kHalf, int W>
   BATCHOPS_DEVICE void keep(int32_t n, const float (&a)[W]) const {
-    if (floats != nullptr) put<W>(place(kHalf, n), a);
+    if (floats != nullptr) keep_floats<W>(place(kHalf, n), a);
   }
   template <int W>
   BATCHOPS_DEVICE void fetch(int32_t n, float (&a)[W], float (&b)[W]) const {
@@ -210,17 +210,9 @@ struct Slot {
 
  private:
   BATCHOPS_DEVICE float* place(int half, int32_t n) const {
-    return floats + half * kChunk +
-           (n / kWidth * kThreads + static_cast<int>(threadIdx.x)) * kWidth + n % kWidth;
-  }
-  template <int W>
-  static BATCHOPS_DEVICE void put(float* to, const float (&from)[W]) {
-    if constexpr (W == 4) {
-      *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
-    } else {
-      static_assert(W == 1);
-      *to = from[0];
-    }
+    const auto of_thread = static_cast<unsigned>(n);
+    return floats + half * kChunk + (of_thread / kWidth * kThreads + threadIdx.x) * kWidth +
+           of_thread % kWidth;
   }
 };
 
@@ -494,6 +486,11 @@ class Step {
   // Turns before a chunk's second sweep in which its entry is there: copies for it start one
   // before.
   static constexpr int kSettleAhead = Algorithm::kFetchesSecond ? 2 : 1;
+  // Places for those, of turns that follow each other: a power of two.
+  static constexpr int kSettled = 2 * kSettleAhead;
+  static BATCHOPS_DEVICE unsigned at(int32_t turn, unsigned places) {
+    return static_cast<unsigned>(turn) % places;
+  }
 
   // What the warps of a block hand each other, by turns.
   struct Shared {
@@ -507,7 +504,7 @@ class Step {
     Entry entries[4];
     int32_t entry_tensors[4];
     // Of the chunk that makes room in a turn, as long as all are kept.
-    Entry settled[kSettleAhead + 1];
+    Entry settled[kSettled];
     Outcome outcomes[2];
     int32_t outcome_chunks[2];  // whose outcomes they are; or below 0
   };
@@ -517,15 +514,17 @@ class Step {
     return shared;
   }
   static BATCHOPS_DEVICE Factors& factors_at(int32_t turn) {
-    return reinterpret_cast<Factors*>(shared().factors)[turn % 2];
+    return reinterpret_cast<Factors*>(shared().factors)[at(turn, 2)];
   }
   static BATCHOPS_DEVICE Factors& factors_again() {
     return reinterpret_cast<Factors*>(shared().factors)[2];
   }
 
-  static BATCHOPS_DEVICE const Entry& entry_at(int32_t turn) { return shared().entries[turn % 4]; }
+  static BATCHOPS_DEVICE const Entry& entry_at(int32_t turn) {
+    return shared().entries[at(not_kept(turn), 4)];
+  }
   static BATCHOPS_DEVICE Entry& settled_at(int32_t turn) {
-    return shared().settled[turn % (kSettleAhead + 1)];
+    return shared().settled[at(turn, kSettled)];
   }
 
   BATCHOPS_DEVICE bool is_chunk(int32_t item) const { return item < args_.table.chunks; }
@@ -621,15 +620,22 @@ class Step {
       Algorithm::template first<Any, Any, 1>(x, narrow, factors, NotFetched{}, keeper, sums);
     }
     const int used = Algorithm::sums(factors);
+    constexpr int kTogether = 4;
+    double some[kTogether] = {};
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < kSums && i < kTogether; ++i) some[i] = sums[i];
+    const double sum = warp_sums(some);
+#pragma unroll
+    for (int i = kTogether; i < kSums; ++i) {
       if (i < used) sums[i] = warp_sum(sums[i]);
     }
     wait_to_be<kFree>();
-    if (lane() == 0) {
-      const int place = not_kept(warp());
+    if (const int i = sum_of_lane(not_kept(lane())); i >= 0 && i < kSums) {
+      shared().sums[i][not_kept(warp())] = sum;
+    }
+    if (kSums > kTogether && lane() == 0) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) shared().sums[i][place] = sums[i];
+      for (int i = kTogether; i < kSums; ++i) shared().sums[i][not_kept(warp())] = sums[i];
     }
     say<kFull>();
   }
@@ -675,8 +681,8 @@ class Step {
     for (; kept_ > most; --kept_) {
       const int32_t oldest = item - (kept_ + gap) * blocks();
       const Entry* x = &settled_at(turn);
-      const Outcome* outcome = &shared().outcomes[turn % 2];
-      if (shared().outcome_chunks[turn % 2] != oldest) {
+      const Outcome* outcome = &shared().outcomes[at(turn, 2)];
+      if (shared().outcome_chunks[at(turn, 2)] != oldest) {
         const int32_t tensor = tensor_of(oldest);
         __syncwarp();  // a small tensor's outcome is of this warp's lane 0
         if (tensor < 0) continue;
@@ -778,9 +784,9 @@ class Step {
 
   // The entry of a turn's chunk.
   BATCHOPS_DEVICE void describe(const Lookout& now, uint32_t word, int32_t turn) const {
-    put_word(shared().entries[turn % 4], word);
+    put_word(shared().entries[at(not_kept(turn), 4)], word);
     const int32_t tensor = tensor_at(now, turn);
-    if (lane() == 0) shared().entry_tensors[turn % 4] = tensor;
+    if (lane() == 0) shared().entry_tensors[at(turn, 4)] = tensor;
   }
   // That of the chunk that makes room in the turn.
   BATCHOPS_DEVICE void describe_settled(Lookout& now, int32_t turn) const {
@@ -812,7 +818,7 @@ class Step {
 
   // The set of a turn's chunk.
   BATCHOPS_DEVICE int32_t set_at(int32_t turn) const {
-    return args_.set_of(shared().entry_tensors[turn % 4], entry_at(turn));
+    return args_.set_of(shared().entry_tensors[at(turn, 4)], entry_at(turn));
   }
 
   // What the sweeping warps need in that turn, which is the next, beside its entry.
@@ -834,14 +840,14 @@ class Step {
     const bool early = turn >= room() && is_chunk(chunk_at(turn)) &&
                        tensor != tensor_at(now, turn - 1) && is_kept(chunk_at(turn - 1), turn - 1);
     if (lane() == 0) {
-      const int32_t before = shared().outcome_chunks[(turn - 1) % 2];
-      shared().outcome_chunks[turn % 2] = early ? oldest : -1;
+      const int32_t before = shared().outcome_chunks[at(turn - 1, 2)];
+      shared().outcome_chunks[at(turn, 2)] = early ? oldest : -1;
       if (early) {
         if (before >= 0 && tensor_before == tensor) {
-          shared().outcomes[turn % 2] = shared().outcomes[(turn - 1) % 2];
+          shared().outcomes[at(turn, 2)] = shared().outcomes[at(turn - 1, 2)];
         } else {
           wait_for(&args_.ready[tensor], 1);
-          shared().outcomes[turn % 2] = args_.outcomes[tensor];
+          shared().outcomes[at(turn, 2)] = args_.outcomes[tensor];
         }
       }
     }
@@ -856,7 +862,7 @@ class Step {
     for (int32_t turn = 0; is_chunk(item); item += blocks(), ++turn) {
       wait_to_be<kFull>();
       const Entry x = entry_at(turn);
-      const int32_t tensor = shared().entry_tensors[turn % 4];
+      const int32_t tensor = shared().entry_tensors[at(turn, 4)];
       double sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {

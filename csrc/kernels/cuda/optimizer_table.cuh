@@ -22,7 +22,8 @@ constexpr int kSmall = kChunk / kWarps;
 constexpr int64_t kLarge = 1 << 20;
 
 __host__ __device__ inline int32_t chunks_of(int64_t numel) {
-  return static_cast<int32_t>((numel + kChunk - 1) / kChunk);
+  // Without a sign, as what is divided elsewhere too: then that is a shift.
+  return static_cast<int32_t>((static_cast<uint64_t>(numel) + kChunk - 1) / kChunk);
 }
 
 struct Entry {
@@ -183,15 +184,19 @@ struct Units {
 
   // kWidth elements each.
   BATCHOPS_DEVICE static Units wide(const Part& part) {
-    return {part.begin, part.x.wide ? part.count / kWidth : 0, part.thread, part.threads, 0};
+    return {part.begin, part.x.wide ? static_cast<int32_t>(part.count / unsigned{kWidth}) : 0,
+            part.thread, part.threads, 0};
   }
   // What `wide` leaves, one by one: all of it or, by the thread whose next unit that would be, less
   // than a unit.
   BATCHOPS_DEVICE static Units narrow(const Part& part, const Units& wide) {
     const int32_t done = wide.count * kWidth, count = part.count - done;
     if (done == 0) return {part.begin, count, part.thread, part.threads, 0};
-    const bool own = part.thread == wide.count % part.threads;
-    return {part.begin + done, own ? count : 0, 0, 1, wide.count / part.threads * kWidth};
+    const auto units = static_cast<unsigned>(wide.count);
+    const auto threads = static_cast<unsigned>(part.threads);
+    const bool own = static_cast<unsigned>(part.thread) == units % threads;
+    return {part.begin + done, own ? count : 0, 0, 1,
+            static_cast<int32_t>(units / threads) * kWidth};
   }
 };
 

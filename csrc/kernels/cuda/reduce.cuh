@@ -15,6 +15,29 @@ BATCHOPS_DEVICE T warp_sum(T value) {
   return value;
 }
 
+// a in the lanes without this bit and b in those with it, each added over pairs of lanes.
+template <class T>
+BATCHOPS_DEVICE T halved(T a, T b, int bit) {
+  const bool high = (threadIdx.x & static_cast<unsigned>(bit)) != 0;
+  const T sent = high ? a : b;
+  return (high ? b : a) + __shfl_xor_sync(kAllLanes, sent, bit);
+}
+// Four sums over the warp at once, in as many steps as two take: that of index sum_of_lane(), with
+// the bits that warp_sum() gives. All 32 lanes must call it.
+template <class T>
+BATCHOPS_DEVICE T warp_sums(const T (&values)[4]) {
+  T sum = halved(halved(values[0], values[1], 16), halved(values[2], values[3], 16), 8);
+#pragma unroll
+  for (int distance = 4; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  }
+  return sum;
+}
+// Below 0 in lanes that need not speak.
+BATCHOPS_DEVICE int sum_of_lane(int lane) {
+  return (lane & 7) != 0 ? -1 : (lane >> 4) + (lane >> 3 & 1) * 2;
+}
+
 // The sum of `value` over `lanes` neighbours, in each of them. All lanes of the warp must call it.
 BATCHOPS_DEVICE double sum_of_lanes(double value, int lanes) {
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
