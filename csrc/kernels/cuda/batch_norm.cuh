@@ -268,6 +268,9 @@ inline int planes_together(const Plan& plan, int width) {
   return plan.C % together == 0 && together * plan.HxW <= int64_t{width} * kThreads ? together : 0;
 }
 
+// A block of step 3, to ask how many run at once.
+inline const LaunchShape kApplyShape{dim3(1, 1, 1), dim3(kThreads, 1, 1), 0};
+
 // Cutting for step 3.
 struct ApplyGrid {
   int64_t row;  // elements
@@ -276,28 +279,30 @@ struct ApplyGrid {
   int64_t length;       // units in the padded tensor (channels_first), rows of a ghost batch
   int64_t last_length;  // channels_last
   int64_t pieces;
-  int64_t ghost_pieces;   // channels_last: of a ghost batch but the last
   RowSplit split;         // channels_first: units of a padded row
   FastDivide by_C;        // channels_first
   WideDivide ghost_rows;  // channels_first: of a ghost batch but the last
   RowTiles tiles;         // channels_last
-  int batches = 1;        // channels_last: times kInFlight · rows_at_once rows a piece
+  int64_t strands = 1;    // channels_last: pieces of a ghost batch's tile
 
   // A mask's rows end on whole bytes: then rows are walked as if padded to 8 elements, so that the
-  // threads that share a byte are neighbours in a warp.
-  ApplyGrid(const Plan& plan, int width, bool with_mask)
+  // threads that share a byte are neighbours in a warp. `resident`: blocks that run at once.
+  ApplyGrid(const Plan& plan, int width, bool with_mask, int64_t resident)
       : row(plan.row()), C(plan.C), ghosts(plan.ghosts) {
     const int64_t padded = (with_mask ? round_up<int64_t>(row, 8) : row) / width;
     if (plan.channels_last()) {
       length = plan.samples * plan.HxW;
       last_length = plan.last_samples * plan.HxW;
       tiles = RowTiles(padded, kTileChannels / width, with_mask ? ceil_divide(8, width) : 1);
-      const int64_t batch = int64_t{kInFlight} * tiles.rows_at_once;
-      const int64_t all = ceil_divide(plan.rows(), batch) * tiles.tiles;
-      batches = static_cast<int>(clamp<int64_t>(all / (4 * kPiecesWanted), 1, 8));
-      ghost_pieces = ceil_divide(length, batch * batches) * tiles.tiles;
-      pieces =
-          (ghosts - 1) * ghost_pieces + ceil_divide(last_length, batch * batches) * tiles.tiles;
+      const int64_t longest = length > last_length ? length : last_length;
+      const int64_t batches = ceil_divide(longest, batch());
+      // As many as run at once, with all of them at one ghost batch; but no shorter than pays for
+      // the coefficients, unless that would leave some of the device without work.
+      const int64_t most = clamp<int64_t>(resident / tiles.tiles, 1, batches);
+      const int64_t least = clamp<int64_t>(resident / (tiles.tiles * ghosts), 1, batches);
+      strands = clamp<int64_t>(batches / kBatchesWanted, least, most);
+      strands = ceil_divide(batches, ceil_divide(batches, strands));
+      pieces = ghosts * strands * tiles.tiles;
     } else {
       length = plan.rows() * padded;
       split = RowSplit(padded);
@@ -306,6 +311,12 @@ struct ApplyGrid {
       pieces = ceil_divide<int64_t>(length, kInFlight * kThreads);
     }
   }
+
+  // channels_last: rows that a block takes at once.
+  __host__ __device__ int64_t batch() const { return int64_t{kInFlight} * tiles.rows_at_once; }
+
+ private:
+  static constexpr int64_t kBatchesWanted = 8;
 };
 
 // ---- device: pieces of work into elements
@@ -584,8 +595,9 @@ struct PlanesChunk {
   }
 };
 
-// One piece of step 3. In channels_last a thread stays with its channels, so that their
-// coefficients are loaded once.
+// One piece of step 3, a batch of kInFlight units a thread after the other:
+//   for (Piece<kLayout, W> piece(grid, i); piece.more(); piece.next()) … piece.place(u, …)
+// In channels_last a thread stays with its channels, so that their coefficients are loaded once.
 template <Layout kLayout, int W>
 struct Piece;
 
@@ -601,9 +613,10 @@ struct Piece<Layout::channels_first, W> {
     first_column = begin - first_row * g.split.units;
     first_channel = static_cast<unsigned>(first_row % g.C);
   }
-  BATCHOPS_DEVICE int batches() const { return 1; }
+  BATCHOPS_DEVICE bool more() const { return begin >= 0; }
+  BATCHOPS_DEVICE void next() { begin = -1; }
   // `of_stats`: the unit's column of the statistics.
-  BATCHOPS_DEVICE Place place(int, int u, int64_t& of_stats) const {
+  BATCHOPS_DEVICE Place place(int u, int64_t& of_stats) const {
     const unsigned t = u * kThreads + threadIdx.x;
     unsigned row;
     int64_t column;
@@ -620,36 +633,48 @@ struct Piece<Layout::channels_first, W> {
   }
 };
 
+// Every strands-th batch of rows of a ghost batch, from its end on: so all blocks move together
+// from the tensor's end to its start.
 template <int W>
 struct Piece<Layout::channels_last, W> {
   const ApplyGrid& grid;
-  int64_t begin, end;
   int64_t first_of_stats;  // of the thread's channels, a column of the statistics
-  int row_of_block, column;
+  int64_t batch;           // at hand, of the ghost batch's; below 0: past the last one
+  int64_t row, offset;     // of the thread's first unit in it
+  int64_t end;             // of the ghost batch's rows
+  int column;
   bool active;
 
   BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece) : grid(g) {
     const RowTiles& tiles = g.tiles;
+    int64_t strand = piece / tiles.tiles;
+    const int tile = static_cast<int>(piece - strand * tiles.tiles);
     int64_t ghost = 0;
     if (g.ghosts > 1) {
-      ghost = piece / g.ghost_pieces;
-      if (ghost >= g.ghosts) ghost = g.ghosts - 1;
-      piece -= ghost * g.ghost_pieces;
+      ghost = strand / g.strands;
+      strand -= ghost * g.strands;
     }
-    const int64_t index = piece / tiles.tiles;
-    const int tile = static_cast<int>(piece - index * tiles.tiles);
     const int64_t first = ghost * g.length;
-    begin = first + index * g.batches * kInFlight * tiles.rows_at_once;
-    end = first + (ghost + 1 == g.ghosts ? g.last_length : g.length);
-    row_of_block = static_cast<int>(threadIdx.x) / tiles.tile;
+    const int64_t length = ghost + 1 == g.ghosts ? g.last_length : g.length;
+    end = first + length;
+    batch = ceil_divide(length, g.batch()) - g.strands + strand;
+    const int row_of_block = static_cast<int>(threadIdx.x) / tiles.tile;
     column = (tile * tiles.tile + static_cast<int>(threadIdx.x) % tiles.tile) * W;
     first_of_stats = ghost * g.C + column;
     active = row_of_block < tiles.rows_at_once && column < g.row;
+    row = first + batch * g.batch() + row_of_block;
+    offset = row * g.row + column;
   }
-  BATCHOPS_DEVICE int batches() const { return grid.batches; }
-  BATCHOPS_DEVICE Place place(int batch, int u, int64_t&) const {
-    const int64_t row = begin + (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
-    return {row * grid.row + column, row, column, active && row < end};
+  BATCHOPS_DEVICE bool more() const { return batch >= 0; }
+  BATCHOPS_DEVICE void next() {
+    const int64_t rows = grid.strands * grid.batch();
+    batch -= grid.strands;
+    row -= rows;
+    offset -= rows * grid.row;
+  }
+  BATCHOPS_DEVICE Place place(int u, int64_t&) const {
+    const int64_t rows = int64_t{u} * grid.tiles.rows_at_once;
+    return {offset + rows * grid.row, row + rows, column, active && row + rows < end};
   }
 };
 

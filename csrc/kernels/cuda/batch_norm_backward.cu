@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   const bool adds = kMayAdd<Act> && residual != nullptr;
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
-    const Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
+    Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
     constexpr int kSets = kChannelsLast ? W : kAhead;
     float4 of_channel[kSets];
     float shift_of[kSets] = {};
@@ -185,13 +185,13 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         if (recompute) shift_of[j] = shift[piece.first_of_stats + j];
       }
     }
-    for (int batch = 0; batch < piece.batches(); ++batch) {
+    for (; piece.more(); piece.next()) {
 #pragma unroll 1
       for (int part = 0; part < kInFlight; part += kAhead) {
         Place places[kAhead];
         int64_t of_stats[kAhead];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) places[u] = piece.place(batch, part + u, of_stats[u]);
+        for (int u = 0; u < kAhead; ++u) places[u] = piece.place(part + u, of_stats[u]);
         propagate<T, W, kAhead>(
             tensors, act, places,
             [&](int u, const Place& place, Loaded<T, W>& to) {
@@ -282,11 +282,16 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
       if (const char* error = backward_finish(finish, device, stream)) return error;
     }
     if (!wants_elements) return nullptr;
+    const auto kernel = batch_norm_backward_apply<T, kLayout, W, Act>;
+    int64_t resident = 0;
+    if (const char* error =
+            resident_blocks("batch_norm_backward_apply", kernel, kApplyShape, device, &resident)) {
+      return error;
+    }
     const ApplyArguments apply{tensors, direction, shift, tensors.along_x || recomputes(args),
-                               ApplyGrid(plan, W, false)};
+                               ApplyGrid(plan, W, false, resident)};
     if (const char* error = grid_size(kBackward, device, apply.grid.pieces, blocks)) return error;
-    return launch("batch_norm_backward_apply", batch_norm_backward_apply<T, kLayout, W, Act>,
-                  blocks, kThreads, 0, stream, apply, act);
+    return launch("batch_norm_backward_apply", kernel, blocks, kThreads, 0, stream, apply, act);
   };
 
   return dispatch_dtype(kBackward, shape.dtype, [&](auto type) {

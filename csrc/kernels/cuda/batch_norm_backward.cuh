@@ -20,6 +20,9 @@ struct Direction {
   float shift;  // Affine::shift, to recompute z
 
   BATCHOPS_DEVICE Affine affine() const { return {mean, scale, shift}; }
+  BATCHOPS_DEVICE float rest(float x) const {
+    return __fmaf_rn(along, affine().centred(x), constant);
+  }
 };
 
 // A column's Σ dz and rstd · Σ dz · (x - mean).
@@ -164,23 +167,19 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
                                    const float (&residual)[W], AffineOf affine, bool masked,
                                    bool adds, unsigned bits) {
   if constexpr (Act::kNeedsZ) {
-    float z[W] = {};
+    if (masked) {
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      if (masked) {
-        dy[j] = act.backward_bits(dy[j], bits >> j & 1u);
-      } else {
+      for (int j = 0; j < W; ++j) dy[j] = act.backward_bits(dy[j], bits >> j & 1u);
+    } else {
+      float z[W];
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
         z[j] = affine(j)(x[j]);
         if (kMayAdd<Act> && adds) z[j] = __fadd_rn(z[j], residual[j]);
-        if constexpr (!kAnyActivation<Act>) dy[j] = act.backward(dy[j], z[j]);
       }
-    }
-    if constexpr (kAnyActivation<Act>) {
-      if (!masked) {
-        for_each_element(act, dy, z, [](auto functor, float gradient, float of) {
-          return functor.backward(gradient, of);
-        });
-      }
+      for_each_element(act, dy, z, [](auto functor, float gradient, float of) {
+        return functor.backward(gradient, of);
+      });
     }
   }
 }
@@ -277,7 +276,7 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
           for (int j = 0; j < kAtOnce; ++j) {
             const int c = (first + j) % kChannels;
             (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += dz[j];
-            (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * (v[j] - affine(j).mean);
+            (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * affine(j).centred(v[j]);
           }
         }
       }
@@ -326,14 +325,14 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
         loaded[u].bits);
     if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
     if (dx == nullptr) continue;
+    // In eval x may be inf or NaN without any effect on dx.
+    float rest[W] = {};
+    if (args.along_x) {
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      const Direction d = direction_of(u, j);
-      // In eval x may be inf or NaN without any effect on dx.
-      const float rest =
-          args.along_x ? __fmaf_rn(d.along, __fsub_rn(v[j], d.mean), d.constant) : 0.0f;
-      dz[j] = __fmaf_rn(d.scale, dz[j], rest);
+      for (int j = 0; j < W; ++j) rest[j] = direction_of(u, j).rest(v[j]);
     }
+#pragma unroll
+    for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(direction_of(u, j).scale, dz[j], rest[j]);
     store_unit<T, W>(dx + places[u].offset, dz);
   }
 }

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   const float4* __restrict__ affine = args.affine;
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
-    const Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
+    Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
     float4 of_channel[kChannelsLast ? W : kAhead];
     if constexpr (kChannelsLast) {
 #pragma unroll
@@ -148,13 +148,13 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         if (piece.active) of_channel[j] = affine[piece.first_of_stats + j];
       }
     }
-    for (int batch = 0; batch < piece.batches(); ++batch) {
+    for (; piece.more(); piece.next()) {
 #pragma unroll 1
       for (int part = 0; part < kInFlight; part += kAhead) {
         Place places[kAhead];
         int64_t of_stats[kAhead];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) places[u] = piece.place(batch, part + u, of_stats[u]);
+        for (int u = 0; u < kAhead; ++u) places[u] = piece.place(part + u, of_stats[u]);
         normalise<T, W, kAhead>(
             args.elementwise, act, places,
             [&](int u, const Place& place) {
@@ -236,14 +236,17 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
     }
     const float slope = static_cast<float>(shape.slope);
     return with_activation<Identity, Relu>(shape.activation, slope, [&](auto act) -> const char* {
-      using Act = decltype(act);
+      const auto kernel = batch_norm_apply<T, kLayout, W, decltype(act)>;
+      int64_t resident = 0;
+      if (const char* error =
+              resident_blocks("batch_norm_apply", kernel, kApplyShape, device, &resident))
+        return error;
       const ApplyArguments apply{args.x, affine, Elementwise(args, plan),
-                                 ApplyGrid(plan, W, args.mask != nullptr)};
+                                 ApplyGrid(plan, W, args.mask != nullptr, resident)};
       if (const char* error = grid_size(kForward, device, apply.grid.pieces, blocks)) {
         return error;
       }
-      return launch("batch_norm_apply", batch_norm_apply<T, kLayout, W, Act>, blocks, kThreads, 0,
-                    stream, apply, act);
+      return launch("batch_norm_apply", kernel, blocks, kThreads, 0, stream, apply, act);
     });
   };
 

@@ -169,9 +169,9 @@ struct Elementwise {
       : residual(args.residual), y(args.y), mask(args.mask), mask_row(mask_row_bytes(plan.row())) {}
 };
 
-// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a unit of x,
-// affine_of(u, j) the coefficients of its element j; store(u, place, bits) takes its bits of the
-// mask.
+// y of `kAhead` units; all lanes of a warp together. What is the same for all elements is asked
+// once a unit. load(u, place) gives a unit of x, affine_of(u, j) the coefficients of its element j;
+// store(u, place, bits) takes its bits of the mask.
 template <class T, int W, int kAhead, class Act, class Load, class AffineOf, class Store>
 BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
                                const Place (&places)[kAhead], Load load, AffineOf affine_of,
@@ -191,19 +191,26 @@ BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
     unsigned bits = 0;
     if (places[u].valid) {
       float v[W];
-      float r[W] = {};
       to_float<T, W>(units[u], v);
-      if (residual != nullptr) to_float<T, W>(residuals[u], r);
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        float z = affine_of(u, j)(v[j]);
-        if (residual != nullptr) z = __fadd_rn(z, r[j]);
-        v[j] = z;
-        if constexpr (Act::kMaskable) {
-          if (!(act.mask_source(z) <= 0.0f)) bits |= 1u << j;
+      for (int j = 0; j < W; ++j) v[j] = affine_of(u, j)(v[j]);
+      if (residual != nullptr) {
+        float r[W];
+        to_float<T, W>(residuals[u], r);
+#pragma unroll
+        for (int j = 0; j < W; ++j) v[j] = __fadd_rn(v[j], r[j]);
+      }
+      if constexpr (Act::kMaskable) {
+        if (args.mask != nullptr) {
+#pragma unroll
+          for (int j = 0; j < W; ++j) {
+            if (!(act.mask_source(v[j]) <= 0.0f)) bits |= 1u << j;
+          }
         }
       }
-      for_each_element(act, v, r, [](auto functor, float z, float) { return functor.forward(z); });
+      float none[W] = {};
+      for_each_element(act, v, none,
+                       [](auto functor, float z, float) { return functor.forward(z); });
       store_unit<T, W>(y + places[u].offset, v);
     }
     if (Act::kMaskable && args.mask != nullptr) store(u, places[u], bits);
