@@ -207,7 +207,7 @@ BATCHOPS_DEVICE auto affines_of(const Table& table, const Affine (&affine)[kHeld
 template <class MyChunk>
 BATCHOPS_DEVICE unsigned bits_of(const MyChunk&, const uint8_t* mask, int64_t row_bytes,
                                  const Place& place) {
-  return load_mask(mask, row_bytes, place);
+  return load_mask<MyChunk::kWidth>(mask, row_bytes, place);
 }
 template <int W>
 BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mask,
@@ -223,10 +223,10 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
   return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
 }
 
-// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
-// affines(first) gives what gives the coefficients of its channel first + j; get(i, place, loaded)
-// fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of a batch.
-// kShort: the chunk is too short for the errors of a plain sum to grow.
+// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in those that write
+// them. affines(first) gives what gives the coefficients of its channel first + j; get(i, place,
+// loaded) fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of
+// a batch. kShort: the chunk is too short for the errors of a plain sum to grow.
 template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Ready,
           class Get>
 BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
@@ -289,7 +289,7 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
       }
     }
   }
-  chunk.sum(sums, scratch);
+  chunk.template sum<false>(sums, scratch);
 }
 
 // dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
@@ -341,7 +341,7 @@ template <class T, int W, int kAhead, class Act, class Load, class DirectionOf>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
                                Load load, DirectionOf direction_of) {
   propagate<T, W, kAhead>(args, act, places, load, direction_of, [&](const Place& place) {
-    return load_mask(args.mask, args.mask_row, place);
+    return load_mask<W>(args.mask, args.mask_row, place);
   });
 }
 

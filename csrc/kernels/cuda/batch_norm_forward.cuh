@@ -86,19 +86,19 @@ inline bool walks_mask(const BatchNormForward& args) {
          (args.residual != nullptr && traits_of(args.shape.activation).maskable);
 }
 
-// Moments of a chunk for the thread's channels, in all threads. get(i, place) gives the thread's
-// i-th unit, ready(batch) comes before those of a batch. kShort: the chunk is too short for the
-// errors of a plain sum to grow.
-template <bool kShort, class T, class MyChunk, class Ready, class Get>
+// Moments of a chunk: write(j, moments) takes those of the thread's j-th channel where it writes
+// them. get(i, place) gives the thread's i-th unit, ready(batch) comes before those of a batch.
+// kShort: the chunk is too short for the errors of a plain sum to grow.
+template <bool kShort, class T, class MyChunk, class Ready, class Get, class Write>
 BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
-                                typename MyChunk::Scratch& scratch,
-                                Moments (&found)[MyChunk::kChannels]) {
+                                typename MyChunk::Scratch& scratch, Write write) {
   constexpr int W = MyChunk::kWidth;
   constexpr int kChannels = MyChunk::kChannels;
   Unit<T, W> units[kInFlight];
+#pragma unroll
+  for (int u = 0; u < kInFlight; ++u) units[u] = zero_unit<T, W>();
   bool valid[kInFlight];
   const auto load = [&](int batch) {
-    ready(batch);
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const Place place = chunk.place(batch, u);
@@ -110,7 +110,18 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
   float shift[1][kChannels] = {};
   float sums[2][kChannels] = {};
   for (int batch = 0;;) {
-    load(batch);
+    // Where no unit has to be asked whether it is valid.
+    bool full = false;
+    if constexpr (!kShort) full = chunk.is_full(batch);
+    ready(batch);
+    if (!full) {
+      load(batch);
+    } else if (chunk.active) {
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        units[u] = get(batch * kInFlight + u, chunk.place(batch, u));
+      }
+    }
     if (batch == 0) {
       // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
       // the offset, and an outlier among them moves it by a small part of itself only.
@@ -121,40 +132,61 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
 #pragma unroll
         for (int j = 0; j < W; ++j) shift[0][j % kChannels] += v[j];
       }
-      chunk.sum(shift, scratch);
+      chunk.template sum<true>(shift, scratch);
+      const float part = 1.0f / static_cast<float>(chunk.first_count());
 #pragma unroll
-      for (int j = 0; j < kChannels; ++j) shift[0][j] /= static_cast<float>(chunk.first_count());
+      for (int j = 0; j < kChannels; ++j) shift[0][j] *= part;
     }
-    float of_batch[2][kShort ? 1 : kChannels] = {};
+    // Over the batch before the sums over the chunk, so that their errors do not grow; unless the
+    // chunk is short, or this its only batch that is not full.
+    if (!full) {
+      constexpr bool kAtOnce = kShort || kChannels > 1;
+      float of_batch[2] = {};
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      if (!valid[u]) continue;
-      float v[W];
-      to_float<T, W>(units[u], v);
+      for (int u = 0; u < kInFlight; ++u) {
+        if (!valid[u]) continue;
+        float v[W];
+        to_float<T, W>(units[u], v);
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        const int c = j % kChannels;
-        const float d = v[j] - shift[0][c];
-        (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += d;
-        (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += d * d;
+        for (int j = 0; j < W; ++j) {
+          const float d = v[j] - shift[0][j % kChannels];
+          (kAtOnce ? sums[0][j % kChannels] : of_batch[0]) += d;
+          (kAtOnce ? sums[1][j % kChannels] : of_batch[1]) += d * d;
+        }
       }
-    }
-    if constexpr (!kShort) {
+      if constexpr (!kAtOnce) {
+        sums[0][0] += of_batch[0];
+        sums[1][0] += of_batch[1];
+      }
+    } else {
+      float v[kInFlight][W];
 #pragma unroll
-      for (int j = 0; j < kChannels; ++j) {
-        sums[0][j] += of_batch[0][j];
-        sums[1][j] += of_batch[1][j];
+      for (int u = 0; u < kInFlight; ++u) to_float<T, W>(units[u], v[u]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        float of_batch[2] = {};
+#pragma unroll
+        for (int i = 0; i < kInFlight * W / kChannels; ++i) {
+          const float d = v[i * kChannels / W][i * kChannels % W + c] - shift[0][c];
+          of_batch[0] = i == 0 ? d : of_batch[0] + d;
+          of_batch[1] = i == 0 ? d * d : of_batch[1] + d * d;
+        }
+        sums[0][c] += of_batch[0];
+        sums[1][c] += of_batch[1];
       }
     }
     if (++batch >= chunk.batches()) break;
   }
-  chunk.sum(sums, scratch);
+  chunk.template sum<false>(sums, scratch);
+  if (!chunk.writes_any()) return;
 
   const float n = static_cast<float>(chunk.count());
+  const float part = 1.0f / n;
 #pragma unroll
   for (int j = 0; j < kChannels; ++j) {
-    const float rest = sums[1][j] - sums[0][j] * sums[0][j] / n;
-    found[j] = {shift[0][j], sums[0][j], rest < 0.0f ? 0.0f : rest, n};  // a NaN stays
+    const float rest = sums[1][j] - sums[0][j] * (sums[0][j] * part);
+    if (!chunk.writes(j)) continue;
+    write(j, Moments{shift[0][j], sums[0][j], rest < 0.0f ? 0.0f : rest, n});  // a NaN stays
   }
 }
 

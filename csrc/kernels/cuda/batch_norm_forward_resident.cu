@@ -47,17 +47,12 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const MyChunk chunk(args.grid, forgotten(piece));
       const Bringing<1, MyChunk, T, W> bringing{chunk, kept, from, 1};
       bringing.start();
-      Moments found[kChannels];
       moments_of<true, T>(
           chunk, [&](int batch) { bringing.ready(batch); },
           [&](int i, const Place& place) {
             return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
           },
-          scratch, found);
-      if (chunk.writes()) {
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j) meeting.place()[chunk.local(j)] = found[j];
-      }
+          scratch, [&](int j, const Moments& found) { meeting.place()[chunk.local(j)] = found; });
     }
     meeting.meet();
     const MyChunk chunk(args.grid, forgotten(piece));
@@ -221,17 +216,15 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
         __pipeline_wait_prior(0);
       }
       keep_order();
-      Moments found[kChannels];
       moments_of<true, T>(
           chunk, [](int) {},
           [&](int i, const Place& place) {
             return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
           },
-          scratch, found);
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) {
-        if (chunk.writes(j)) passing.sums(set, turn, rank, chunk.local(j)) = found[j];
-      }
+          scratch,
+          [&](int j, const Moments& found) {
+            passing.sums(set, turn, rank, chunk.local(j)) = found;
+          });
       passing.arrive(set);
     } else {
       __syncthreads();  // all have read `affines`
