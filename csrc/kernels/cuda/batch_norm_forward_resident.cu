@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
     batch_norm_forward_flow(const __grid_constant__ ResidentArguments args,
                             const __grid_constant__ Act act) {
   using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
-  constexpr int kChannels = MyChunk::kChannels;
   constexpr int kMost = kPlanes ? kThreads / kWarp : 1;
   constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
