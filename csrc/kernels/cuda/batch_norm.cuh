@@ -579,7 +579,7 @@ struct PlanesChunk {
 
   BATCHOPS_DEVICE PlanesChunk(const ChunkGrid& g, const ChunkPlace& place) : grid(g), at(place) {
     const int plane = static_cast<int>(g.HxW);
-    row_of_block = g.tiles.row_of_thread();
+    row_of_block = static_cast<int>(threadIdx.x) / g.tiles.tile;
     unit = static_cast<int>(threadIdx.x) - row_of_block * g.tiles.tile;
     first = unit * W / plane;
     split = (first + 1) * plane - unit * W;
@@ -591,7 +591,9 @@ struct PlanesChunk {
     const unsigned most = kInFlight * grid.tiles.rows_at_once;
     return (at.length < most ? at.length : most) * grid.HxW;
   }
-  BATCHOPS_DEVICE int batches() const { return grid.tiles.batches(at.length); }
+  BATCHOPS_DEVICE int batches() const {
+    return static_cast<int>(ceil_divide<unsigned>(at.length, kInFlight * grid.tiles.rows_at_once));
+  }
   BATCHOPS_DEVICE Place place(int batch, int u) const {
     const unsigned r = (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
     const int plane = static_cast<int>(grid.HxW);

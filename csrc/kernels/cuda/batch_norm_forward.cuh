@@ -95,8 +95,10 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
   constexpr int W = MyChunk::kWidth;
   constexpr int kChannels = MyChunk::kChannels;
   Unit<T, W> units[kInFlight];
+  if constexpr (!kShort) {
 #pragma unroll
-  for (int u = 0; u < kInFlight; ++u) units[u] = zero_unit<T, W>();
+    for (int u = 0; u < kInFlight; ++u) units[u] = zero_unit<T, W>();
+  }
   bool valid[kInFlight];
   const auto load = [&](int batch) {
 #pragma unroll
@@ -133,9 +135,13 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
         for (int j = 0; j < W; ++j) shift[0][j % kChannels] += v[j];
       }
       chunk.template sum<true>(shift, scratch);
-      const float part = 1.0f / static_cast<float>(chunk.first_count());
+      // One division costs registers, which kernels with short chunks do not have.
+      const float count = static_cast<float>(chunk.first_count());
+      const float part = kShort ? 0.0f : 1.0f / count;
 #pragma unroll
-      for (int j = 0; j < kChannels; ++j) shift[0][j] *= part;
+      for (int j = 0; j < kChannels; ++j) {
+        shift[0][j] = kShort ? shift[0][j] / count : shift[0][j] * part;
+      }
     }
     // Over the batch before the sums over the chunk, so that their errors do not grow; unless the
     // chunk is short, or this its only batch that is not full.
@@ -178,7 +184,7 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
     if (++batch >= chunk.batches()) break;
   }
   chunk.template sum<false>(sums, scratch);
-  if (!chunk.writes_any()) return;
+  if (!kShort && !chunk.writes_any()) return;
 
   const float n = static_cast<float>(chunk.count());
   const float part = 1.0f / n;
