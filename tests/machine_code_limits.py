@@ -69,7 +69,7 @@ OPTIMIZER_THREADS = 320
 LIMITS = {
     "batch_norm_partials channels_first wide": _partials(3, reads=1),
     "batch_norm_partials channels_first narrow": _partials(4, reads=1),
-    "batch_norm_partials channels_last wide": _partials(2, reads=1),
+    "batch_norm_partials channels_last wide": _partials(3, reads=1),
     "batch_norm_partials channels_last narrow": _partials(3, reads=1),
     "batch_norm_finish": Limits(2),
     # 2 blocks of 256 threads: up to 128 registers. 16-bit elements in channels_last take the most,

@@ -27,17 +27,19 @@ def library() -> ctypes.CDLL:
 BUFFER = np.full((1 << 20, len(ENTRY)), -1, dtype=np.int64)
 
 
-def places(library, shape, layout, step, width, piece, masked=False, ghost=0):
-    """The visited units of one piece by field, and how many pieces there are."""
+def places(library, shape, layout, step, width, piece, masked=False, ghost=0, resident=1 << 40):
+    """The visited units of one piece by field, how many pieces there are, and which of them has the
+    first element."""
     N, C, HxW = shape
     arguments = Shape(N, C, HxW, LAYOUTS[layout], 0, 0, 0, 0, 0.0, ghost)
-    info = np.zeros(4, dtype=np.int64)
+    info = np.zeros(5, dtype=np.int64)
     emulator.call(
         library.emulated_places,
         ctypes.byref(arguments),
         step.encode(),
         ctypes.c_int(width),
         ctypes.c_bool(masked),
+        ctypes.c_int64(resident),
         ctypes.c_int64(piece),
         ctypes.c_int64(len(BUFFER)),
         BUFFER.ctypes.data_as(ctypes.c_void_p),
@@ -47,7 +49,7 @@ def places(library, shape, layout, step, width, piece, masked=False, ghost=0):
     BUFFER[: len(entries)] = -1
     assert (entries[:, 4] >= 0).all(), "a thread left no entry"
     entries = entries[entries[:, 4] == 1]
-    return dict(zip(ENTRY, entries.T, strict=True)), int(info[0]), int(info[3])
+    return dict(zip(ENTRY, entries.T, strict=True)), *(int(info[k]) for k in (0, 3, 4))
 
 
 def check_entries(visited, shape, layout, step, width, row, ghost):
@@ -85,16 +87,18 @@ SMALL = [  # N, C, HxW, and the samples of a ghost batch
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "ghost"), SMALL, ids=str)
-def test_each_element_once(library, shape, ghost, layout, masked):
+@pytest.mark.parametrize("resident", [3, 100])
+def test_each_element_once(library, resident, shape, ghost, layout, masked):
     numel = int(np.prod(shape))
+    given = {"masked": masked, "ghost": ghost, "resident": resident}
     for step, width in itertools.product(STEPS, (1, 4, 8)):
-        _, pieces, row = places(library, shape, layout, step, 1, 0, masked, ghost)
+        _, pieces, row, _ = places(library, shape, layout, step, 1, 0, **given)
         if row % width:
             continue
-        _, pieces, _ = places(library, shape, layout, step, width, 0, masked, ghost)
+        _, pieces, _, _ = places(library, shape, layout, step, width, 0, **given)
         counts = np.zeros(numel, dtype=np.int64)
         for piece in range(pieces):
-            visited, _, _ = places(library, shape, layout, step, width, piece, masked, ghost)
+            visited, *_ = places(library, shape, layout, step, width, piece, **given)
             check_entries(visited, shape, layout, step, width, row, ghost)
             for j in range(width):
                 np.add.at(counts, visited["offset"] + j, 1)
@@ -119,12 +123,14 @@ LARGE = [
 def test_beyond_32_bits(library, shape, ghost, layout, masked):
     numel = int(np.prod([int(n) for n in shape]))
     for step, width in itertools.product(STEPS, (1, 4, 8)):
-        first, pieces, row = places(library, shape, layout, step, 1, 0, masked, ghost)
+        given = {"masked": masked, "ghost": ghost}
+        _, _, row, _ = places(library, shape, layout, step, 1, 0, **given)
         if row % width:
             continue
-        first, pieces, _ = places(library, shape, layout, step, width, 0, masked, ghost)
-        last, _, _ = places(library, shape, layout, step, width, -1, masked, ghost)
-        middle, _, _ = places(library, shape, layout, step, width, pieces // 2 + 1, masked, ghost)
+        _, pieces, _, of_first = places(library, shape, layout, step, width, 0, **given)
+        first, *_ = places(library, shape, layout, step, width, of_first, **given)
+        last, *_ = places(library, shape, layout, step, width, -1, **given)
+        middle, *_ = places(library, shape, layout, step, width, pieces // 2 + 1, **given)
         for visited in (first, middle, last):
             assert visited["offset"].size > 0
             assert (np.diff(np.sort(visited["offset"])) > 0).all()

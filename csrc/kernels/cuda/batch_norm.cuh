@@ -81,6 +81,36 @@ BATCHOPS_DEVICE MeanAndVariance merge_in_block(int64_t M, int64_t count, Get get
 
 // ---- host: shapes into work
 
+// channels_last: a block covers `tile` units of a row and as many rows as its threads allow.
+//
+//   thread t:  row t / tile, unit t % tile   (t ≥ tile · rows_at_once: idle)
+struct RowTiles {
+  int units = 1;  // of a row
+  int tile = 1;
+  int tiles = 1;
+  int rows_at_once = 1;
+  FastDivide by_tile;
+  FastDivide by_batch;  // kInFlight · rows_at_once rows
+
+  RowTiles() = default;
+  // A tile holds a multiple of `group` units, at most `most` of them.
+  RowTiles(int64_t row_units, int most, int group) : units(static_cast<int>(row_units)) {
+    tiles = ceil_divide(units, most);
+    tile = round_up(ceil_divide(units, tiles), group);
+    tiles = ceil_divide(units, tile);
+    rows_at_once = kThreads / tile;
+    by_tile = FastDivide(static_cast<unsigned>(tile));
+    by_batch = FastDivide(static_cast<unsigned>(kInFlight * rows_at_once));
+  }
+
+  BATCHOPS_DEVICE int row_of_thread() const {
+    return static_cast<int>(by_tile.quotient(threadIdx.x));
+  }
+  BATCHOPS_DEVICE int batches(unsigned rows) const {
+    return static_cast<int>(by_batch.quotient(rows + by_batch.divisor - 1));
+  }
+};
+
 // The shape as the kernels walk it, and its chunks.
 struct Plan {
   Layout layout;
@@ -123,7 +153,11 @@ inline Plan make_plan(const BatchNormShape& shape, bool with_mask) {
     // no float sum gets long.
     const int64_t least = clamp<int64_t>(8192 / plan.C, 128, 1024);
     const int64_t most = clamp<int64_t>(131072 / plan.C, 4096, 65536);
-    plan.chunk = round_up<int64_t>(clamp(wanted, least, most), 16);
+    // Whole batches of the widest units.
+    const int64_t widest = shape.dtype == DType::f32 ? 4 : 8;
+    const int64_t width = plan.C % widest == 0 ? widest : plan.C % 4 == 0 ? 4 : 1;
+    const RowTiles of_block(plan.C / width, static_cast<int>(kTileChannels / width), 1);
+    plan.chunk = round_up<int64_t>(clamp(wanted, least, most), kInFlight * of_block.rows_at_once);
   } else {
     const int64_t wanted = ceil_divide(M, clamp<int64_t>(kPiecesWanted / plan.C, 1, kPiecesWanted));
     plan.chunk = round_up<int64_t>(clamp<int64_t>(wanted, 8192, 131072), 2048);
@@ -172,25 +206,6 @@ const char* dispatch_activation(const BatchNormShape& shape, bool any, F&& f) {
   return f(AnyActivation{shape.activation, slope});
 }
 
-// channels_last: a block covers `tile` units of a row and as many rows as its threads allow.
-//
-//   thread t:  row t / tile, unit t % tile   (t ≥ tile · rows_at_once: idle)
-struct RowTiles {
-  int units = 1;  // of a row
-  int tile = 1;
-  int tiles = 1;
-  int rows_at_once = 1;
-
-  RowTiles() = default;
-  // A tile holds a multiple of `group` units, at most `most` of them.
-  RowTiles(int64_t row_units, int most, int group) : units(static_cast<int>(row_units)) {
-    tiles = ceil_divide(units, most);
-    tile = round_up(ceil_divide(units, tiles), group);
-    tiles = ceil_divide(units, tile);
-    rows_at_once = kThreads / tile;
-  }
-};
-
 // Cutting for step 1, and for the kernels that do all of it.
 struct ChunkGrid {
   int64_t C, HxW;
@@ -201,6 +216,7 @@ struct ChunkGrid {
   int64_t chunks;  // of a ghost batch
   int64_t slots;   // chunks of a channel in all
   int64_t across;  // channels (channels_first), tiles of them (channels_last)
+  WideDivide by_across;
   int64_t pieces;  // of work
   bool padded;     // rows are walked as if they were as long as the mask's
   RowSplit plane;  // channels_first: units of a row
@@ -238,6 +254,7 @@ struct ChunkGrid {
     }
     length = plan.samples * of_sample;
     last_length = plan.last_samples * of_sample;
+    by_across = WideDivide(across);
     pieces = slots * across;
   }
 
@@ -251,6 +268,7 @@ struct ChunkGrid {
     across = plan.C / channels;
     length = plan.samples;
     last_length = plan.last_samples;
+    by_across = WideDivide(across);
     pieces = slots * across;
     padded = false;
     const int64_t units = channels * plan.HxW / width;
@@ -268,6 +286,9 @@ inline int planes_together(const Plan& plan, int width) {
   return plan.C % together == 0 && together * plan.HxW <= int64_t{width} * kThreads ? together : 0;
 }
 
+// A block of step 3, to ask how many run at once.
+inline const LaunchShape kApplyShape{dim3(1, 1, 1), dim3(kThreads, 1, 1), 0};
+
 // Cutting for step 3.
 struct ApplyGrid {
   int64_t row;  // elements
@@ -276,28 +297,30 @@ struct ApplyGrid {
   int64_t length;       // units in the padded tensor (channels_first), rows of a ghost batch
   int64_t last_length;  // channels_last
   int64_t pieces;
-  int64_t ghost_pieces;   // channels_last: of a ghost batch but the last
   RowSplit split;         // channels_first: units of a padded row
   FastDivide by_C;        // channels_first
   WideDivide ghost_rows;  // channels_first: of a ghost batch but the last
   RowTiles tiles;         // channels_last
-  int batches = 1;        // channels_last: times kInFlight · rows_at_once rows a piece
+  int64_t strands = 1;    // channels_last: pieces of a ghost batch's tile
 
   // A mask's rows end on whole bytes: then rows are walked as if padded to 8 elements, so that the
-  // threads that share a byte are neighbours in a warp.
-  ApplyGrid(const Plan& plan, int width, bool with_mask)
+  // threads that share a byte are neighbours in a warp. `resident`: blocks that run at once.
+  ApplyGrid(const Plan& plan, int width, bool with_mask, int64_t resident)
       : row(plan.row()), C(plan.C), ghosts(plan.ghosts) {
     const int64_t padded = (with_mask ? round_up<int64_t>(row, 8) : row) / width;
     if (plan.channels_last()) {
       length = plan.samples * plan.HxW;
       last_length = plan.last_samples * plan.HxW;
       tiles = RowTiles(padded, kTileChannels / width, with_mask ? ceil_divide(8, width) : 1);
-      const int64_t batch = int64_t{kInFlight} * tiles.rows_at_once;
-      const int64_t all = ceil_divide(plan.rows(), batch) * tiles.tiles;
-      batches = static_cast<int>(clamp<int64_t>(all / (4 * kPiecesWanted), 1, 8));
-      ghost_pieces = ceil_divide(length, batch * batches) * tiles.tiles;
-      pieces =
-          (ghosts - 1) * ghost_pieces + ceil_divide(last_length, batch * batches) * tiles.tiles;
+      const int64_t longest = length > last_length ? length : last_length;
+      const int64_t batches = ceil_divide(longest, batch());
+      // As many as run at once, with all of them at one ghost batch; but no shorter than pays for
+      // the coefficients, unless that would leave some of the device without work.
+      const int64_t most = clamp<int64_t>(resident / tiles.tiles, 1, batches);
+      const int64_t least = clamp<int64_t>(resident / (tiles.tiles * ghosts), 1, batches);
+      strands = clamp<int64_t>(batches / kBatchesWanted, least, most);
+      strands = ceil_divide(batches, ceil_divide(batches, strands));
+      pieces = ghosts * strands * tiles.tiles;
     } else {
       length = plan.rows() * padded;
       split = RowSplit(padded);
@@ -306,6 +329,12 @@ struct ApplyGrid {
       pieces = ceil_divide<int64_t>(length, kInFlight * kThreads);
     }
   }
+
+  // channels_last: rows that a block takes at once.
+  __host__ __device__ int64_t batch() const { return int64_t{kInFlight} * tiles.rows_at_once; }
+
+ private:
+  static constexpr int64_t kBatchesWanted = 8;
 };
 
 // ---- device: pieces of work into elements
@@ -319,7 +348,7 @@ struct ChunkPlace {
   unsigned length;
 
   BATCHOPS_DEVICE ChunkPlace(const ChunkGrid& grid, int64_t piece) : ghost(0) {
-    slot = piece / grid.across;
+    slot = grid.by_across.quotient(piece);
     across = piece - slot * grid.across;
     int64_t index = slot;  // in the ghost batch
     if (grid.ghosts > 1) {
@@ -382,17 +411,23 @@ struct Chunk<Layout::channels_first, W> {
     return {row * grid.HxW + column, row, column,
             t < at.length && (!grid.padded || column < grid.HxW)};
   }
+  // Whether all units of this batch are valid.
+  BATCHOPS_DEVICE bool is_full(int batch) const {
+    return !grid.padded && (batch + 1u) * (kInFlight * kThreads) <= at.length;
+  }
+  static constexpr bool active = true;
   BATCHOPS_DEVICE int64_t first_channel() const { return at.across; }
   BATCHOPS_DEVICE int channels() const { return 1; }  // of the block
   // Of the block's channels, the thread's j-th.
   BATCHOPS_DEVICE int local(int) const { return 0; }
   BATCHOPS_DEVICE bool has_channel(int) const { return true; }
-  // Whether this thread writes the results: sum() leaves them in all.
+  // Whether this thread writes the results.
   BATCHOPS_DEVICE bool writes() const { return threadIdx.x == 0; }
   BATCHOPS_DEVICE bool writes(int) const { return writes(); }
+  BATCHOPS_DEVICE bool writes_any() const { return writes(); }
 
   struct Scratch {};
-  template <int kValues>
+  template <bool, int kValues>
   BATCHOPS_DEVICE void sum(float (&values)[kValues][1], Scratch&) const {
     float flat[kValues];
 #pragma unroll
@@ -424,13 +459,16 @@ struct Chunk<Layout::channels_last, W> {
   const ChunkGrid& grid;
   ChunkPlace at;
   int row_of_block, unit, column;
+  int64_t start, step;  // elements before the thread's first unit, from one to the next
   bool active;
 
   BATCHOPS_DEVICE Chunk(const ChunkGrid& g, int64_t piece) : grid(g), at(g, piece) {
     const RowTiles& tiles = g.tiles;
-    row_of_block = static_cast<int>(threadIdx.x) / tiles.tile;
-    unit = static_cast<int>(threadIdx.x) % tiles.tile;
+    row_of_block = tiles.row_of_thread();
+    unit = static_cast<int>(threadIdx.x) - row_of_block * tiles.tile;
     column = (static_cast<int>(at.across) * tiles.tile + unit) * W;
+    start = (at.begin + row_of_block) * g.C + column;
+    step = tiles.rows_at_once * g.C;
     active = row_of_block < tiles.rows_at_once && column < grid.C;
   }
 
@@ -439,13 +477,16 @@ struct Chunk<Layout::channels_last, W> {
     const unsigned first = kInFlight * grid.tiles.rows_at_once;
     return at.length < first ? at.length : first;
   }
-  BATCHOPS_DEVICE int batches() const {
-    return static_cast<int>(ceil_divide<unsigned>(at.length, kInFlight * grid.tiles.rows_at_once));
-  }
+  BATCHOPS_DEVICE int batches() const { return grid.tiles.batches(at.length); }
   BATCHOPS_DEVICE Place place(int batch, int u) const {
     const unsigned r = (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
-    const int64_t row = at.begin + r;
-    return {row * grid.C + column, row, column, active && r < at.length};
+    const int64_t offset = start + batch * (kInFlight * step) + u * step;
+    return {offset, at.begin + r, column, active && r < at.length};
+  }
+  // Whether all units of this batch are valid in the threads that are active; of the others' sums
+  // nobody takes notice.
+  BATCHOPS_DEVICE bool is_full(int batch) const {
+    return (batch + 1) * grid.tiles.by_batch.divisor <= at.length;
   }
   BATCHOPS_DEVICE int64_t first_channel() const { return at.across * grid.tiles.tile * W; }
   BATCHOPS_DEVICE int channels() const {
@@ -456,33 +497,67 @@ struct Chunk<Layout::channels_last, W> {
   BATCHOPS_DEVICE int local(int j) const { return unit * W + j; }
   BATCHOPS_DEVICE bool has_channel(int) const { return active; }
   BATCHOPS_DEVICE bool writes() const { return active && row_of_block == 0; }
+  BATCHOPS_DEVICE bool writes(int) const { return writes(); }
+  BATCHOPS_DEVICE bool writes_any() const { return writes(); }
 
-  struct Scratch {
-    float by_thread[2 * W][kThreads];
+  // Neighbouring values of a thread.
+  static constexpr int kGroup = W % 4 == 0 ? 4 : 1;
+  struct alignas(4 * kGroup) Group {
+    float of[kGroup];
   };
-  // Over the block's rows, halving them; every thread gets its columns' sums.
-  template <int kValues>
+  struct Scratch {
+    Group by_thread[2 * W / kGroup][kThreads];
+  };
+  // Over the block's rows, up to kRows of them by a thread at a time; then for each thread those of
+  // its columns, or (not kAll) for each that writes.
+  template <bool kAll, int kValues>
   BATCHOPS_DEVICE void sum(float (&values)[kValues][W], Scratch& scratch) const {
     static_assert(kValues <= 2);
-    const int t = threadIdx.x;
-    const int height = grid.tiles.rows_at_once;
+    constexpr int kGroups = kValues * W / kGroup;
+    constexpr int kRows = 8;
+    const int tile = forgotten(grid.tiles.tile);
 #pragma unroll
-    for (int i = 0; i < kValues * W; ++i) scratch.by_thread[i][t] = values[i / W][i % W];
-    int half = 1;
-    while (half < height) half *= 2;
-    for (half /= 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (row_of_block < half && row_of_block + half < height) {
+    for (int i = 0; i < kGroups; ++i) {
+      Group group;
 #pragma unroll
-        for (int i = 0; i < kValues * W; ++i) {
-          scratch.by_thread[i][t] += scratch.by_thread[i][t + half * grid.tiles.tile];
-        }
+      for (int j = 0; j < kGroup; ++j) {
+        group.of[j] = values[(i * kGroup + j) / W][(i * kGroup + j) % W];
       }
+      scratch.by_thread[i][threadIdx.x] = group;
+    }
+    for (int height = forgotten(grid.tiles.rows_at_once); height > 1;) {
+      int shift = 0;
+      while (kRows << shift < height) ++shift;
+      __syncthreads();
+      // Rows that are added belong to one thread, who leaves their sum in the first.
+      const int items = row_of_block < grid.tiles.rows_at_once ? kGroups << shift : 0;
+#pragma unroll 1
+      for (int item = row_of_block; item < items; item += grid.tiles.rows_at_once) {
+        const int first = item & ((1 << shift) - 1);
+        Group* const column = scratch.by_thread[item >> shift] + unit;
+        Group sum = column[first * tile];
+#pragma unroll
+        for (int k = 1; k < kRows; ++k) {
+          const int row = first + (k << shift);
+          if (row >= height) continue;
+          const Group more = column[row * tile];
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) sum.of[j] += more.of[j];
+        }
+        column[first * tile] = sum;
+      }
+      height = 1 << shift;
     }
     __syncthreads();
+    if (kAll || writes()) {
 #pragma unroll
-    for (int i = 0; i < kValues * W; ++i) {
-      values[i / W][i % W] = scratch.by_thread[i][t % grid.tiles.tile];
+      for (int i = 0; i < kGroups; ++i) {
+        const Group group = scratch.by_thread[i][unit];
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          values[(i * kGroup + j) / W][(i * kGroup + j) % W] = group.of[j];
+        }
+      }
     }
     __syncthreads();
   }
@@ -528,6 +603,7 @@ struct PlanesChunk {
   BATCHOPS_DEVICE int channels() const { return grid.together; }
   BATCHOPS_DEVICE int64_t first_channel() const { return at.across * grid.together; }
   BATCHOPS_DEVICE int local(int j) const { return j < split ? first : first + 1; }
+  BATCHOPS_DEVICE bool writes_any() const { return row_of_block == 0; }
   // The thread whose j-th element is the first of its channel.
   BATCHOPS_DEVICE bool writes(int j) const {
     return row_of_block == 0 && (j == split || (j == 0 && unit * W == first * grid.HxW));
@@ -537,7 +613,7 @@ struct PlanesChunk {
     float parts[2][2][kThreads];  // of a thread's two channels
     float totals[2][kMostChannels];
   };
-  template <int kValues>
+  template <bool, int kValues>
   BATCHOPS_DEVICE void sum(float (&values)[kValues][W], Scratch& scratch) const {
     static_assert(kValues <= 2);
 #pragma unroll
@@ -584,14 +660,16 @@ struct PlanesChunk {
   }
 };
 
-// One piece of step 3. In channels_last a thread stays with its channels, so that their
-// coefficients are loaded once.
+// One piece of step 3, a batch of kInFlight units a thread after the other:
+//   for (Piece<kLayout, W> piece(grid, i); piece.more(); piece.next()) … piece.place(u, …)
+// In channels_last a thread stays with its channels, so that their coefficients are loaded once.
 template <Layout kLayout, int W>
 struct Piece;
 
 template <int W>
 struct Piece<Layout::channels_first, W> {
   const ApplyGrid& grid;
+  static constexpr bool active = true;
   int64_t begin, first_row, first_column;
   unsigned first_channel;
 
@@ -601,9 +679,10 @@ struct Piece<Layout::channels_first, W> {
     first_column = begin - first_row * g.split.units;
     first_channel = static_cast<unsigned>(first_row % g.C);
   }
-  BATCHOPS_DEVICE int batches() const { return 1; }
+  BATCHOPS_DEVICE bool more() const { return begin >= 0; }
+  BATCHOPS_DEVICE void next() { begin = -1; }
   // `of_stats`: the unit's column of the statistics.
-  BATCHOPS_DEVICE Place place(int, int u, int64_t& of_stats) const {
+  BATCHOPS_DEVICE Place place(int u, int64_t& of_stats) const {
     const unsigned t = u * kThreads + threadIdx.x;
     unsigned row;
     int64_t column;
@@ -620,38 +699,77 @@ struct Piece<Layout::channels_first, W> {
   }
 };
 
+// Every strands-th batch of rows of a ghost batch, from its end on: so all blocks move together
+// from the tensor's end to its start.
 template <int W>
 struct Piece<Layout::channels_last, W> {
   const ApplyGrid& grid;
-  int64_t begin, end;
   int64_t first_of_stats;  // of the thread's channels, a column of the statistics
-  int row_of_block, column;
+  int64_t batch;           // at hand, of the ghost batch's; below 0: past the last one
+  int64_t row, offset;     // of the thread's first unit in it
+  int64_t length, end;     // of the ghost batch's rows
+  int column;
   bool active;
 
   BATCHOPS_DEVICE Piece(const ApplyGrid& g, int64_t piece) : grid(g) {
     const RowTiles& tiles = g.tiles;
+    int64_t strand = piece / tiles.tiles;
+    const int tile = static_cast<int>(piece - strand * tiles.tiles);
     int64_t ghost = 0;
     if (g.ghosts > 1) {
-      ghost = piece / g.ghost_pieces;
-      if (ghost >= g.ghosts) ghost = g.ghosts - 1;
-      piece -= ghost * g.ghost_pieces;
+      ghost = strand / g.strands;
+      strand -= ghost * g.strands;
     }
-    const int64_t index = piece / tiles.tiles;
-    const int tile = static_cast<int>(piece - index * tiles.tiles);
     const int64_t first = ghost * g.length;
-    begin = first + index * g.batches * kInFlight * tiles.rows_at_once;
-    end = first + (ghost + 1 == g.ghosts ? g.last_length : g.length);
-    row_of_block = static_cast<int>(threadIdx.x) / tiles.tile;
-    column = (tile * tiles.tile + static_cast<int>(threadIdx.x) % tiles.tile) * W;
+    length = ghost + 1 == g.ghosts ? g.last_length : g.length;
+    end = first + length;
+    batch = ceil_divide(length, g.batch()) - g.strands + strand;
+    const int row_of_block = tiles.row_of_thread();
+    const int unit = static_cast<int>(threadIdx.x) - row_of_block * tiles.tile;
+    column = (tile * tiles.tile + unit) * W;
     first_of_stats = ghost * g.C + column;
     active = row_of_block < tiles.rows_at_once && column < g.row;
+    row = first + batch * g.batch() + row_of_block;
+    offset = row * g.row + column;
   }
-  BATCHOPS_DEVICE int batches() const { return grid.batches; }
-  BATCHOPS_DEVICE Place place(int batch, int u, int64_t&) const {
-    const int64_t row = begin + (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
-    return {row * grid.row + column, row, column, active && row < end};
+  BATCHOPS_DEVICE bool more() const { return batch >= 0; }
+  // Whether all units of the batch are valid in the threads that are active.
+  BATCHOPS_DEVICE bool is_full() const { return (batch + 1) * grid.batch() <= length; }
+  BATCHOPS_DEVICE void next() {
+    const int64_t rows = grid.strands * grid.batch();
+    batch -= grid.strands;
+    row -= rows;
+    offset -= rows * grid.row;
+  }
+  BATCHOPS_DEVICE Place place(int u, int64_t&) const {
+    const int64_t rows = int64_t{u} * grid.tiles.rows_at_once;
+    return {offset + rows * grid.row, row + rows, column, active && row + rows < end};
   }
 };
+
+// Calls take(ahead, full, first) for the units of a piece, so many ahead from the first of each
+// batch; where `full` says so, none has to be asked whether it is valid.
+template <Layout kLayout, int kAhead, bool kNeverFull, class MyPiece, class Take>
+BATCHOPS_DEVICE void take_all(MyPiece& piece, Take take) {
+  constexpr bool kMayBeFull = kLayout == Layout::channels_last && !kNeverFull;
+  constexpr std::integral_constant<int, kAhead> ahead{};
+  for (; piece.more(); piece.next()) {
+    if constexpr (kMayBeFull) {
+      if (piece.is_full()) {
+        static_assert(kAhead == kInFlight);
+        take(ahead, std::true_type{}, 0);
+      } else {
+#pragma unroll 1
+        for (int u = 0; u < kInFlight; ++u) {
+          take(std::integral_constant<int, 1>{}, std::false_type{}, u);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int part = 0; part < kInFlight; part += kAhead) take(ahead, std::false_type{}, part);
+    }
+  }
+}
 
 // Coefficients of a tile's channels in shared memory, for threads with eight each: four at a time,
 // so that neighbours find theirs in different banks.
@@ -698,17 +816,25 @@ struct Parameters {
 
 // ---- the mask
 
+// The byte that has a unit's bits. Rows of units of 8 are no longer than the mask's.
+template <int W>
+BATCHOPS_DEVICE int64_t byte_of_mask(int64_t row_bytes, const Place& place) {
+  return W == 8 ? place.offset / 8 : place.row * row_bytes + place.column / 8;
+}
+
 // Bit j of the result belongs to element j of the unit.
+template <int W>
 BATCHOPS_DEVICE unsigned load_mask(const uint8_t* mask, int64_t row_bytes, const Place& place) {
-  return mask[place.row * row_bytes + place.column / 8] >> (place.column % 8);
+  const unsigned bits = mask[byte_of_mask<W>(row_bytes, place)];
+  return W == 8 ? bits : bits >> (place.column % 8);
 }
 
 // All lanes of the warp must call it, those without an element too.
 template <int W>
 BATCHOPS_DEVICE void store_mask(uint8_t* mask, int64_t row_bytes, const Place& place,
                                 unsigned bits) {
-  store_mask_byte<W>(mask + place.row * row_bytes + place.column / 8,
-                     place.valid && place.column % 8 == 0, bits);
+  store_mask_byte<W>(mask + byte_of_mask<W>(row_bytes, place),
+                     place.valid && (W == 8 || place.column % 8 == 0), bits);
 }
 
 }  // namespace batchops::cuda

@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   using Table = std::conditional_t<kCrowded, AffineTable, int>;
   BATCHOPS_SHARED(table, Table);
+  BATCHOPS_SHARED(of_channel, float2[MyChunk::kMostChannels]);
   const Gradients& gradients = args.gradients;
   const Fetch<T, W, kMayAdd<Act>> fetch(args.tensors);
 
@@ -63,16 +64,23 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         chunk, args.tensors, act, affines_of<W>(table, affine, chunk), [](int) {},
         [&](int, const Place& place, Loaded<T, W>& to) { fetch(place, to); }, scratch, sums);
 
-    if (!chunk.writes()) continue;
+    if (chunk.writes()) {
 #pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      const int64_t c = chunk.first_channel() + chunk.local(j);
+      for (int j = 0; j < kChannels; ++j) {
+        of_channel[chunk.local(j)] = make_float2(sums[0][j], sums[1][j]);
+      }
+    }
+    __syncthreads();
+    const int channels = chunk.channels();
+    for (int r = threadIdx.x; r < channels; r += kThreads) {
+      const int64_t c = chunk.first_channel() + r;
+      const float2 found = of_channel[r];
       if (args.sums != nullptr) {
-        args.sums[c * args.grid.slots + chunk.at.slot] = make_float2(sums[0][j], sums[1][j]);
+        args.sums[c * args.grid.slots + chunk.at.slot] = found;
         continue;
       }
       const Column column = gradients.column(0, c);
-      const ColumnSums of_column = gradients.sums(column, sums[0][j], sums[1][j]);
+      const ColumnSums of_column = gradients.sums(column, found.x, found.y);
       gradients.store(c, of_column);
       store_direction(gradients.direction(column, 0, of_column), args.direction, args.shift, c);
     }
@@ -173,44 +181,46 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   const bool adds = kMayAdd<Act> && residual != nullptr;
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
-    const Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
+    Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
     constexpr int kSets = kChannelsLast ? W : kAhead;
     float4 of_channel[kSets];
     float shift_of[kSets] = {};
     if constexpr (kChannelsLast) {
+      if (!piece.active) continue;
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        if (!piece.active) continue;
         of_channel[j] = direction[piece.first_of_stats + j];
         if (recompute) shift_of[j] = shift[piece.first_of_stats + j];
       }
     }
-    for (int batch = 0; batch < piece.batches(); ++batch) {
-#pragma unroll 1
-      for (int part = 0; part < kInFlight; part += kAhead) {
-        Place places[kAhead];
-        int64_t of_stats[kAhead];
+    const auto take = [&](auto ahead, auto full, int first) {
+      constexpr int kTaken = decltype(ahead)::value;
+      Place places[kTaken];
+      int64_t of_stats[kTaken];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) places[u] = piece.place(batch, part + u, of_stats[u]);
-        propagate<T, W, kAhead>(
-            tensors, act, places,
-            [&](int u, const Place& place, Loaded<T, W>& to) {
-              to.x = zero_unit<T, W>();
-              to.dy = load_unit<T, W>(dy + place.offset);
-              if (args.reads_x) to.x = load_unit<T, W>(x + place.offset);
-              if (adds) to.residual = load_unit<T, W>(residual + place.offset);
-              if constexpr (!kChannelsLast) {
-                of_channel[u] = direction[of_stats[u]];
-                if (recompute) shift_of[u] = shift[of_stats[u]];
-              }
-            },
-            [&](int u, int j) {
-              const int at = kChannelsLast ? j : u;
-              const float4 d = of_channel[at];
-              return Direction{d.x, d.y, d.z, d.w, shift_of[at]};
-            });
+      for (int u = 0; u < kTaken; ++u) {
+        places[u] = piece.place(first + u, of_stats[u]);
+        if constexpr (decltype(full)::value) places[u].valid = true;
       }
-    }
+      propagate<T, W, kTaken>(
+          tensors, act, places,
+          [&](int u, const Place& place, Loaded<T, W>& to) {
+            to.x = zero_unit<T, W>();
+            to.dy = load_unit<T, W>(dy + place.offset);
+            if (args.reads_x) to.x = load_unit<T, W>(x + place.offset);
+            if (adds) to.residual = load_unit<T, W>(residual + place.offset);
+            if constexpr (!kChannelsLast) {
+              of_channel[u] = direction[of_stats[u]];
+              if (recompute) shift_of[u] = shift[of_stats[u]];
+            }
+          },
+          [&](int u, int j) {
+            const int at = kChannelsLast ? j : u;
+            const float4 d = of_channel[at];
+            return Direction{d.x, d.y, d.z, d.w, shift_of[at]};
+          });
+    };
+    take_all<kLayout, kAhead, kAnyActivation<Act>>(piece, take);
   }
 }
 
@@ -282,11 +292,16 @@ const char* backward(const BatchNormBackward& args, void* workspace, int device,
       if (const char* error = backward_finish(finish, device, stream)) return error;
     }
     if (!wants_elements) return nullptr;
+    const auto kernel = batch_norm_backward_apply<T, kLayout, W, Act>;
+    int64_t resident = 0;
+    if (const char* error =
+            resident_blocks("batch_norm_backward_apply", kernel, kApplyShape, device, &resident)) {
+      return error;
+    }
     const ApplyArguments apply{tensors, direction, shift, tensors.along_x || recomputes(args),
-                               ApplyGrid(plan, W, false)};
+                               ApplyGrid(plan, W, false, resident)};
     if (const char* error = grid_size(kBackward, device, apply.grid.pieces, blocks)) return error;
-    return launch("batch_norm_backward_apply", batch_norm_backward_apply<T, kLayout, W, Act>,
-                  blocks, kThreads, 0, stream, apply, act);
+    return launch("batch_norm_backward_apply", kernel, blocks, kThreads, 0, stream, apply, act);
   };
 
   return dispatch_dtype(kBackward, shape.dtype, [&](auto type) {

@@ -20,6 +20,9 @@ struct Direction {
   float shift;  // Affine::shift, to recompute z
 
   BATCHOPS_DEVICE Affine affine() const { return {mean, scale, shift}; }
+  BATCHOPS_DEVICE float rest(float x) const {
+    return __fmaf_rn(along, affine().centred(x), constant);
+  }
 };
 
 // A column's Σ dz and rstd · Σ dz · (x - mean).
@@ -164,23 +167,19 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
                                    const float (&residual)[W], AffineOf affine, bool masked,
                                    bool adds, unsigned bits) {
   if constexpr (Act::kNeedsZ) {
-    float z[W] = {};
+    if (masked) {
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      if (masked) {
-        dy[j] = act.backward_bits(dy[j], bits >> j & 1u);
-      } else {
+      for (int j = 0; j < W; ++j) dy[j] = act.backward_bits(dy[j], bits >> j & 1u);
+    } else {
+      float z[W];
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
         z[j] = affine(j)(x[j]);
         if (kMayAdd<Act> && adds) z[j] = __fadd_rn(z[j], residual[j]);
-        if constexpr (!kAnyActivation<Act>) dy[j] = act.backward(dy[j], z[j]);
       }
-    }
-    if constexpr (kAnyActivation<Act>) {
-      if (!masked) {
-        for_each_element(act, dy, z, [](auto functor, float gradient, float of) {
-          return functor.backward(gradient, of);
-        });
-      }
+      for_each_element(act, dy, z, [](auto functor, float gradient, float of) {
+        return functor.backward(gradient, of);
+      });
     }
   }
 }
@@ -208,7 +207,7 @@ BATCHOPS_DEVICE auto affines_of(const Table& table, const Affine (&affine)[kHeld
 template <class MyChunk>
 BATCHOPS_DEVICE unsigned bits_of(const MyChunk&, const uint8_t* mask, int64_t row_bytes,
                                  const Place& place) {
-  return load_mask(mask, row_bytes, place);
+  return load_mask<MyChunk::kWidth>(mask, row_bytes, place);
 }
 template <int W>
 BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mask,
@@ -224,10 +223,10 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
   return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
 }
 
-// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in all threads.
-// affines(first) gives what gives the coefficients of its channel first + j; get(i, place, loaded)
-// fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of a batch.
-// kShort: the chunk is too short for the errors of a plain sum to grow.
+// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in those that write
+// them. affines(first) gives what gives the coefficients of its channel first + j; get(i, place,
+// loaded) fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of
+// a batch. kShort: the chunk is too short for the errors of a plain sum to grow.
 template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Ready,
           class Get>
 BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
@@ -277,7 +276,7 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
           for (int j = 0; j < kAtOnce; ++j) {
             const int c = (first + j) % kChannels;
             (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += dz[j];
-            (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * (v[j] - affine(j).mean);
+            (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += dz[j] * affine(j).centred(v[j]);
           }
         }
       }
@@ -290,7 +289,7 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
       }
     }
   }
-  chunk.sum(sums, scratch);
+  chunk.template sum<false>(sums, scratch);
 }
 
 // dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
@@ -326,14 +325,14 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
         loaded[u].bits);
     if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
     if (dx == nullptr) continue;
+    // In eval x may be inf or NaN without any effect on dx.
+    float rest[W] = {};
+    if (args.along_x) {
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      const Direction d = direction_of(u, j);
-      // In eval x may be inf or NaN without any effect on dx.
-      const float rest =
-          args.along_x ? __fmaf_rn(d.along, __fsub_rn(v[j], d.mean), d.constant) : 0.0f;
-      dz[j] = __fmaf_rn(d.scale, dz[j], rest);
+      for (int j = 0; j < W; ++j) rest[j] = direction_of(u, j).rest(v[j]);
     }
+#pragma unroll
+    for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(direction_of(u, j).scale, dz[j], rest[j]);
     store_unit<T, W>(dx + places[u].offset, dz);
   }
 }
@@ -342,7 +341,7 @@ template <class T, int W, int kAhead, class Act, class Load, class DirectionOf>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
                                Load load, DirectionOf direction_of) {
   propagate<T, W, kAhead>(args, act, places, load, direction_of, [&](const Place& place) {
-    return load_mask(args.mask, args.mask_row, place);
+    return load_mask<W>(args.mask, args.mask_row, place);
   });
 }
 

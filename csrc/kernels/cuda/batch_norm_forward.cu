@@ -22,29 +22,35 @@ BATCHOPS_DEVICE float4 packed(const Affine& a) {
 }
 
 template <class T, Layout kLayout, int W>
-__global__ void __launch_bounds__(kThreads, kLayout == Layout::channels_first ? 4 : kLeastResident)
+__global__ void __launch_bounds__(kThreads, kLayout == Layout::channels_first ? 4 : 3)
     batch_norm_partials(const __grid_constant__ PartialArguments args) {
   using MyChunk = Chunk<kLayout, W>;
-  constexpr int kChannels = MyChunk::kChannels;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
+  BATCHOPS_SHARED(of_channel, float[3][MyChunk::kMostChannels]);
   const T* __restrict__ x = static_cast<const T*>(args.x);
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
-    Moments found[kChannels];
     moments_of<false, T>(
         chunk, [](int) {},
-        [&](int, const Place& place) { return load_unit<T, W>(x + place.offset); }, scratch, found);
-    if (!chunk.writes()) continue;
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) {
-      const int64_t c = chunk.first_channel() + chunk.local(j);
+        [&](int, const Place& place) { return load_unit<T, W>(x + place.offset); }, scratch,
+        [&](int j, const Moments& found) {
+          of_channel[0][chunk.local(j)] = found.shift;
+          of_channel[1][chunk.local(j)] = found.sum;
+          of_channel[2][chunk.local(j)] = found.square;
+        });
+    __syncthreads();
+    const int channels = forgotten(chunk.channels());
+    for (int r = threadIdx.x; r < channels; r += kThreads) {
+      const int64_t c = chunk.first_channel() + r;
+      const Moments m{of_channel[0][r], of_channel[1][r], of_channel[2][r],
+                      static_cast<float>(chunk.count())};
       if (args.moments != nullptr) {
-        args.moments[c * args.grid.slots + chunk.at.slot] = found[j];
+        args.moments[c * args.grid.slots + chunk.at.slot] = m;
         continue;
       }
-      const double mean = found[j].shift + static_cast<double>(found[j].sum) / found[j].count;
-      const double square = found[j].square;
+      const double mean = m.shift + static_cast<double>(m.sum) / m.count;
+      const double square = m.square;
       args.affine[c] = packed(
           args.statistics.store(0, c, mean, square / static_cast<double>(args.statistics.all)));
       args.statistics.update(c, mean, square);
@@ -136,37 +142,41 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     batch_norm_apply(const __grid_constant__ ApplyArguments args, const __grid_constant__ Act act) {
   constexpr bool kChannelsLast = kLayout == Layout::channels_last;
   constexpr int kAhead = kLoadsAhead<Act>;
+  constexpr bool kTogether = Act::kMaskable && W < 8;  // a byte of the mask is made by several
   const T* __restrict__ x = static_cast<const T*>(args.x);
   const float4* __restrict__ affine = args.affine;
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
-    const Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
+    Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
     float4 of_channel[kChannelsLast ? W : kAhead];
     if constexpr (kChannelsLast) {
+      if (!kTogether && !piece.active) continue;
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         if (piece.active) of_channel[j] = affine[piece.first_of_stats + j];
       }
     }
-    for (int batch = 0; batch < piece.batches(); ++batch) {
-#pragma unroll 1
-      for (int part = 0; part < kInFlight; part += kAhead) {
-        Place places[kAhead];
-        int64_t of_stats[kAhead];
+    const auto take = [&](auto ahead, auto full, int first) {
+      constexpr int kTaken = decltype(ahead)::value;
+      Place places[kTaken];
+      int64_t of_stats[kTaken];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) places[u] = piece.place(batch, part + u, of_stats[u]);
-        normalise<T, W, kAhead>(
-            args.elementwise, act, places,
-            [&](int u, const Place& place) {
-              if constexpr (!kChannelsLast) of_channel[u] = affine[of_stats[u]];
-              return load_unit<T, W>(x + place.offset);
-            },
-            [&](int u, int j) {
-              const float4 a = of_channel[kChannelsLast ? j : u];
-              return Affine{a.x, a.y, a.z};
-            });
+      for (int u = 0; u < kTaken; ++u) {
+        places[u] = piece.place(first + u, of_stats[u]);
+        if constexpr (decltype(full)::value) places[u].valid = !kTogether || piece.active;
       }
-    }
+      normalise<T, W, kTaken>(
+          args.elementwise, act, places,
+          [&](int u, const Place& place) {
+            if constexpr (!kChannelsLast) of_channel[u] = affine[of_stats[u]];
+            return load_unit<T, W>(x + place.offset);
+          },
+          [&](int u, int j) {
+            const float4 a = of_channel[kChannelsLast ? j : u];
+            return Affine{a.x, a.y, a.z};
+          });
+    };
+    take_all<kLayout, kAhead, kAnyActivation<Act>>(piece, take);
   }
 }
 
@@ -236,14 +246,17 @@ const char* forward(const BatchNormForward& args, void* workspace, int device, v
     }
     const float slope = static_cast<float>(shape.slope);
     return with_activation<Identity, Relu>(shape.activation, slope, [&](auto act) -> const char* {
-      using Act = decltype(act);
+      const auto kernel = batch_norm_apply<T, kLayout, W, decltype(act)>;
+      int64_t resident = 0;
+      if (const char* error =
+              resident_blocks("batch_norm_apply", kernel, kApplyShape, device, &resident))
+        return error;
       const ApplyArguments apply{args.x, affine, Elementwise(args, plan),
-                                 ApplyGrid(plan, W, args.mask != nullptr)};
+                                 ApplyGrid(plan, W, args.mask != nullptr, resident)};
       if (const char* error = grid_size(kForward, device, apply.grid.pieces, blocks)) {
         return error;
       }
-      return launch("batch_norm_apply", batch_norm_apply<T, kLayout, W, Act>, blocks, kThreads, 0,
-                    stream, apply, act);
+      return launch("batch_norm_apply", kernel, blocks, kThreads, 0, stream, apply, act);
     });
   };
 

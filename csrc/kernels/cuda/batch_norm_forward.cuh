@@ -86,19 +86,21 @@ inline bool walks_mask(const BatchNormForward& args) {
          (args.residual != nullptr && traits_of(args.shape.activation).maskable);
 }
 
-// Moments of a chunk for the thread's channels, in all threads. get(i, place) gives the thread's
-// i-th unit, ready(batch) comes before those of a batch. kShort: the chunk is too short for the
-// errors of a plain sum to grow.
-template <bool kShort, class T, class MyChunk, class Ready, class Get>
+// Moments of a chunk: write(j, moments) takes those of the thread's j-th channel where it writes
+// them. get(i, place) gives the thread's i-th unit, ready(batch) comes before those of a batch.
+// kShort: the chunk is too short for the errors of a plain sum to grow.
+template <bool kShort, class T, class MyChunk, class Ready, class Get, class Write>
 BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
-                                typename MyChunk::Scratch& scratch,
-                                Moments (&found)[MyChunk::kChannels]) {
+                                typename MyChunk::Scratch& scratch, Write write) {
   constexpr int W = MyChunk::kWidth;
   constexpr int kChannels = MyChunk::kChannels;
   Unit<T, W> units[kInFlight];
+  if constexpr (!kShort) {
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) units[u] = zero_unit<T, W>();
+  }
   bool valid[kInFlight];
   const auto load = [&](int batch) {
-    ready(batch);
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const Place place = chunk.place(batch, u);
@@ -110,7 +112,18 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
   float shift[1][kChannels] = {};
   float sums[2][kChannels] = {};
   for (int batch = 0;;) {
-    load(batch);
+    // Where no unit has to be asked whether it is valid.
+    bool full = false;
+    if constexpr (!kShort) full = chunk.is_full(batch);
+    ready(batch);
+    if (!full) {
+      load(batch);
+    } else if (chunk.active) {
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        units[u] = get(batch * kInFlight + u, chunk.place(batch, u));
+      }
+    }
     if (batch == 0) {
       // The shift is the mean of the chunk's first elements: close to the chunk's own mean whatever
       // the offset, and an outlier among them moves it by a small part of itself only.
@@ -121,40 +134,65 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
 #pragma unroll
         for (int j = 0; j < W; ++j) shift[0][j % kChannels] += v[j];
       }
-      chunk.sum(shift, scratch);
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) shift[0][j] /= static_cast<float>(chunk.first_count());
-    }
-    float of_batch[2][kShort ? 1 : kChannels] = {};
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      if (!valid[u]) continue;
-      float v[W];
-      to_float<T, W>(units[u], v);
-#pragma unroll
-      for (int j = 0; j < W; ++j) {
-        const int c = j % kChannels;
-        const float d = v[j] - shift[0][c];
-        (kShort ? sums[0][c] : of_batch[0][kShort ? 0 : c]) += d;
-        (kShort ? sums[1][c] : of_batch[1][kShort ? 0 : c]) += d * d;
-      }
-    }
-    if constexpr (!kShort) {
+      chunk.template sum<true>(shift, scratch);
+      // One division costs registers, which kernels with short chunks do not have.
+      const float count = static_cast<float>(chunk.first_count());
+      const float part = kShort ? 0.0f : 1.0f / count;
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
-        sums[0][j] += of_batch[0][j];
-        sums[1][j] += of_batch[1][j];
+        shift[0][j] = kShort ? shift[0][j] / count : shift[0][j] * part;
+      }
+    }
+    // Over the batch before the sums over the chunk, so that their errors do not grow; unless the
+    // chunk is short, or this its only batch that is not full.
+    if (!full) {
+      constexpr bool kAtOnce = kShort || kChannels > 1;
+      float of_batch[2] = {};
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        if (!valid[u]) continue;
+        float v[W];
+        to_float<T, W>(units[u], v);
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          const float d = v[j] - shift[0][j % kChannels];
+          (kAtOnce ? sums[0][j % kChannels] : of_batch[0]) += d;
+          (kAtOnce ? sums[1][j % kChannels] : of_batch[1]) += d * d;
+        }
+      }
+      if constexpr (!kAtOnce) {
+        sums[0][0] += of_batch[0];
+        sums[1][0] += of_batch[1];
+      }
+    } else {
+      float v[kInFlight][W];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) to_float<T, W>(units[u], v[u]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        float of_batch[2] = {};
+#pragma unroll
+        for (int i = 0; i < kInFlight * W / kChannels; ++i) {
+          const float d = v[i * kChannels / W][i * kChannels % W + c] - shift[0][c];
+          of_batch[0] = i == 0 ? d : of_batch[0] + d;
+          of_batch[1] = i == 0 ? d * d : of_batch[1] + d * d;
+        }
+        sums[0][c] += of_batch[0];
+        sums[1][c] += of_batch[1];
       }
     }
     if (++batch >= chunk.batches()) break;
   }
-  chunk.sum(sums, scratch);
+  chunk.template sum<false>(sums, scratch);
+  if (!kShort && !chunk.writes_any()) return;
 
   const float n = static_cast<float>(chunk.count());
+  const float part = 1.0f / n;
 #pragma unroll
   for (int j = 0; j < kChannels; ++j) {
-    const float rest = sums[1][j] - sums[0][j] * sums[0][j] / n;
-    found[j] = {shift[0][j], sums[0][j], rest < 0.0f ? 0.0f : rest, n};  // a NaN stays
+    const float rest = sums[1][j] - sums[0][j] * (sums[0][j] * part);
+    if (!chunk.writes(j)) continue;
+    write(j, Moments{shift[0][j], sums[0][j], rest < 0.0f ? 0.0f : rest, n});  // a NaN stays
   }
 }
 
@@ -169,9 +207,9 @@ struct Elementwise {
       : residual(args.residual), y(args.y), mask(args.mask), mask_row(mask_row_bytes(plan.row())) {}
 };
 
-// y of `kAhead` units; all lanes of a warp together. load(u, place) gives a unit of x,
-// affine_of(u, j) the coefficients of its element j; store(u, place, bits) takes its bits of the
-// mask.
+// y of `kAhead` units; all lanes of a warp together. What is the same for all elements is asked
+// once a unit. load(u, place) gives a unit of x, affine_of(u, j) the coefficients of its element j;
+// store(u, place, bits) takes its bits of the mask.
 template <class T, int W, int kAhead, class Act, class Load, class AffineOf, class Store>
 BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
                                const Place (&places)[kAhead], Load load, AffineOf affine_of,
@@ -191,19 +229,26 @@ BATCHOPS_DEVICE void normalise(const Elementwise& args, const Act& act,
     unsigned bits = 0;
     if (places[u].valid) {
       float v[W];
-      float r[W] = {};
       to_float<T, W>(units[u], v);
-      if (residual != nullptr) to_float<T, W>(residuals[u], r);
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        float z = affine_of(u, j)(v[j]);
-        if (residual != nullptr) z = __fadd_rn(z, r[j]);
-        v[j] = z;
-        if constexpr (Act::kMaskable) {
-          if (!(act.mask_source(z) <= 0.0f)) bits |= 1u << j;
+      for (int j = 0; j < W; ++j) v[j] = affine_of(u, j)(v[j]);
+      if (residual != nullptr) {
+        float r[W];
+        to_float<T, W>(residuals[u], r);
+#pragma unroll
+        for (int j = 0; j < W; ++j) v[j] = __fadd_rn(v[j], r[j]);
+      }
+      if constexpr (Act::kMaskable) {
+        if (args.mask != nullptr) {
+#pragma unroll
+          for (int j = 0; j < W; ++j) {
+            if (!(act.mask_source(v[j]) <= 0.0f)) bits |= 1u << j;
+          }
         }
       }
-      for_each_element(act, v, r, [](auto functor, float z, float) { return functor.forward(z); });
+      float none[W] = {};
+      for_each_element(act, v, none,
+                       [](auto functor, float z, float) { return functor.forward(z); });
       store_unit<T, W>(y + places[u].offset, v);
     }
     if (Act::kMaskable && args.mask != nullptr) store(u, places[u], bits);

@@ -47,17 +47,12 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const MyChunk chunk(args.grid, forgotten(piece));
       const Bringing<1, MyChunk, T, W> bringing{chunk, kept, from, 1};
       bringing.start();
-      Moments found[kChannels];
       moments_of<true, T>(
           chunk, [&](int batch) { bringing.ready(batch); },
           [&](int i, const Place& place) {
             return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
           },
-          scratch, found);
-      if (chunk.writes()) {
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j) meeting.place()[chunk.local(j)] = found[j];
-      }
+          scratch, [&](int j, const Moments& found) { meeting.place()[chunk.local(j)] = found; });
     }
     meeting.meet();
     const MyChunk chunk(args.grid, forgotten(piece));
@@ -163,7 +158,6 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
     batch_norm_forward_flow(const __grid_constant__ ResidentArguments args,
                             const __grid_constant__ Act act) {
   using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
-  constexpr int kChannels = MyChunk::kChannels;
   constexpr int kMost = kPlanes ? kThreads / kWarp : 1;
   constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
@@ -221,17 +215,15 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
         __pipeline_wait_prior(0);
       }
       keep_order();
-      Moments found[kChannels];
       moments_of<true, T>(
           chunk, [](int) {},
           [&](int i, const Place& place) {
             return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
           },
-          scratch, found);
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) {
-        if (chunk.writes(j)) passing.sums(set, turn, rank, chunk.local(j)) = found[j];
-      }
+          scratch,
+          [&](int j, const Moments& found) {
+            passing.sums(set, turn, rank, chunk.local(j)) = found;
+          });
       passing.arrive(set);
     } else {
       __syncthreads();  // all have read `affines`

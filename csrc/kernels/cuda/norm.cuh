@@ -73,9 +73,8 @@ BATCHOPS_DEVICE T forgotten(T number) {
 struct Affine {
   float mean, scale, shift;
 
-  BATCHOPS_DEVICE float operator()(float x) const {
-    return __fmaf_rn(__fsub_rn(x, mean), scale, shift);
-  }
+  BATCHOPS_DEVICE float centred(float x) const { return __fsub_rn(x, mean); }
+  BATCHOPS_DEVICE float operator()(float x) const { return __fmaf_rn(centred(x), scale, shift); }
 };
 
 // The low part of the mean goes into the shift.

@@ -102,12 +102,12 @@ BATCHOPS_DEVICE T from_float(float value) {
   }
 }
 
-// To global memory. An assignment of 16 bytes is one instruction for small words, but the compiler
-// may split it into four where it knows the four floats apart (it does for sm_75 to sm_90).
+// To global memory. An assignment of 16 or 8 bytes is one instruction for small words, but the
+// compiler may split it where it knows the floats apart (it does for sm_75 to sm_90).
 template <class Word>
 BATCHOPS_DEVICE void store_word(Word* to, const Word& word) {
 #ifndef BATCHOPS_CUDA_EMULATOR
-  if constexpr (std::is_same_v<Word, uint4>) {
+  if constexpr (std::is_same_v<Word, uint4> || std::is_same_v<Word, uint2>) {
     __stwb(to, word);
     return;
   }
