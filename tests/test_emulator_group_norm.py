@@ -166,13 +166,15 @@ def test_every_choice_of_gradients(library, shape, dtype, activation, residual, 
     given = {"dtype": dtype, "activation": activation, "residual": residual, "layout": layout}
     with group_norm.device(library, device):
         full = run(library, Problem(*shape, **given))
-        for count in range(1, len(names) + 1):
-            for without in itertools.combinations(names, count):
-                some = Problem(*shape, **given, without=without)
-                outputs = group_norm.backward(library, some, full)
-                assert set(outputs) == set(names) - set(without)
-                for name, value in outputs.items():
-                    np.testing.assert_array_equal(value, full[name], name)
+        every = [c for k in range(1, 5) for c in itertools.combinations(names, k)]
+        # Of the others those that decide what is done for an element.
+        few = [("dresidual",), ("dx",), ("dresidual", "dweight", "dbias")]
+        for without in every if activation == "relu" and layout == "channels_first" else few:
+            some = Problem(*shape, **given, without=without)
+            outputs = group_norm.backward(library, some, full)
+            assert set(outputs) == set(names) - set(without)
+            for name, value in outputs.items():
+                np.testing.assert_array_equal(value, full[name], name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
