@@ -421,10 +421,9 @@ struct Chunk<Layout::channels_first, W> {
   // Of the block's channels, the thread's j-th.
   BATCHOPS_DEVICE int local(int) const { return 0; }
   BATCHOPS_DEVICE bool has_channel(int) const { return true; }
-  // Whether this thread writes the results.
-  BATCHOPS_DEVICE bool writes() const { return threadIdx.x == 0; }
-  BATCHOPS_DEVICE bool writes(int) const { return writes(); }
-  BATCHOPS_DEVICE bool writes_any() const { return writes(); }
+  // Whether this thread writes results: any, those of its j-th channel.
+  BATCHOPS_DEVICE bool writes_any() const { return threadIdx.x == 0; }
+  BATCHOPS_DEVICE bool writes(int) const { return writes_any(); }
 
   struct Scratch {};
   template <bool, int kValues>
@@ -496,9 +495,8 @@ struct Chunk<Layout::channels_last, W> {
   }
   BATCHOPS_DEVICE int local(int j) const { return unit * W + j; }
   BATCHOPS_DEVICE bool has_channel(int) const { return active; }
-  BATCHOPS_DEVICE bool writes() const { return active && row_of_block == 0; }
-  BATCHOPS_DEVICE bool writes(int) const { return writes(); }
-  BATCHOPS_DEVICE bool writes_any() const { return writes(); }
+  BATCHOPS_DEVICE bool writes_any() const { return active && row_of_block == 0; }
+  BATCHOPS_DEVICE bool writes(int) const { return writes_any(); }
 
   // Neighbouring values of a thread.
   static constexpr int kGroup = W % 4 == 0 ? 4 : 1;
@@ -549,7 +547,7 @@ struct Chunk<Layout::channels_last, W> {
       height = 1 << shift;
     }
     __syncthreads();
-    if (kAll || writes()) {
+    if (kAll || writes_any()) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const Group group = scratch.by_thread[i][unit];

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         chunk, args.tensors, act, affines_of<W>(table, affine, chunk), [](int) {},
         [&](int, const Place& place, Loaded<T, W>& to) { fetch(place, to); }, scratch, sums);
 
-    if (chunk.writes()) {
+    if (chunk.writes_any()) {
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
         of_channel[chunk.local(j)] = make_float2(sums[0][j], sums[1][j]);

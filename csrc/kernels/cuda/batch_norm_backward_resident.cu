@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             get(kept, fetch, count, i, place, to);
           },
           scratch, sums);
-      if (chunk.writes()) {
+      if (chunk.writes_any()) {
 #pragma unroll
         for (int j = 0; j < kChannels; ++j) {
           meeting.place()[chunk.local(j)] = make_float2(sums[0][j], sums[1][j]);

@@ -1,7 +1,5 @@
 // What host code asks of a device before it plans a launch.
 #pragma once
-#include <map>
-#include <mutex>
 #include <string>
 
 #include "kernels/cuda/runtime.cuh"
@@ -20,9 +18,8 @@ struct Device {
 template <int>
 __global__ void code_probe() {}
 
-// Makes `device` current. Fails where it cannot be used, or has no code in this build.
+// Of the current device, `device`. Fails where it has no code in this build.
 inline const char* ask(const char* operation, int device, Device& found) {
-  if (const char* error = set_device(operation, device)) return error;
   int major = 0;
   const struct {
     cudaDeviceAttr attribute;
@@ -64,23 +61,10 @@ inline const char* ask(const char* operation, int device, Device& found) {
   return nullptr;
 }
 
-// The same, asked once for each device.
+// Makes `device` current; the same, asked once for each. Fails where it cannot be used.
 inline const char* query(const char* operation, int device, Device& found) {
-#ifdef BATCHOPS_CUDA_EMULATOR  // whose device tests change
-  return ask(operation, device, found);
-#else
-  static std::mutex mutex;
-  static auto* const known = new std::map<int, Device>;  // until the process has ended
   if (const char* error = set_device(operation, device)) return error;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto place = known->find(device); place != known->end()) {
-    found = place->second;
-    return nullptr;
-  }
-  const char* error = ask(operation, device, found);
-  if (error == nullptr) known->emplace(device, found);
-  return error;
-#endif
+  return asked_once(device, found, [&](Device& of) { return ask(operation, device, of); });
 }
 
 // What each entry point does first.

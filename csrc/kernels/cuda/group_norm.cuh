@@ -73,6 +73,9 @@ struct RowTeams {
     }
     by_segments = FastDivide(static_cast<unsigned>(segments));
   }
+
+  // Teams of the warps before this one's: a warp whose first team has nothing left is done.
+  BATCHOPS_DEVICE int before_warp_of(int team) const { return team - team % (kWarp / lanes); }
 };
 
 // Pixels: how threads lie over the units of a tile: `tile` side by side, `across` times over where
@@ -453,7 +456,7 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
   const int at_once = kBlock / teams.lanes;
   const int total = rows * teams.segments;
   float2* to = teams.segments > 1 ? slots : sums;
-  const int before = team - team % (kWarp / teams.lanes);  // teams of the warps before
+  const int before = teams.before_warp_of(team);
   for (int first = 0; first + before < total; first += at_once) {
     const int s = first + team;
     float2 sum = make_float2(0.0f, 0.0f);
@@ -625,8 +628,8 @@ struct Affines {
   }
 };
 
-// f(job), or what of the job knows nothing of a residual: so that loops do not ask for each
-// element.
+// f(job), or what of the job knows nothing of a residual and its gradient: so that loops do not ask
+// for each element.
 template <class Job, class F>
 BATCHOPS_DEVICE void by_residual(const Job& job, F f) {
   if constexpr (Job::kSplits) {

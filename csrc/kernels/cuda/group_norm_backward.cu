@@ -257,7 +257,9 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
                                    const Job& job, const Arena& arena) {
   const int M = static_cast<int>(args.cut.M);
   using Coefficients = typename Job::Coefficients;
-  const auto bits_of = [&](int i) { return job.masked() ? part.mask_bits(job.mask, i) : 0u; };
+  const auto bits_of = [&](const auto& of, int i) {
+    return of.masked() ? part.mask_bits(of.mask, i) : 0u;
+  };
   if (args.dx != nullptr || Job::kLeavesDz) {
     sum_rows<W>(
         part.groups, args.cut.over_groups, [&](int r) { return part.range_of_group(r); },
@@ -268,10 +270,11 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
             job.template make_row<kWidth>(i - part.begin - r * M, r, k);
             typename Job::template Held<kWidth> held;
             job.template load<kWidth>(held, i);
-            job.template add<kWidth>(held, i, Each{k}, bits_of(i), [&](int j, float a, float b) {
-              sum.x += k[j].weight * a;
-              sum.y += k[j].weight * b;
-            });
+            job.template add<kWidth>(held, i, Each{k}, bits_of(job, i),
+                                     [&](int j, float a, float b) {
+                                       sum.x += k[j].weight * a;
+                                       sum.y += k[j].weight * b;
+                                     });
           };
         },
         arena.slots(), arena.sums());
@@ -297,8 +300,7 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
         of.template make_row<W>(c, r, k);
         typename Of::template Held<W> held;
         of.template load<W>(held, i);
-        const unsigned bits = of.masked() ? part.mask_bits(of.mask, i) : 0u;
-        of.template add<W>(held, i, Each{k}, bits, [&](int j, float a, float b) {
+        of.template add<W>(held, i, Each{k}, bits_of(of, i), [&](int j, float a, float b) {
           sums[j].x += a;
           sums[j].y += product_of<T>(t, make_float2(a, b));
         });

@@ -149,7 +149,7 @@ struct Slices {
     const int total = groups * teams.segments;
     const int step = teams.lanes * W;
     Moments* to = arena.stretches();
-    const int before = team - team % (kWarp / teams.lanes);  // teams of the warps before
+    const int before = teams.before_warp_of(team);
 #pragma unroll 1
     for (int first = 0; first + before < total; first += kBlock / teams.lanes) {
       const int s = first + team;

@@ -261,12 +261,33 @@ const char* launch(const char* name, void (*kernel)(Params...), int64_t blocks, 
   return launch(name, kernel, shape, stream, std::forward<Args>(args)...);
 }
 
+// What ask(found) says of a key, asked until it has once succeeded.
+template <class Key, class Value, class Ask>
+const char* asked_once([[maybe_unused]] const Key& key, Value& found, Ask ask) {
+#ifdef BATCHOPS_CUDA_EMULATOR  // whose device tests change
+  return ask(found);
+#else
+  static std::mutex mutex;
+  static auto* const known = new std::map<Key, Value>;  // until the process has ended
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto place = known->find(key); place != known->end()) {
+    found = place->second;
+    return nullptr;
+  }
+  const char* error = ask(found);
+  if (error == nullptr) known->emplace(key, found);
+  return error;
+#endif
+}
+
 // How many blocks of this shape, whatever its grid, the device holds at once: the largest
-// cooperative launch. Asked once.
+// cooperative launch.
 template <class... Params>
 const char* resident_blocks(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                             int device, int64_t* blocks) {
-  const auto ask = [&](int64_t& found) -> const char* {
+  const std::tuple key{reinterpret_cast<const void*>(kernel), device, shape.threads.x,
+                       shape.shared_bytes};
+  return asked_once(key, *blocks, [&](int64_t& found) -> const char* {
     const char* error = check(name, "cudaFuncSetAttribute", allow(name, kernel, shape));
     if (error != nullptr) return error;
     int each = 0, multiprocessors = 0;
@@ -279,24 +300,7 @@ const char* resident_blocks(const char* name, void (*kernel)(Params...), const L
                   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     found = int64_t{each} * multiprocessors;
     return error;
-  };
-#ifdef BATCHOPS_CUDA_EMULATOR  // whose device tests change
-  return ask(*blocks);
-#else
-  using Asked = std::tuple<const void*, int, unsigned, size_t>;
-  static std::mutex mutex;
-  static auto* const known = new std::map<Asked, int64_t>;  // until the process has ended
-  const Asked asked{reinterpret_cast<const void*>(kernel), device, shape.threads.x,
-                    shape.shared_bytes};
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto place = known->find(asked); place != known->end()) {
-    *blocks = place->second;
-    return nullptr;
-  }
-  const char* error = ask(*blocks);
-  if (error == nullptr) known->emplace(asked, *blocks);
-  return error;
-#endif
+  });
 }
 
 // How many clusters of this shape the device holds at once; 0 where it has no room for one.
