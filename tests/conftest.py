@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import batchops._binding as binding
 
-from .emulator import toolkit
+from .emulator import ptx, toolkit
 
 
 def _why_no_cuda() -> str | None:
@@ -49,6 +50,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["floats", "doubles"])
+def library_both_ways(request: pytest.FixtureRequest, library):
+    """A module's library of kernels: as compiled for the host, which has the formulas of devices
+    whose doubles are slow; and as PTX for one where they are fast."""
+    running = nullcontext() if request.param == "floats" else ptx.running(library)
+    with running:
+        yield library
 
 
 def pytest_configure(config: pytest.Config) -> None:

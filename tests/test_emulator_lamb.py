@@ -36,16 +36,16 @@ def library() -> ctypes.CDLL:
 
 @pytest.mark.parametrize("g_dtype", DTYPES)
 @pytest.mark.parametrize("p_dtype", DTYPES)
-def test_every_dtype_and_size(library, p_dtype, g_dtype):
+def test_every_dtype_and_size(library_both_ways, p_dtype, g_dtype):
     problem = Problem([Parameter(n, p_dtype, g_dtype) for n in SIZES])
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_memory_that_no_unit_fits(library, offset):
+def test_memory_that_no_unit_fits(library_both_ways, offset):
     dtypes = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f32")]
     problem = Problem([Parameter(1030, *d, offset=offset) for d in dtypes])
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 VARIANTS = {
@@ -64,26 +64,26 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("clip", [None, 1e6], ids=["no clip", "in bounds"])
-def test_groups_of_every_variant(library, clip):
+def test_groups_of_every_variant(library_both_ways, clip):
     """Mixed in one call, with step counts of their own."""
     parameters = [Parameter(900 + i, group=i, step=1 + 3 * i) for i in range(len(VARIANTS))]
-    check_everywhere(library, Problem(parameters, [*VARIANTS.values()], clip))
+    check_everywhere(library_both_ways, Problem(parameters, [*VARIANTS.values()], clip))
 
 
-def test_decay_against_the_quotient(library):
+def test_decay_against_the_quotient(library_both_ways):
     states, options = last_places.decay_against_quotient((300, 3 * CHUNK + 5))
     parameters = [optimizers.starting(s, group=group) for s in states for group in (0, 1)]
     groups = [Options(**options), Options(**options, caution=True)]
-    check_everywhere(library, Problem(parameters, groups, None))
+    check_everywhere(library_both_ways, Problem(parameters, groups, None))
 
 
-def test_norms_of_few_elements_and_of_one_that_outweighs(library):
+def test_norms_of_few_elements_and_of_one_that_outweighs(library_both_ways):
     states, options = last_places.few_elements()
     problem = Problem([optimizers.starting(s) for s in states], [Options(**options)], None)
-    check(problem, run(library, problem), 1.0)
+    check(problem, run(library_both_ways, problem), 1.0)
 
 
-def test_masters_exclusion_and_loss_scale(library):
+def test_masters_exclusion_and_loss_scale(library_both_ways):
     """Of each low precision, with units and without; g leaves the kernel's scale by a factor."""
     parameters = [
         Parameter(1030, "bf16", "bf16", master=True),
@@ -92,7 +92,7 @@ def test_masters_exclusion_and_loss_scale(library):
         Parameter(300),
     ]
     problem = Problem(parameters, max_grad_norm=1e-3, grad_scale=384.0)
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 @pytest.mark.parametrize("count", [32, 33, 71], ids=["all", "one more", "two launches more"])
@@ -107,10 +107,10 @@ def test_step_counts_that_a_launch_takes_and_more(library, count):
 @pytest.mark.parametrize(
     "options", [Options(), Options(caution=True, maximize=True)], ids=["plain", "cautious uphill"]
 )
-def test_tensors_larger_than_what_all_blocks_hold(library, options, clip):
+def test_tensors_larger_than_what_all_blocks_hold(library_both_ways, options, clip):
     """Among others that are not; the last chunks of the large ones stay on the chip."""
     problem = Problem([Parameter(n) for n in LARGE], [options], clip)
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 def test_more_chunks_than_a_block_has_threads(library):
@@ -232,7 +232,7 @@ def test_zero_norms_and_non_finite_ones(library):
     assert all(r["p"].isnan().all() for r in results)
 
 
-def test_numbers_on_the_device(library):
+def test_numbers_on_the_device(library_both_ways):
     """Step counts, lr and the loss scale, of every variant and of more groups than one launch has
     room for; the counts go on."""
     groups = [replace(o, lr=o.lr * (1 + i)) for i in range(4) for o in VARIANTS.values()]
@@ -243,8 +243,8 @@ def test_numbers_on_the_device(library):
         Parameter(9, excluded=True),
     ]
     problem = Problem(parameters, groups, grad_scale=8.0, on_device=True, found_inf=0.0)
-    check_everywhere(library, problem)
-    results = run(library, problem)
+    check_everywhere(library_both_ways, problem)
+    results = run(library_both_ways, problem)
     assert [r["step"].item() for r in results] == [x.step for x in parameters]
 
 

@@ -49,21 +49,21 @@ def library() -> ctypes.CDLL:
 
 @pytest.mark.parametrize("g_dtype", DTYPES)
 @pytest.mark.parametrize("p_dtype", DTYPES)
-def test_every_dtype_and_size(library, p_dtype, g_dtype):
+def test_every_dtype_and_size(library_both_ways, p_dtype, g_dtype):
     problem = Lars([Parameter(n, p_dtype, g_dtype) for n in SIZES], [MOMENTUM])
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_memory_that_no_unit_fits(library, offset):
+def test_memory_that_no_unit_fits(library_both_ways, offset):
     dtypes = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f32")]
     problem = Lars([Parameter(1030, *d, offset=offset) for d in dtypes], [MOMENTUM])
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["first step", "second step"])
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
-def test_groups_of_every_variant(library, clip, step):
+def test_groups_of_every_variant(library_both_ways, clip, step):
     """Mixed in one call, each with a tensor that is excluded and two of which a norm is 0."""
     parameters = []
     for group in range(len(VARIANTS)):
@@ -75,13 +75,13 @@ def test_groups_of_every_variant(library, clip, step):
         ]
         parameters[-2].start["p"].zero_()
         parameters[-1].start["g"].zero_()
-    check_everywhere(library, Lars(parameters, [*VARIANTS.values()], clip))
+    check_everywhere(library_both_ways, Lars(parameters, [*VARIANTS.values()], clip))
 
 
-def test_rates_between_two_floats(library):
+def test_rates_between_two_floats(library_both_ways):
     (state,), options = last_places.rate_between_floats(2000)
     problem = Lars([optimizers.starting(state)], [Options(**options)], None)
-    check(problem, run(library, problem), 1.0)
+    check(problem, run(library_both_ways, problem), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_rates_between_two_floats(library):
     [MOMENTUM, Options(weight_decay=0.01), replace(MOMENTUM, maximize=True)],
     ids=["m", "no m", "uphill"],
 )
-def test_tensors_larger_than_what_all_blocks_hold(library, options):
+def test_tensors_larger_than_what_all_blocks_hold(library_both_ways, options):
     problem = Lars([Parameter(n) for n in LARGE], [options])
-    check_everywhere(library, problem)
+    check_everywhere(library_both_ways, problem)
 
 
 @pytest.mark.parametrize("place", IN_TURN, ids=str)
@@ -134,13 +134,13 @@ def test_tensors_of_a_group_and_step_share_what_the_workspace_has_of_them(librar
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["no clip", "clip"])
-def test_numbers_on_the_device(library, clip):
+def test_numbers_on_the_device(library_both_ways, clip):
     groups = [replace(o, lr=o.lr * (1 + i)) for i in range(3) for o in VARIANTS.values()]
     parameters = [Parameter(30 * i, group=i, step=1 + i % 3) for i in range(len(groups))]
     parameters += [Parameter(5 * CHUNK, step=3), Parameter(9, group=2, excluded=True)]
     problem = Lars(parameters, groups, clip, grad_scale=8.0, on_device=True, found_inf=0.0)
-    check_everywhere(library, problem)
-    results = run(library, problem)
+    check_everywhere(library_both_ways, problem)
+    results = run(library_both_ways, problem)
     assert [r["step"].item() for r in results] == [x.step for x in parameters]
 
 
@@ -153,22 +153,22 @@ def test_a_skipped_step_changes_nothing(library, found_inf):
         assert after["step"].item() == x.step - 1
 
 
-def test_non_finite_norms_are_not_hidden(library):
+def test_non_finite_norms_are_not_hidden(library_both_ways):
     bad, sound = Parameter(600), Parameter(600)
     bad.start["g"][5] = float("nan")
     problem = Lars([bad, sound], [MOMENTUM], None)
-    results = run(library, problem)
+    results = run(library_both_ways, problem)
     assert not results[0]["p"].isfinite().any()
     assert results[1]["p"].isfinite().all()
     problem.max_grad_norm = 1.0
-    assert all(r["p"].isnan().all() for r in run(library, problem))
+    assert all(r["p"].isnan().all() for r in run(library_both_ways, problem))
 
 
-def test_a_ratio_of_zero_does_not_hide_an_infinite_gradient(library):
+def test_a_ratio_of_zero_does_not_hide_an_infinite_gradient(library_both_ways):
     """Of a tensor without momentum, whose norm makes the ratio 0."""
     bad = Parameter(600)
     bad.start["g"][5] = float("inf")
-    (after,) = run(library, Lars([bad], [Options(weight_decay=0.01)], None))
+    (after,) = run(library_both_ways, Lars([bad], [Options(weight_decay=0.01)], None))
     assert after["p"].isnan().nonzero().flatten().tolist() == [5]
 
 

@@ -95,13 +95,22 @@ struct StepConstants {
       : step(f.step), keep(f.keep) {}
 };
 
-// keep·p - step·(q.high - q.low), of whose roundings only the last counts.
-BATCHOPS_OPTIMIZER_INLINE F updated(F p, const Quotient& q, const StepConstants& c) {
+// keep·p - t + t_error, of whose roundings only the last counts.
+BATCHOPS_OPTIMIZER_INLINE F updated(F p, F t, F t_error, const StepConstants& c) {
   F p_error;
   const F kept = product(c.keep, p, p_error);
-  const F t = c.step.high * q.high;
-  const F t_error =
-      fused(-c.step.high, q.low, fused(c.step.low, q.high, fused(c.step.high, q.high, -t)));
   const F s = kept - t;
   return s + (sum_error(kept, -t, s) + (p_error - t_error));
+}
+// keep·p - step·u
+BATCHOPS_OPTIMIZER_INLINE F updated(F p, F u, const StepConstants& c) {
+  F t_error;
+  const F t = product(c.step, u, t_error);
+  return updated(p, t, t_error, c);
+}
+// keep·p - step·(q.high - q.low)
+BATCHOPS_OPTIMIZER_INLINE F updated(F p, const Quotient& q, const StepConstants& c) {
+  F t_error;
+  const F t = product(c.step, q.high, t_error);
+  return updated(p, t, fused(-c.step.high, q.low, t_error), c);
 }

@@ -13,8 +13,8 @@ constexpr int kSquaresAhead = 8;
 
 // Adds this thread's share.
 template <class G, int W>
-BATCHOPS_DEVICE void add_grad_squares(const Entry& x, const Units& units, double& total) {
-  const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+BATCHOPS_DEVICE void add_grad_squares(const Part& part, const Units& units, double& total) {
+  const Memory<G> g(part.g, part.g_dtype(), units.begin);
   double sums[2] = {};  // so that one does not wait for the other
   for_each_unit<kSquaresAhead>(
       units, [&](int32_t i) { return g.template load<W>(i); },
@@ -29,14 +29,14 @@ BATCHOPS_DEVICE void add_grad_squares(const Entry& x, const Units& units, double
       });
   total += sums[0] + sums[1];
 }
-BATCHOPS_DEVICE void add_grad_squares(const Part& part, double& total) {
-  const Units wide = Units::wide(part);
-  if (wide.count > 0) {
-    with_element(static_cast<DType>(part.x.g_dtype), [&](auto type) {
-      add_grad_squares<typename decltype(type)::type, kWidth>(part.x, wide, total);
+BATCHOPS_DEVICE void add_grad_squares(const Part& part, int32_t threads, double& total) {
+  if (part.units > 0) {
+    const Units wide = Units::wide(part, threads);
+    with_element(part.g_dtype(), [&](auto type) {
+      add_grad_squares<typename decltype(type)::type, kWidth>(part, wide, total);
     });
   }
-  add_grad_squares<Any, 1>(part.x, Units::narrow(part, wide), total);
+  if (part.rest > 0) add_grad_squares<Any, 1>(part, Units::narrow(part, threads), total);
 }
 
 // Summed over the block, in every thread, by way of a place for each warp. It ends with a barrier.
@@ -77,14 +77,15 @@ struct GradSquares {
           // Chunks of one tensor are one part.
           const Entry& x = table.entries[table.tensor_of[item]];
           const int32_t first = x.first_chunk > begin ? x.first_chunk : begin;
-          add_grad_squares(Part(x, first, item + 1 - first), total);
+          add_grad_squares(Part::of_chunks(x, first, item + 1 - first), kThreads, total);
           item = first;
           continue;
         }
         const int32_t index =
             (item - table.chunks) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
         if (index < table.smalls) {
-          add_grad_squares(Part(table.entries[table.tensor_of[table.chunks + index]]), total);
+          const Entry& x = table.entries[table.tensor_of[table.chunks + index]];
+          add_grad_squares(Part::whole(x), kWarp, total);
         }
       }
       total = sum_of_block<kBlock>(total, by_warp);

@@ -24,7 +24,9 @@ struct Lamb {
         : LambFactors(set, C),
           caution(set.caution != 0),
           apart(is_apart(set)),
-          inside(eps_inside[0] != 0) {}
+          inside(eps_inside[0] != 0) {
+      pack_all(beta1, k1, weight_decay);
+    }
   };
   struct Outcome : LambStepFactors {
     int32_t apart;
@@ -50,7 +52,9 @@ struct Lamb {
     if (!apart) rest.weight_decay = 0;  // it is in u
     const LambOutcome outcome(rest, norms, numel, C, grad_scale);
     stats = outcome.stats;
-    return {outcome.step, apart};
+    Outcome packed_too{outcome.step, apart};
+    pack_all(packed_too.step, packed_too.keep);
+    return packed_too;
   }
 
   // The last two are caution's.
@@ -61,27 +65,27 @@ struct Lamb {
   }
   static BATCHOPS_DEVICE bool typed_second(const Outcome& outcome) { return outcome.apart == 0; }
 
-  static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
-                                    const Slot& stage, bool kept) {
-    const L2Policy once(true), policy(kept);
-    slot.start(0, x.exact(), x.exact_dtype(), units, policy);
-    stage.start(0, x.g, static_cast<DType>(x.g_dtype), units, once);
+  static BATCHOPS_DEVICE void fetch(const Part& x, const Units& units, const Slot& slot,
+                                    const Slot& stage) {
+    const L2Policy once(true), policy(x.kept != 0);
+    slot.start(0, x.p, x.p_dtype(), units, policy);
+    stage.start(0, x.g, x.g_dtype(), units, once);
     slot.start(1, x.m, DType::f32, units, policy);
     stage.start(1, x.v, DType::f32, units, policy);
   }
-  static BATCHOPS_DEVICE void fetch_second(const Entry&, const Units&, const Slot&) {}
+  static BATCHOPS_DEVICE void fetch_second(const Part&, const Units&, const Slot&) {}
 
   // Keeps p and u, rounded once; or, apart, the quotient's two parts.
   template <class P, class G, int W, class From>
-  static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
+  static BATCHOPS_DEVICE void first(const Part& x, const Units& units, const Factors& factors,
                                     const From& from, const Slot& kept, double (&sums)[kSums]) {
     constexpr bool kTyped = !std::is_same_v<P, Any>;
-    const DType p_dtype = x.exact_dtype(), g_dtype = static_cast<DType>(x.g_dtype);
-    const Memory<P> p(x.exact(), p_dtype, units.begin);
+    const DType p_dtype = x.p_dtype(), g_dtype = x.g_dtype();
+    const Memory<P> p(x.p, p_dtype, units.begin);
     const Memory<G> g(x.g, g_dtype, units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
     const bool caution = !kTyped && factors.caution, apart = !kTyped && factors.apart;
-    Constants c(factors);
+    Coefficients c(factors);
     if constexpr (kTyped) c.inside = false;
     const L2Policy policy = kept.policy();
     struct Staged {
@@ -119,21 +123,19 @@ struct Lamb {
 #pragma unroll
           for (int j = 0; j < W; ++j) {
             const F g_j = F(g_i[j]) * c.g_scale;
-            const F m_j = first_moment(F(m_i[j]), g_j, c);
+            const F m_j = moment(F(m_i[j]), g_j, c);
             const F v_j = second_moment(F(v_i[j]), g_j, c);
-            const Quotient u_j = direction(m_j, v_j, g_j, F(p_i[j]), caution, apart, c);
-            const F u_rounded = u_j.high - u_j.low;
+            const Direction u_j = direction(m_j, v_j, g_j, F(p_i[j]), caution, apart, c);
             const double p_wide = p_i[j], g_wide = g_j.v;
-            const double u_wide = static_cast<double>(u_j.high.v) - static_cast<double>(u_j.low.v);
             sums[0] = fma(p_wide, p_wide, sums[0]);
             sums[1] = fma(g_wide, g_wide, sums[1]);
-            sums[2] = fma(u_wide, u_wide, sums[2]);
-            if (apart) sums[3] = fma(u_wide, p_wide, sums[3]);
+            sums[2] = fma(u_j.wide, u_j.wide, sums[2]);
+            if (apart) sums[3] = fma(u_j.wide, p_wide, sums[3]);
             if (caution) sums[4] += where_positive(agreement(m_j, g_j), F(1.0f)).v;
             m_i[j] = m_j.v;
             v_i[j] = v_j.v;
-            if (apart) p_i[j] = u_j.high.v;
-            u_i[j] = (apart ? u_j.low : u_rounded).v;
+            if (apart) p_i[j] = u_j.parts.high.v;
+            u_i[j] = (apart ? u_j.parts.low : u_j.rounded).v;
           }
           m.store<W>(i, m_i, policy);
           v.store<W>(i, v_i, policy);
@@ -145,12 +147,11 @@ struct Lamb {
   }
 
   template <bool kKept, class P, class G, int W>
-  static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors& factors,
+  static BATCHOPS_DEVICE void second(const Part& x, const Units& units, const Factors& factors,
                                      const Outcome& outcome, const Slot& slot, const Slot&) {
-    const StepConstants step(outcome);
+    const Update update(outcome);
     const bool apart = std::is_same_v<P, Any> && outcome.apart != 0;
-    const Copy copy(x);
-    const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
+    const Memory<P> p(x.p, x.p_dtype(), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin), v(x.v, DType::f32, units.begin);
     struct Loaded {
       Unit<Held<P>, W> p;
@@ -182,31 +183,74 @@ struct Lamb {
           }
 #pragma unroll
           for (int j = 0; j < W; ++j) {
-            p_i[j] = updated(F(p_i[j]), {F(high[j]), F(low[j])}, step).v;
+            const F p_j(p_i[j]), u_j(high[j]);
+            p_i[j] = (apart ? update(p_j, {u_j, F(low[j])}) : update(p_j, u_j)).v;
           }
           p.template store<W>(i, p_i, Once{});
-          copy.publish<P, W>(units.begin, i, p_i);
+          publish<P, W>(x, units.begin, i, p_i);
         });
   }
 
  private:
+  struct Coefficients : Constants {
+    double beta1_wide, k1_wide, weight_decay_wide;
+    BATCHOPS_DEVICE explicit Coefficients(const Factors& factors)
+        : Constants(factors),
+          beta1_wide(packed(factors.beta1)),
+          k1_wide(packed(factors.k1)),
+          weight_decay_wide(packed(factors.weight_decay)) {}
+  };
+  static BATCHOPS_DEVICE F moment(F m, F g, const Coefficients& c) {
+    if constexpr (kDoubles) return rounded(fma(c.beta1_wide, wide(m), c.k1_wide * wide(g)));
+    return first_moment(m, g, c);
+  }
+
   // u / scale or, apart, the quotient that is yet to become it.
-  static BATCHOPS_DEVICE Quotient direction(F m, F v, F g, F p, bool caution, bool apart,
-                                            const Constants& c) {
+  struct Direction {
+    Quotient parts;
+    F rounded;    // but for apart
+    double wide;  // before it is rounded
+  };
+  static BATCHOPS_DEVICE Direction direction(F m, F v, F g, F p, bool caution, bool apart,
+                                             const Coefficients& c) {
     Quotient q = quotient(m, v, c);
     if (caution) {
       const F agree = agreement(m, g);
       q = {where_positive(agree, q.high), where_positive(agree, q.low)};
     }
-    return apart ? q : with_decay(q, p, c);
+    if (!apart && !kDoubles) q = with_decay(q, p, c);
+    const double u = wide(q.high) - wide(q.low);
+    if (apart || !kDoubles) return {q, q.high - q.low, u};
+    const double decayed = fma(c.weight_decay_wide, wide(p), u);
+    return {q, rounded(decayed), decayed};
   }
+
+  // The second sweep's part, of u or, apart, of the quotient.
+  struct Update : StepConstants {
+    double step_wide, keep_wide;
+    BATCHOPS_DEVICE explicit Update(const Outcome& outcome)
+        : StepConstants(outcome),
+          step_wide(packed(outcome.step)),
+          keep_wide(packed(outcome.keep)) {}
+    BATCHOPS_DEVICE F operator()(F p, F u) const {
+      if constexpr (kDoubles) return moved(p, wide(u));
+      return updated(p, u, *this);
+    }
+    BATCHOPS_DEVICE F operator()(F p, const Quotient& q) const {
+      if constexpr (kDoubles) return moved(p, wide(q.high) - wide(q.low));
+      return updated(p, q, *this);
+    }
+    BATCHOPS_DEVICE F moved(F p, double u) const {
+      return rounded(fma(-step_wide, u, keep_wide * wide(p)));
+    }
+  };
 
   // What a slot would have kept, from what the first sweep has stored.
   template <int W>
-  static BATCHOPS_DEVICE void again(const Entry& x, int64_t at, const Unit<float, W>& m,
+  static BATCHOPS_DEVICE void again(const Part& x, int32_t at, const Unit<float, W>& m,
                                     const Unit<float, W>& v, const float (&p)[W],
                                     const Factors& factors, float (&high)[W], float (&low)[W]) {
-    const Constants c(factors);
+    const Coefficients c(factors);
     float m_i[W], v_i[W];
     to_float<float, W>(m, m_i);
     to_float<float, W>(v, v_i);
@@ -215,12 +259,12 @@ struct Lamb {
       F g_j(0.0f);
       if (factors.caution) {
         // Rare enough for loads of single elements.
-        g_j = F(load_as_float(x.g, static_cast<DType>(x.g_dtype), at + j)) * c.g_scale;
+        g_j = F(load_as_float(x.g, x.g_dtype(), at + j)) * c.g_scale;
       }
-      const Quotient u_j =
+      const Direction u_j =
           direction(F(m_i[j]), F(v_i[j]), g_j, F(p[j]), factors.caution, factors.apart, c);
-      high[j] = (factors.apart ? u_j.high : u_j.high - u_j.low).v;
-      if (factors.apart) low[j] = u_j.low.v;
+      high[j] = (factors.apart ? u_j.parts.high : u_j.rounded).v;
+      if (factors.apart) low[j] = u_j.parts.low.v;
     }
   }
 };

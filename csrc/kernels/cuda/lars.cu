@@ -21,6 +21,38 @@ struct LarsSet {
       : group(of), step(t), excluded(without_ratio) {}
 };
 
+// The formulas of lars_math.inl, or in double: then m goes to p as it is before it is rounded.
+template <bool kDoubles>
+struct Formulas {
+  using Moment = F;
+  Constants c;
+
+  BATCHOPS_DEVICE explicit Formulas(const LarsFactors& factors) : c(factors) {}
+  BATCHOPS_DEVICE F buffer(F m, F g, F p) const { return lars_cu::buffer(m, g, p, c); }
+  BATCHOPS_DEVICE F moved(F p, F m) const { return lars_cu::moved(p, m, c); }
+  BATCHOPS_DEVICE F updated(F p, F g, F m) const { return lars_cu::updated(p, g, m, c); }
+};
+template <>
+struct Formulas<true> {
+  using Moment = double;
+  double momentum, k_g, k_p, p_g, p_p, p_m;
+
+  BATCHOPS_DEVICE explicit Formulas(const LarsFactors& f)
+      : momentum(packed(f.momentum)),
+        k_g(packed(f.k_g)),
+        k_p(packed(f.k_p)),
+        p_g(packed(f.p_g)),
+        p_p(packed(f.p_p)),
+        p_m(packed(f.p_m)) {}
+  BATCHOPS_DEVICE double buffer(F m, F g, F p) const {
+    return fma(momentum, wide(m), fma(k_g, wide(g), k_p * wide(p)));
+  }
+  BATCHOPS_DEVICE F moved(F p, double m) const { return rounded(fma(p_m, m, wide(p))); }
+  BATCHOPS_DEVICE F updated(F p, F g, double m) const {
+    return rounded(fma(p_m, m, fma(p_g, wide(g), fma(p_p, wide(p), wide(p)))));
+  }
+};
+
 struct Lars {
   static constexpr int kSums = 3;   // of LarsNorms, in its order
   static constexpr int kStage = 1;  // m, of the second sweep; p and g have the slot
@@ -52,30 +84,32 @@ struct Lars {
     OptimizerTensor tensor;
     tensor.step = set.step;
     tensor.excluded = set.excluded;
-    const LarsOutcome outcome(set.group, tensor, {sums[0], sums[1], sums[2]}, C, grad_scale);
+    LarsOutcome outcome(set.group, tensor, {sums[0], sums[1], sums[2]}, C, grad_scale);
     stats = outcome.stats;
-    return outcome.factors;
+    LarsFactors& f = outcome.factors;
+    pack_all(f.momentum, f.k_g, f.k_p, f.p_g, f.p_p, f.p_m);
+    return f;
   }
 
   static BATCHOPS_DEVICE int sums(const Factors&) { return kSums; }
   static BATCHOPS_DEVICE bool typed(const Factors&) { return true; }
   static BATCHOPS_DEVICE constexpr bool typed_second(const Outcome&) { return true; }
 
-  static BATCHOPS_DEVICE void fetch(const Entry& x, const Units& units, const Slot& slot,
-                                    const Slot&, bool kept) {
-    slot.start(0, x.exact(), x.exact_dtype(), units, L2Policy(kept));
-    slot.start(1, x.g, static_cast<DType>(x.g_dtype), units, L2Policy(kept));
+  static BATCHOPS_DEVICE void fetch(const Part& x, const Units& units, const Slot& slot,
+                                    const Slot&) {
+    slot.start(0, x.p, x.p_dtype(), units, L2Policy(x.kept != 0));
+    slot.start(1, x.g, x.g_dtype(), units, L2Policy(x.kept != 0));
   }
-  static BATCHOPS_DEVICE void fetch_second(const Entry& x, const Units& units, const Slot& stage) {
+  static BATCHOPS_DEVICE void fetch_second(const Part& x, const Units& units, const Slot& stage) {
     if (x.m != nullptr) stage.start(0, x.m, DType::f32, units, L2Policy(true));
   }
 
   // Keeps p and the scaled g.
   template <class P, class G, int W, class From>
-  static BATCHOPS_DEVICE void first(const Entry& x, const Units& units, const Factors& factors,
+  static BATCHOPS_DEVICE void first(const Part& x, const Units& units, const Factors& factors,
                                     const From& from, const Slot& kept, double (&sums)[kSums]) {
-    const DType p_dtype = x.exact_dtype(), g_dtype = static_cast<DType>(x.g_dtype);
-    const Memory<P> p(x.exact(), p_dtype, units.begin);
+    const DType p_dtype = x.p_dtype(), g_dtype = x.g_dtype();
+    const Memory<P> p(x.p, p_dtype, units.begin);
     const Memory<G> g(x.g, g_dtype, units.begin);
     const F g_scale(factors.g_scale), decay(factors.decay);
     struct Nothing {};
@@ -111,16 +145,16 @@ struct Lars {
   }
 
   template <bool kKept, class P, class G, int W>
-  static BATCHOPS_DEVICE void second(const Entry& x, const Units& units, const Factors&,
+  static BATCHOPS_DEVICE void second(const Part& x, const Units& units, const Factors&,
                                      const Outcome& outcome, const Slot& slot, const Slot& stage) {
-    const Memory<P> p(x.exact(), x.exact_dtype(), units.begin);
-    const Memory<G> g(x.g, static_cast<DType>(x.g_dtype), units.begin);
+    const Memory<P> p(x.p, x.p_dtype(), units.begin);
+    const Memory<G> g(x.g, x.g_dtype(), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin);
-    const Constants c(outcome);
+    const Formulas<kDoubles> formulas(outcome);
+    const F g_scale(outcome.g_scale);
     const bool momentum = x.m != nullptr;
-    const Copy copy(x);
     // With momentum, unless it is nesterov's, the gradient does not go to p itself.
-    const bool direct = !momentum || outcome.p_g[0] != 0 || outcome.p_p[0] != 0;
+    const bool direct = !momentum || packed(outcome.p_g) != 0 || packed(outcome.p_p) != 0;
     struct Loaded {
       Unit<Held<P>, W> p;
       Unit<Held<G>, W> g;
@@ -152,25 +186,30 @@ struct Lars {
             to_float<Held<P>, W>(raw.p, p_i);
             to_float<Held<G>, W>(raw.g, g_i);
 #pragma unroll
-            for (int j = 0; j < W; ++j) g_i[j] = (F(g_i[j]) * c.g_scale).v;
+            for (int j = 0; j < W; ++j) g_i[j] = (F(g_i[j]) * g_scale).v;
           }
           to_float<float, W>(raw.m, m_i);
+          // m as p takes it.
+          typename Formulas<kDoubles>::Moment moment[W] = {};
           if (momentum) {
 #pragma unroll
-            for (int j = 0; j < W; ++j) m_i[j] = buffer(F(m_i[j]), F(g_i[j]), F(p_i[j]), c).v;
+            for (int j = 0; j < W; ++j) {
+              moment[j] = formulas.buffer(F(m_i[j]), F(g_i[j]), F(p_i[j]));
+              m_i[j] = rounded(moment[j]).v;
+            }
             m.store<W>(i, m_i, Once{});
           }
           if (direct) {
 #pragma unroll
             for (int j = 0; j < W; ++j) {
-              p_i[j] = updated(F(p_i[j]), F(g_i[j]), F(m_i[j]), c).v;
+              p_i[j] = formulas.updated(F(p_i[j]), F(g_i[j]), moment[j]).v;
             }
           } else {
 #pragma unroll
-            for (int j = 0; j < W; ++j) p_i[j] = moved(F(p_i[j]), F(m_i[j]), c).v;
+            for (int j = 0; j < W; ++j) p_i[j] = formulas.moved(F(p_i[j]), moment[j]).v;
           }
           p.template store<W>(i, p_i, Once{});
-          copy.publish<P, W>(units.begin, i, p_i);
+          publish<P, W>(x, units.begin, i, p_i);
         });
   }
 };

@@ -22,8 +22,8 @@
 //   clerk                   | sums of k - 1                             | sums of k
 //   scout                   | factors of k + 1, the outcome it settles  | those of k + 2
 //
-// A small tensor is one warp's work from the sums to the update. Small tensors come last, and fill
-// the time in which blocks would wait.
+// A small tensor is one warp's work from the sums to the update. Small tensors come after a block's
+// last chunk, and fill the time in which it would wait.
 //
 // Items go to blocks by turns rather than by tickets: chunks are of one size, a block knows from
 // the start how many it will have of a tensor and so which of them to keep, and no chunk waits for
@@ -115,6 +115,33 @@ BATCHOPS_DEVICE F select_le(F a, F b, F yes, F no) { return a.v <= b.v ? yes : n
 #define BATCHOPS_OPTIMIZER_INLINE BATCHOPS_DEVICE
 #include "kernels/compensated.inl"
 
+// Where doubles go at half of float's speed, sums of products are in double instead, rounded once:
+// as good, and in fewer instructions. A factor is then one double in the place of its two floats.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
+constexpr bool kDoubles = true;
+BATCHOPS_DEVICE void pack(float (&factor)[2]) {
+  const double sum = static_cast<double>(factor[0]) + static_cast<double>(factor[1]);
+  factor[0] = __int_as_float(__double2loint(sum));
+  factor[1] = __int_as_float(__double2hiint(sum));
+}
+BATCHOPS_DEVICE double packed(const float (&factor)[2]) {
+  return __hiloint2double(__float_as_int(factor[1]), __float_as_int(factor[0]));
+}
+#else
+constexpr bool kDoubles = false;
+BATCHOPS_DEVICE void pack(float (&)[2]) {}
+BATCHOPS_DEVICE double packed(const float (&factor)[2]) {
+  return static_cast<double>(factor[0]) + static_cast<double>(factor[1]);
+}
+#endif
+template <class... Factors>
+BATCHOPS_DEVICE void pack_all(Factors&... factors) {
+  (pack(factors), ...);
+}
+BATCHOPS_DEVICE F rounded(double x) { return F(static_cast<float>(x)); }
+BATCHOPS_DEVICE F rounded(F x) { return x; }
+BATCHOPS_DEVICE double wide(F x) { return static_cast<double>(x.v); }
+
 // For all of this thread's copies.
 BATCHOPS_DEVICE void wait_for_copies() {
 #if defined(BATCHOPS_CUDA_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
@@ -147,6 +174,14 @@ BATCHOPS_DEVICE void copy_ahead(float* to, const char* from, L2Policy policy) {
 #endif
 }
 
+// For addresses that the compiler would else keep in registers over all of the loops.
+BATCHOPS_DEVICE int not_kept(int i) {
+#ifndef BATCHOPS_CUDA_EMULATOR
+  asm volatile("" : "+r"(i));
+#endif
+  return i;
+}
+
 // Room for two floats an element of a chunk. Each thread has places of its own, so that no barrier
 // is needed, whatever tensor the room was for before:
 //
@@ -155,7 +190,11 @@ BATCHOPS_DEVICE void copy_ahead(float* to, const char* from, L2Policy policy) {
 // An array on its way through has the first half or the second, and elements of two bytes leave the
 // rest of their place empty.
 struct Slot {
-  float* floats;  // or null: there is no room
+  float* floats;  // this thread's first ones; or null: there is no room
+
+  Slot() = default;
+  BATCHOPS_DEVICE explicit Slot(float* room)
+      : floats(room + not_kept(static_cast<int>(threadIdx.x)) * kWidth) {}
 
   // Of what the second sweep does not read if there is.
   BATCHOPS_DEVICE L2Policy policy() const { return L2Policy(floats != nullptr); }
@@ -179,13 +218,12 @@ struct Slot {
   // Starts the copies of this thread's units of an array.
   BATCHOPS_DEVICE void start(int half, const void* array, DType dtype, const Units& units,
                              L2Policy policy) const {
-    const char* from =
-        static_cast<const char*>(array) + (units.begin + units.thread * kWidth) * size_of(dtype);
+    const char* from = static_cast<const char*>(array) + units.thread * (kWidth * bytes_of(dtype));
     keep_order();
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (units.thread + u * kThreads >= units.count) break;
-      if (size_of(dtype) == 4) {
+      if (bytes_of(dtype) == 4) {
         copy_ahead<16>(place(half, u * kWidth), from + u * (kThreads * kWidth * 4), policy);
       } else {
         copy_ahead<8>(place(half, u * kWidth), from + u * (kThreads * kWidth * 2), policy);
@@ -211,8 +249,7 @@ struct Slot {
  private:
   BATCHOPS_DEVICE float* place(int half, int32_t n) const {
     const auto of_thread = static_cast<unsigned>(n);
-    return floats + half * kChunk + (of_thread / kWidth * kThreads + threadIdx.x) * kWidth +
-           of_thread % kWidth;
+    return floats + half * kChunk + of_thread / kWidth * (kThreads * kWidth) + of_thread % kWidth;
   }
 };
 
@@ -265,28 +302,19 @@ BATCHOPS_DEVICE void for_each_first(const Units& units, const From& from, Staged
   }
 }
 
-// The low-precision copy of a master, if there is one.
-struct Copy {
-  void* p;  // or null
-  DType dtype;
-
-  BATCHOPS_DEVICE explicit Copy(const Entry& x)
-      : p(x.master == nullptr ? nullptr : x.p), dtype(static_cast<DType>(x.p_dtype)) {}
-
-  // Of masters, P, that have changed.
-  template <class P, int W>
-  BATCHOPS_DEVICE void publish(int64_t begin, int32_t unit, const float (&from)[W]) const {
-    if (p == nullptr) return;
-    if constexpr (std::is_same_v<P, Any>) {
-      Memory<Any>(p, dtype, begin).store<W>(unit, from, Once{});
-    } else if constexpr (std::is_same_v<P, float>) {
-      with_element(dtype, [&](auto type) {
-        Memory<typename decltype(type)::type>(p, dtype, begin)
-            .template store<W>(unit, from, Once{});
-      });
-    }
+// Of masters, P, that have changed: to the copy at low precision, if there is one.
+template <class P, int W>
+BATCHOPS_DEVICE void publish(const Part& x, int32_t begin, int32_t unit, const float (&from)[W]) {
+  if (x.copy == nullptr) return;
+  if constexpr (std::is_same_v<P, Any>) {
+    Memory<Any>(x.copy, x.copy_dtype(), begin).store<W>(unit, from, Once{});
+  } else if constexpr (std::is_same_v<P, float>) {
+    with_element(x.copy_dtype(), [&](auto type) {
+      Memory<typename decltype(type)::type>(x.copy, x.copy_dtype(), begin)
+          .template store<W>(unit, from, Once{});
+    });
   }
-};
+}
 
 BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
   return device.found_inf != nullptr && *device.found_inf != 0;
@@ -302,12 +330,12 @@ BATCHOPS_DEVICE bool skipped(const DeviceNumbers& device) {
 //   Outcome                          what the second sweep needs of a tensor
 //   outcome(Set, sums, numel, C, grad_scale, stats)
 //   kGradAgain                       whether the second sweep reads g where nothing was kept
-//   fetch(entry, units, slot, stage, kept)     starts the copies that first() finds there
-//   fetch_second(entry, units, stage)          … and those that second() does, if any
+//   fetch(part, units, slot, stage)            starts the copies that first() finds there
+//   fetch_second(part, units, stage)           … and those that second() does, if any
 //   typed(factors)                             whether first<P, G> with types will do
 //   typed_second(outcome)                      … and whether second<…> will
-//   first<P, G, W>(entry, units, factors, from, kept, sums)       adds to sums; see with_units
-//   second<kKept, P, G, W>(entry, units, factors, outcome, kept, stage)
+//   first<P, G, W>(part, units, factors, from, kept, sums)        adds to sums; see with_units
+//   second<kKept, P, G, W>(part, units, factors, outcome, kept, stage)
 template <class Algorithm>
 struct StepArguments {
   using Set = typename Algorithm::Set;
@@ -380,45 +408,31 @@ class Step {
     if (warp() == kClerk) return keep_books();
     if (warp() == kScout) return look_ahead(lookout);
     meet();
-    for (int32_t turn = 0;; item += blocks()) {
-      const bool chunk = is_chunk(item), over = item >= args_.table.items();
-      if (!chunk && (item < blocks() || is_chunk(item - blocks()))) {
+    for (int32_t turn = 0;; item += blocks(), ++turn) {
+      const bool over = !is_chunk(item), kept = over || is_kept(turn);
+      if (over) {
         meet();
-        if (lane() == 0) warp_factors().set = -1;
+        sweep_small_ones(item, turn);
       }
-      const bool kept = !chunk || is_kept(item, turn);
-      const bool follows = item >= blocks() && is_chunk(item - blocks());
-      const bool after_kept = follows && is_kept(item - blocks(), turn - 1);
+      const bool follows = turn > 0, after_kept = follows && is_kept(turn - 1);
       // Chunks that were not kept, between those that are and this item.
       const int32_t gap = follows && !after_kept && deferred_ > 0 ? deferred_ : 0;
       // Kept ones that nothing is known of once others come between.
       const bool all = over || (gap > 0 && kept) || (!kept && after_kept && deferred_ != 0);
       const bool wait = deferred_ >= (all ? 0 : most_deferred());
-      settle(item, turn, gap, all || (wait && gap > 0) ? 0 : chunk ? room() - 1 : room());
+      settle(item, turn, gap, all || (wait && gap > 0) ? 0 : room() - 1);
       if (wait) sweep_again();
       if (over) break;
       if (deferred_ >= 0) ++deferred_;
-      if (chunk) {
-        sweep(item, turn, kept);
-        defer(item, turn);
-        meet();
-        ++turn;
-      } else {
-        sweep_small(item);
-      }
+      sweep(item, turn, kept);
+      defer(item, turn);
+      meet();
     }
   }
 
  private:
   static BATCHOPS_DEVICE int32_t blocks() { return static_cast<int32_t>(gridDim.x); }
   static BATCHOPS_DEVICE int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
-  // For addresses that the compiler would else keep in registers over all of the loops.
-  static BATCHOPS_DEVICE int not_kept(int i) {
-#ifndef BATCHOPS_CUDA_EMULATOR
-    asm volatile("" : "+r"(i));
-#endif
-    return i;
-  }
   static BATCHOPS_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
   // The sweeping warps and the scout, each at its own place in the code.
   static BATCHOPS_DEVICE void meet() {
@@ -492,6 +506,13 @@ class Step {
     return static_cast<unsigned>(turn) % places;
   }
 
+  // Where a chunk is.
+  struct Place {
+    int32_t tensor, set;
+    int32_t first_chunk, last_chunk, rank;  // of the tensor
+    int32_t room;                           // how many of its chunks the blocks keep, the last ones
+  };
+
   // What the warps of a block hand each other, by turns.
   struct Shared {
     double sums[kSums][kWarps];  // for the clerk
@@ -500,11 +521,12 @@ class Step {
     // and which is the last.
     unsigned char factors[3 * sizeof(Factors)];
     int32_t left_out;
-    // By the scout, as all below: those of this turn, of the one before and of the next two.
-    Entry entries[4];
-    int32_t entry_tensors[4];
+    // By the scout, as all below: of the chunks of this turn, of the one before and of the next
+    // two.
+    Part parts[4];
+    Place places[4];
     // Of the chunk that makes room in a turn, as long as all are kept.
-    Entry settled[kSettled];
+    Part settled[kSettled];
     Outcome outcomes[2];
     int32_t outcome_chunks[2];  // whose outcomes they are; or below 0
   };
@@ -520,25 +542,21 @@ class Step {
     return reinterpret_cast<Factors*>(shared().factors)[2];
   }
 
-  static BATCHOPS_DEVICE const Entry& entry_at(int32_t turn) {
-    return shared().entries[at(not_kept(turn), 4)];
+  static BATCHOPS_DEVICE Part& part_at(int32_t turn) {
+    return shared().parts[at(not_kept(turn), 4)];
   }
-  static BATCHOPS_DEVICE Entry& settled_at(int32_t turn) {
+  static BATCHOPS_DEVICE Place& place_at(int32_t turn) {
+    return shared().places[at(not_kept(turn), 4)];
+  }
+  // Whether slots hold the block's chunks of a turn's tensor from this one's on.
+  static BATCHOPS_DEVICE bool is_kept(int32_t turn) { return part_at(turn).kept != 0; }
+  static BATCHOPS_DEVICE Part& settled_at(int32_t turn) {
     return shared().settled[at(turn, kSettled)];
   }
 
   BATCHOPS_DEVICE bool is_chunk(int32_t item) const { return item < args_.table.chunks; }
   BATCHOPS_DEVICE const Entry& entry(int32_t tensor) const { return args_.table.entries[tensor]; }
-  // The tensor of a chunk, or this warp's small one; below 0 where there is none left for it.
-  BATCHOPS_DEVICE int32_t tensor_of(int32_t item) const {
-    const Table& table = args_.table;
-    if (is_chunk(item)) return table.tensor_of[item];
-    const int32_t index = (item - table.chunks) * kWarps + warp();
-    return index < table.smalls ? table.tensor_of[table.chunks + index] : -1;
-  }
-  BATCHOPS_DEVICE Part part_of(int32_t item, const Entry& x) const {
-    return is_chunk(item) ? Part(x, item) : Part(x);
-  }
+  BATCHOPS_DEVICE int32_t tensor_of(int32_t chunk) const { return args_.table.tensor_of[chunk]; }
 
   // Chunks of one tensor that a block keeps: one slot is for the copies of the next. Of a tensor
   // that is not kept whole, one less: then the next tensor's are swept before it is settled.
@@ -546,18 +564,13 @@ class Step {
   BATCHOPS_DEVICE int32_t room_for(const Entry& x) const {
     return x.chunks() > room() * blocks() ? room() - 1 : room();
   }
-  // Whether they hold the block's chunks of this one's tensor from this one on.
-  BATCHOPS_DEVICE bool is_kept(int32_t chunk, int32_t turn) const {
-    const Entry& x = entry_at(turn);
-    return x.last_chunk() - chunk < room_for(x) * blocks();
-  }
-
   // The slot so many places before the next free one.
   BATCHOPS_DEVICE Slot slot(int32_t before) const {
     const int place = 4 * (before == 0 ? 0 : args_.slots - before);
-    return {memory_ + (static_cast<int>(order_ >> place & 15) * 2 + Algorithm::kStage) * kChunk};
+    const int index = static_cast<int>(order_ >> place & 15);
+    return Slot(memory_ + (index * 2 + Algorithm::kStage) * kChunk);
   }
-  BATCHOPS_DEVICE Slot stage() const { return {memory_}; }
+  BATCHOPS_DEVICE Slot stage() const { return Slot(memory_); }
   // Those that are kept follow each other. One that is not changes places with the one after it,
   // where the copies of the next chunk go.
   BATCHOPS_DEVICE Slot take_slot(bool keeps) {
@@ -575,15 +588,13 @@ class Step {
   // Starts the copies for a chunk, into the next free slot; and those for the second sweep over the
   // chunk that is kept longest, if that makes room in the next turn.
   BATCHOPS_DEVICE void fetch(int32_t chunk, int32_t turn) {
-    const Entry& x = entry_at(turn);
-    const Units units = Units::wide(Part(x, chunk));
-    if (units.count > 0) Algorithm::fetch(x, units, slot(0), stage(), is_kept(chunk, turn));
+    const Part& x = part_at(turn);
+    if (x.units > 0) Algorithm::fetch(x, Units::wide(x, kThreads), slot(0), stage());
     fetched_second_ = -1;
     if (Algorithm::kFetchesSecond && kept_ == args_.slots - 1) {
       const int32_t oldest = chunk - kept_ * blocks();
-      const Entry& y = settled_at(turn);
-      const Units again = Units::wide(Part(y, oldest));
-      if (again.count > 0) Algorithm::fetch_second(y, again, stage());
+      const Part& y = settled_at(turn);
+      if (y.units > 0) Algorithm::fetch_second(y, Units::wide(y, kThreads), stage());
       fetched_second_ = oldest;
     }
     __pipeline_commit();
@@ -591,21 +602,20 @@ class Step {
 
   BATCHOPS_DEVICE void sweep(int32_t item, int32_t turn, bool kept) {
     const Slot taken = take_slot(kept), keeper = kept ? taken : Slot{};
-    const Entry& x = entry_at(turn);
+    const Part& x = part_at(turn);
     const Factors& factors = factors_at(turn);
-    const Part part(x, item);
-    const Units wide = Units::wide(part), narrow = Units::narrow(part, wide);
     const int32_t next = item + blocks();
     const auto ahead = [&] {
       if (is_chunk(next)) fetch(next, turn + 1);
     };
     double sums[kSums] = {};
     wait_for_copies();
-    if (wide.count > 0) {
+    if (x.units > 0) {
+      const Units wide = Units::wide(x, kThreads);
       const Fetched<decltype(ahead)> from{taken, stage(), ahead};
       if (Algorithm::typed(factors)) {
-        with_element(x.exact_dtype(), [&](auto p) {
-          with_element(static_cast<DType>(x.g_dtype), [&](auto g) {
+        with_element(x.p_dtype(), [&](auto p) {
+          with_element(x.g_dtype(), [&](auto g) {
             Algorithm::template first<typename decltype(p)::type, typename decltype(g)::type,
                                       kWidth>(x, wide, factors, from, keeper, sums);
           });
@@ -616,8 +626,9 @@ class Step {
     } else {
       ahead();
     }
-    if (narrow.count > 0) {
-      Algorithm::template first<Any, Any, 1>(x, narrow, factors, NotFetched{}, keeper, sums);
+    if (x.rest > 0) {
+      Algorithm::template first<Any, Any, 1>(x, Units::narrow(x, kThreads), factors, NotFetched{},
+                                             keeper, sums);
     }
     const int used = Algorithm::sums(factors);
     constexpr int kTogether = 4;
@@ -640,73 +651,105 @@ class Step {
     say<kFull>();
   }
 
-  // Of this warp's small tensors. Copies for chunks are over, so the stage is free.
-  struct SetFactors {
+  // This warp's small tensors of the items from `item` on, each from its sums to its update.
+  // Copies for chunks are over, so the stage is free, and a slot.
+  struct SmallShared {
     Factors factors;
-    int32_t set;
+    int32_t set;  // of the factors
+    // What the loop over chunks has to know again after this: registers run short here.
+    int32_t item, turn, kept, deferred, settled;
+    uint32_t order;
   };
-  BATCHOPS_DEVICE SetFactors& warp_factors() const {
-    return reinterpret_cast<SetFactors*>(memory_)[not_kept(warp())];
-  }
-
-  BATCHOPS_DEVICE void sweep_small(int32_t item) {
-    const Slot keeper = take_slot(true);
-    const int32_t tensor = tensor_of(item);
-    if (tensor < 0) return;
-    const Entry& x = entry(tensor);
-    __syncwarp();
+  BATCHOPS_DEVICE void sweep_small_ones(int32_t& at_item, int32_t& turn) {
+    const Table& table = args_.table;
+    SmallShared& of_warp = reinterpret_cast<SmallShared*>(memory_)[warp()];
+    const Slot kept = slot(0);
+    int32_t item = at_item;
     if (lane() == 0) {
-      const int32_t set = args_.set_of(tensor, x);
-      if (set != warp_factors().set) warp_factors() = {Factors(args_.set(set), divisor()), set};
+      of_warp.set = -1;
+      of_warp.item = item;
+      of_warp.turn = turn;
+      of_warp.kept = kept_;
+      of_warp.deferred = deferred_;
+      of_warp.settled = settled_;
+      of_warp.order = order_;
     }
+    sweep_small_ones(item, kept, of_warp);
     __syncwarp();
-    const Factors& factors = warp_factors().factors;
-    const Part part(x);
-    const Units wide = Units::wide(part), narrow = Units::narrow(part, wide);
-    double sums[kSums] = {};
-    if (wide.count > 0) {
-      Algorithm::template first<Any, Any, kWidth>(x, wide, factors, NotFetched{}, keeper, sums);
-    }
-    if (narrow.count > 0) {
-      Algorithm::template first<Any, Any, 1>(x, narrow, factors, NotFetched{}, keeper, sums);
-    }
+    at_item = of_warp.item;
+    turn = of_warp.turn;
+    kept_ = of_warp.kept;
+    deferred_ = of_warp.deferred;
+    settled_ = of_warp.settled;
+    order_ = of_warp.order;
+  }
+  BATCHOPS_DEVICE void sweep_small_ones(int32_t item, Slot kept, SmallShared& of_set) const {
+    const Table& table = args_.table;
+    for (; item < table.items(); item += blocks()) {
+      const int32_t index = (item - table.chunks) * kWarps + warp();
+      if (index >= table.smalls) return;
+      const int32_t tensor = table.tensor_of[table.chunks + index];
+      const Entry& x = entry(tensor);
+      __syncwarp();
+      if (lane() == 0) {
+        const int32_t set = args_.set_of(tensor, x);
+        if (set != of_set.set) of_set.factors = Factors(args_.set(set), divisor());
+        of_set.set = set;
+      }
+      __syncwarp();
+      const Factors& factors = of_set.factors;
+      const Part part = Part::whole(x);
+      double sums[kSums] = {};
+      if (part.units > 0) {
+        Algorithm::template first<Any, Any, kWidth>(part, Units::wide(part, kWarp), factors,
+                                                    NotFetched{}, kept, sums);
+      }
+      if (part.rest > 0) {
+        Algorithm::template first<Any, Any, 1>(part, Units::narrow(part, kWarp), factors,
+                                               NotFetched{}, kept, sums);
+      }
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
-    if (lane() == 0) find_outcome<false>(tensor, x, sums);
+      for (int i = 0; i < kSums; ++i) sums[i] = warp_sum(sums[i]);
+      if (lane() == 0) find_outcome<false>(tensor, args_.set_of(tensor, x), x.numel, sums);
+      __syncwarp();
+      second<true, kWarp>(Part::whole(entry(not_kept(tensor))), factors,
+                          Outcome(args_.outcomes[tensor]), kept, Slot{});
+    }
   }
 
-  // Second sweeps over the items that are kept longest, of those before the last `gap` before
+  // Second sweeps over the chunks that are kept longest, of those before the last `gap` before
   // `item`, until at most `most` are kept.
   BATCHOPS_DEVICE void settle(int32_t item, int32_t turn, int32_t gap, int32_t most) {
     for (; kept_ > most; --kept_) {
       const int32_t oldest = item - (kept_ + gap) * blocks();
-      const Entry* x = &settled_at(turn);
-      const Outcome* outcome = &shared().outcomes[at(turn, 2)];
-      if (shared().outcome_chunks[at(turn, 2)] != oldest) {
+      Part x;
+      Outcome outcome;
+      if (shared().outcome_chunks[at(turn, 2)] == oldest) {
+        x = settled_at(turn);
+        outcome = shared().outcomes[at(turn, 2)];
+      } else {
         const int32_t tensor = tensor_of(oldest);
-        __syncwarp();  // a small tensor's outcome is of this warp's lane 0
-        if (tensor < 0) continue;
-        if (is_chunk(oldest)) wait_for_outcome(tensor);
-        x = &entry(tensor);
-        outcome = &args_.outcomes[tensor];
+        wait_for_outcome(tensor);
+        x = Part::of_chunks(entry(tensor), oldest);
+        outcome = args_.outcomes[tensor];
       }
       const bool fetched = Algorithm::kFetchesSecond && oldest == fetched_second_;
       if (fetched) wait_for_copies();
-      second<true>(part_of(oldest, *x), factors_at(turn), Outcome(*outcome), slot(kept_),
-                   fetched ? stage() : Slot{});
+      second<true, kThreads>(x, factors_at(turn), outcome, slot(kept_), fetched ? stage() : Slot{});
     }
   }
 
-  // Where the part was kept, the factors may be those of another tensor.
-  template <bool kKept>
-  BATCHOPS_DEVICE void second(const Part& part, const Factors& factors, const Outcome& outcome,
+  // Where the part was kept, the factors may be those of another tensor. Small tensors are not
+  // worth code for each type.
+  template <bool kKept, int kBy>
+  BATCHOPS_DEVICE void second(const Part& x, const Factors& factors, const Outcome& outcome,
                               const Slot& slot, const Slot& stage) const {
     constexpr bool kGrad = Algorithm::kGradAgain && !kKept;
-    with_units<kGrad>(
-        part, Algorithm::typed_second(outcome),
+    with_units<kBy, kGrad>(
+        x, kBy == kThreads && Algorithm::typed_second(outcome),
         [&](auto p, auto g, auto width, const Units& units) {
           Algorithm::template second<kKept, typename decltype(p)::type, typename decltype(g)::type,
-                                     decltype(width)::value>(part.x, units, factors, outcome, slot,
+                                     decltype(width)::value>(x, units, factors, outcome, slot,
                                                              stage);
         });
   }
@@ -715,11 +758,11 @@ class Step {
   // That is the chunks that were not kept, if any, and those that were, if the next tensor's are
   // not.
   BATCHOPS_DEVICE void defer(int32_t item, int32_t turn) {
-    const Entry& x = entry_at(turn);
-    const int32_t next = item + blocks(), left_out = item - room_for(x) * blocks();
-    if (next <= x.last_chunk()) return;
+    const Place& x = place_at(turn);
+    const int32_t next = item + blocks(), left_out = item - x.room;
+    if (next <= x.last_chunk) return;
     const bool some = left_out >= x.first_chunk;
-    if (!some && (deferred_ >= 0 || !is_chunk(next) || is_kept(next, turn + 1))) return;
+    if (!some && (deferred_ >= 0 || !is_chunk(next) || is_kept(turn + 1))) return;
     // All have met in the sweep since they had those of others in use, and will meet the scout.
     if (threadIdx.x == 0) {
       shared().left_out = some ? left_out : -1;
@@ -737,7 +780,7 @@ class Step {
     const Entry& x = entry(tensor);
     const Outcome outcome = args_.outcomes[tensor];
     for (int32_t item = last; item >= x.first_chunk; item -= blocks()) {
-      second<false>(Part(x, item), factors_again(), outcome, Slot{}, Slot{});
+      second<false, kThreads>(Part::of_chunks(x, item), factors_again(), outcome, Slot{}, Slot{});
     }
   }
 
@@ -761,11 +804,17 @@ class Step {
   BATCHOPS_DEVICE uint32_t word_of(int32_t tensor) const {
     return lane() < kWords ? reinterpret_cast<const uint32_t*>(&entry(tensor))[lane()] : 0;
   }
-  BATCHOPS_DEVICE static void put_word(Entry& to, uint32_t word) {
-    if (lane() < kWords) reinterpret_cast<uint32_t*>(&to)[lane()] = word;
+  // The entry whose words the lanes have.
+  BATCHOPS_DEVICE static Entry entry_of(uint32_t word) {
+    uint32_t words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = __shfl_sync(kAllLanes, word, i);
+    Entry x;
+    memcpy(&x, words, sizeof(x));
+    return x;
   }
 
-  // Before the first turn: the entries of the first two, and what the first turn looks at.
+  // Before the first turn: the parts of the first two, and what the first turn looks at.
   BATCHOPS_DEVICE Lookout look_out() const {
     Lookout now{0, 0, 0, -1};
     if (lane() < 4 && is_chunk(chunk_at(lane()))) now.tensors = tensor_of(chunk_at(lane()));
@@ -782,25 +831,32 @@ class Step {
     return now;
   }
 
-  // The entry of a turn's chunk.
+  // A turn's chunk.
   BATCHOPS_DEVICE void describe(const Lookout& now, uint32_t word, int32_t turn) const {
-    put_word(shared().entries[at(not_kept(turn), 4)], word);
-    const int32_t tensor = tensor_at(now, turn);
-    if (lane() == 0) shared().entry_tensors[at(turn, 4)] = tensor;
+    const int32_t chunk = chunk_at(turn), tensor = tensor_at(now, turn);
+    if (!is_chunk(chunk)) return;
+    const Entry x = entry_of(word);
+    if (lane() != 0) return;
+    const int32_t room = room_for(x) * blocks();
+    Part part = Part::of_chunks(x, chunk);
+    part.kept = x.last_chunk() - chunk < room;
+    part_at(turn) = part;
+    place_at(turn) = {tensor, args_.set_of(tensor, x), x.first_chunk, x.last_chunk(), x.rank, room};
   }
-  // That of the chunk that makes room in the turn.
+  // The chunk that makes room in the turn.
   BATCHOPS_DEVICE void describe_settled(Lookout& now, int32_t turn) const {
     const int32_t oldest = chunk_at(turn - room());
     const int32_t tensor = tensor_at(now, turn - room() + kWarp);
     if (turn < room() || !is_chunk(oldest)) return;
     if (tensor != now.settled_tensor) now.settled = word_of(tensor);
     now.settled_tensor = tensor;
-    put_word(settled_at(turn), now.settled);
+    const Entry x = entry_of(now.settled);
+    if (lane() == 0) settled_at(turn) = Part::of_chunks(x, oldest);
   }
 
   BATCHOPS_DEVICE void look_ahead(Lookout now) const {
     if (is_chunk(chunk_at(0)) && lane() == 0) {
-      factors_at(0) = Factors(args_.set(set_at(0)), divisor());
+      factors_at(0) = Factors(args_.set(place_at(0).set), divisor());
     }
     if (lane() == 0) shared().outcome_chunks[0] = -1;
     meet();
@@ -816,17 +872,12 @@ class Step {
     meet();
   }
 
-  // The set of a turn's chunk.
-  BATCHOPS_DEVICE int32_t set_at(int32_t turn) const {
-    return args_.set_of(shared().entry_tensors[at(turn, 4)], entry_at(turn));
-  }
-
   // What the sweeping warps need in that turn, which is the next, beside its entry.
   BATCHOPS_DEVICE void prepare(Lookout& now, int32_t turn) const {
     describe_settled(now, turn + kSettleAhead - 1);
     if (is_chunk(chunk_at(turn)) && lane() == 0) {
-      const int32_t set = set_at(turn);
-      if (set_at(turn - 1) == set) {
+      const int32_t set = place_at(turn).set;
+      if (place_at(turn - 1).set == set) {
         factors_at(turn) = factors_at(turn - 1);
       } else {
         factors_at(turn) = Factors(args_.set(set), divisor());
@@ -838,7 +889,7 @@ class Step {
     const int32_t tensor_before = tensor_at(now, turn - 1 - room() + kWarp);
     // Not before the sweep over this block's last chunk of it, which may be in the turn before.
     const bool early = turn >= room() && is_chunk(chunk_at(turn)) &&
-                       tensor != tensor_at(now, turn - 1) && is_kept(chunk_at(turn - 1), turn - 1);
+                       tensor != tensor_at(now, turn - 1) && is_kept(turn - 1);
     if (lane() == 0) {
       const int32_t before = shared().outcome_chunks[at(turn - 1, 2)];
       shared().outcome_chunks[at(turn, 2)] = early ? oldest : -1;
@@ -861,8 +912,7 @@ class Step {
     if (is_chunk(item)) say<kFree>();
     for (int32_t turn = 0; is_chunk(item); item += blocks(), ++turn) {
       wait_to_be<kFull>();
-      const Entry x = entry_at(turn);
-      const int32_t tensor = shared().entry_tensors[at(turn, 4)];
+      const Place place = place_at(turn);
       double sums[kSums];
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
@@ -871,16 +921,13 @@ class Step {
       }
       // Each sum has been shuffled to all lanes, so that all have read theirs.
       if (is_chunk(item + blocks())) say<kFree>();
-      arrive(item, tensor, x, sums);
+      arrive(item, place, sums);
     }
   }
 
   // Sums come together by groups of chunks, and these by tensors.
-  static BATCHOPS_DEVICE int32_t groups_of(const Entry& x) {
-    return (x.chunks() + kGroup - 1) / kGroup;
-  }
   // The first of a tensor's groups; more than any of an earlier tensor.
-  static BATCHOPS_DEVICE int32_t first_group(const Entry& x) {
+  static BATCHOPS_DEVICE int32_t first_group(const Place& x) {
     return x.first_chunk / kGroup + x.rank;
   }
 
@@ -890,9 +937,10 @@ class Step {
   }
 
   // Brings the sums of a chunk.
-  BATCHOPS_DEVICE void arrive(int32_t item, int32_t tensor, const Entry& x,
-                              double (&sums)[kSums]) const {
-    const int32_t chunks = x.chunks(), groups = groups_of(x);
+  BATCHOPS_DEVICE void arrive(int32_t item, const Place& x, double (&sums)[kSums]) const {
+    const int64_t numel = entry(x.tensor).numel;  // asked for before it is needed
+    const int32_t chunks = x.last_chunk + 1 - x.first_chunk;
+    const int32_t groups = (chunks + kGroup - 1) / kGroup;
     const int32_t chunk = item - x.first_chunk, group = chunk / kGroup;
     const int32_t in_group = group + 1 < groups ? kGroup : chunks - group * kGroup;
     const int32_t place = first_group(x);
@@ -910,13 +958,13 @@ class Step {
     };
     add_up(args_.sums + (int64_t{x.first_chunk} + group * kGroup) * kSums, in_group);
     if (groups > 1) {
-      if (!is_last(&args_.arrivals[tensor], groups, sums,
+      if (!is_last(&args_.arrivals[x.tensor], groups, sums,
                    args_.group_sums + int64_t{place + group} * kSums)) {
         return;
       }
       add_up(args_.group_sums + int64_t{place} * kSums, groups);
     }
-    if (lane() == 0) find_outcome<true>(tensor, x, sums);
+    if (lane() == 0) find_outcome<true>(x.tensor, x.set, numel, sums);
   }
 
   // Stores the sums and says whether they are the last of `count`: then all are there to see.
@@ -936,11 +984,10 @@ class Step {
 
   // Statistics are nobody's haste, so they come after what others wait for.
   template <bool kPublish>
-  BATCHOPS_DEVICE void find_outcome(int32_t tensor, const Entry& x,
+  BATCHOPS_DEVICE void find_outcome(int32_t tensor, int32_t set, int64_t numel,
                                     const double (&sums)[kSums]) const {
     const auto find = [&](TensorStats& stats) {
-      return Algorithm::outcome(args_.set(args_.set_of(tensor, x)), sums, x.numel, divisor(),
-                                args_.scale(), stats);
+      return Algorithm::outcome(args_.set(set), sums, numel, divisor(), args_.scale(), stats);
     };
     TensorStats stats;
     args_.outcomes[tensor] = find(stats);

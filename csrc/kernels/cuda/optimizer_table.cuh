@@ -39,11 +39,6 @@ struct Entry {
   int16_t wide;             // all of them aligned to kWidth elements
   int32_t rank;             // by first_chunk, among the tensors that have chunks
 
-  // What the formulas take for p.
-  BATCHOPS_DEVICE void* exact() const { return master == nullptr ? p : master; }
-  BATCHOPS_DEVICE DType exact_dtype() const {
-    return master == nullptr ? static_cast<DType>(p_dtype) : DType::f32;
-  }
   BATCHOPS_DEVICE int32_t chunks() const { return chunks_of(numel); }
   BATCHOPS_DEVICE int32_t last_chunk() const { return first_chunk + chunks() - 1; }
 };
@@ -78,30 +73,62 @@ struct Table {
   __host__ __device__ int32_t items() const { return chunks + (smalls + kWarps - 1) / kWarps; }
 };
 
-// Elements of one tensor, and a thread among those that share them.
-struct Part {
-  const Entry& x;
-  int64_t begin;
-  int32_t count;
-  int32_t thread, threads;
+// Of an element, of a dtype that optimizers take.
+BATCHOPS_DEVICE constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-  // A chunk, or several from one on, all threads of the block.
-  BATCHOPS_DEVICE Part(const Entry& entry, int32_t item, int32_t chunks = 1)
-      : x(entry),
-        begin((item - entry.first_chunk) * int64_t{kChunk}),
-        thread(static_cast<int32_t>(threadIdx.x)),
-        threads(kThreads) {
-    const int64_t left = entry.numel - begin;
-    const int64_t most = int64_t{chunks} * kChunk;
-    count = static_cast<int32_t>(left < most ? left : most);
+// Elements of a tensor: its arrays from the first of them on.
+struct Part {
+  void* p;  // what the formulas take for it
+  const void* g;
+  float* m;
+  float* v;
+  void* copy;     // of p, which is a master, at low precision; or null
+  int32_t units;  // of kWidth elements each
+  int32_t rest;   // elements that come after them
+  int8_t p_type, g_type, copy_type;
+  int8_t kept;  // see Step
+
+  Part() = default;
+  // So many elements from `begin` on.
+  BATCHOPS_DEVICE Part(const Entry& x, int64_t begin, int32_t count)
+      : g(from(x.g, begin, x.g_dtype)),
+        m(from(x.m, begin)),
+        v(from(x.v, begin)),
+        units(x.wide ? static_cast<int32_t>(count / unsigned{kWidth}) : 0),
+        rest(count - units * kWidth),
+        g_type(x.g_dtype),
+        copy_type(x.p_dtype),
+        kept(0) {
+    const bool master = x.master != nullptr;
+    void* const own = from(x.p, begin, x.p_dtype);
+    p = master ? from(x.master, begin) : own;
+    p_type = master ? static_cast<int8_t>(DType::f32) : x.p_dtype;
+    copy = master ? own : nullptr;
   }
-  // A small tensor, the threads of this warp.
-  BATCHOPS_DEVICE explicit Part(const Entry& entry)
-      : x(entry),
-        begin(0),
-        count(static_cast<int32_t>(entry.numel)),
-        thread(static_cast<int32_t>(threadIdx.x % kWarp)),
-        threads(kWarp) {}
+  // A chunk, or several from one on.
+  BATCHOPS_DEVICE static Part of_chunks(const Entry& x, int32_t item, int32_t chunks = 1) {
+    const int64_t begin = (item - x.first_chunk) * int64_t{kChunk};
+    const int64_t left = x.numel - begin, most = int64_t{chunks} * kChunk;
+    return Part(x, begin, static_cast<int32_t>(left < most ? left : most));
+  }
+  BATCHOPS_DEVICE static Part whole(const Entry& small) {
+    return Part(small, 0, static_cast<int32_t>(small.numel));
+  }
+
+  BATCHOPS_DEVICE DType p_dtype() const { return static_cast<DType>(p_type); }
+  BATCHOPS_DEVICE DType g_dtype() const { return static_cast<DType>(g_type); }
+  BATCHOPS_DEVICE DType copy_dtype() const { return static_cast<DType>(copy_type); }
+
+ private:
+  template <class T>
+  BATCHOPS_DEVICE static T* from(T* array, int64_t begin, int8_t dtype = 0) {
+    static_assert(static_cast<int>(DType::f32) == 0);
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    auto* const bytes = reinterpret_cast<Byte*>(array);
+    return array == nullptr
+               ? nullptr
+               : reinterpret_cast<T*>(bytes + begin * bytes_of(static_cast<DType>(dtype)));
+  }
 };
 
 // Calls f(TypeIs<T>{}) for the dtype; the whole warp takes the same branch.
@@ -123,13 +150,13 @@ struct Any {};
 template <class T>
 using Held = std::conditional_t<std::is_same_v<T, Any>, float, T>;
 
-// An array out of the table, from some element on, read and written in units of W.
+// An array of a part, read and written in units of W.
 template <class T>
 class Memory {
  public:
   // T says the dtype already, unless it is Any.
-  BATCHOPS_DEVICE Memory(const void* array, DType dtype, int64_t begin)
-      : at_(static_cast<const char*>(array) + begin * size_of(dtype)), dtype_(dtype) {}
+  BATCHOPS_DEVICE Memory(const void* array, DType dtype, int32_t begin)
+      : at_(static_cast<const char*>(array) + begin * bytes_of(dtype)), dtype_(dtype) {}
 
   // `once`: Once or nothing.
   template <int W, class... Policy>
@@ -177,49 +204,54 @@ class Memory {
 
 // Units of a part, and this thread's among them: `thread`, `thread + threads`, …
 struct Units {
-  int64_t begin;  // element of the tensor
+  int32_t begin;  // the first one's element
   int32_t count;
   int32_t thread, threads;
   int32_t kept;  // elements of the part that are this thread's before these
 
-  // kWidth elements each.
-  BATCHOPS_DEVICE static Units wide(const Part& part) {
-    return {part.begin, part.x.wide ? static_cast<int32_t>(part.count / unsigned{kWidth}) : 0,
-            part.thread, part.threads, 0};
+  // kWidth elements each. Constants for `threads` save instructions.
+  BATCHOPS_DEVICE static Units wide(const Part& part, int32_t threads) {
+    return {0, part.units, thread_of(threads), threads, 0};
   }
-  // What `wide` leaves, one by one: all of it or, by the thread whose next unit that would be, less
+  // The rest, one by one: all of the part or, by the thread whose next unit that would be, less
   // than a unit.
-  BATCHOPS_DEVICE static Units narrow(const Part& part, const Units& wide) {
-    const int32_t done = wide.count * kWidth, count = part.count - done;
-    if (done == 0) return {part.begin, count, part.thread, part.threads, 0};
-    const auto units = static_cast<unsigned>(wide.count);
-    const auto threads = static_cast<unsigned>(part.threads);
-    const bool own = static_cast<unsigned>(part.thread) == units % threads;
-    return {part.begin + done, own ? count : 0, 0, 1,
-            static_cast<int32_t>(units / threads) * kWidth};
+  BATCHOPS_DEVICE static Units narrow(const Part& part, int32_t threads) {
+    if (part.units == 0) return {0, part.rest, thread_of(threads), threads, 0};
+    const auto units = static_cast<unsigned>(part.units);
+    const auto by = static_cast<unsigned>(threads);
+    const bool own = static_cast<unsigned>(thread_of(threads)) == units % by;
+    return {part.units * kWidth, own ? part.rest : 0, 0, 1,
+            static_cast<int32_t>(units / by) * kWidth};
+  }
+
+ private:
+  // Those of a block, or else of a warp.
+  BATCHOPS_DEVICE static int32_t thread_of(int32_t threads) {
+    return static_cast<int32_t>(threads == kThreads ? threadIdx.x : threadIdx.x % kWarp);
   }
 };
 
 // Calls sweep(TypeIs<P>, TypeIs<G>, integral_constant W, units) with the types of p and g or, not
 // `typed` or one by one, Any. Without kGrad G is Any in any case.
-template <bool kGrad, class Sweep>
+template <int kBy, bool kGrad, class Sweep>
 BATCHOPS_DEVICE void with_units(const Part& part, bool typed, Sweep&& sweep) {
-  const Units wide = Units::wide(part);
   constexpr std::integral_constant<int, kWidth> width;
-  if (wide.count > 0 && !typed) {
-    sweep(TypeIs<Any>{}, TypeIs<Any>{}, width, wide);
-  } else if (wide.count > 0) {
-    with_element(part.x.exact_dtype(), [&](auto p) {
-      if constexpr (kGrad) {
-        with_element(static_cast<DType>(part.x.g_dtype), [&](auto g) { sweep(p, g, width, wide); });
-      } else {
-        sweep(p, TypeIs<Any>{}, width, wide);
-      }
-    });
+  if (part.units > 0) {
+    const Units wide = Units::wide(part, kBy);
+    if (!typed) {
+      sweep(TypeIs<Any>{}, TypeIs<Any>{}, width, wide);
+    } else {
+      with_element(part.p_dtype(), [&](auto p) {
+        if constexpr (kGrad) {
+          with_element(part.g_dtype(), [&](auto g) { sweep(p, g, width, wide); });
+        } else {
+          sweep(p, TypeIs<Any>{}, width, wide);
+        }
+      });
+    }
   }
-  const Units narrow = Units::narrow(part, wide);
-  if (narrow.count > 0) {
-    sweep(TypeIs<Any>{}, TypeIs<Any>{}, std::integral_constant<int, 1>{}, narrow);
+  if (part.rest > 0) {
+    sweep(TypeIs<Any>{}, TypeIs<Any>{}, std::integral_constant<int, 1>{}, Units::narrow(part, kBy));
   }
 }
 
