@@ -217,9 +217,11 @@ struct ChunkGrid {
   int64_t slots;   // chunks of a channel in all
   int64_t across;  // channels (channels_first), tiles of them (channels_last)
   WideDivide by_across;
-  int64_t pieces;  // of work
-  bool padded;     // rows are walked as if they were as long as the mask's
-  RowSplit plane;  // channels_first: units of a row
+  int64_t pieces;     // of work
+  bool padded;        // rows are walked as if they were as long as the mask's
+  unsigned columns;   // units of a row that are elements, where rows are short
+  int64_t of_sample;  // elements from a channel's row to that of the next sample
+  RowSplit plane;     // channels_first: units of a row
   WideDivide by_plane;
   RowTiles tiles;    // channels_last
   int together = 1;  // channels whose planes are taken together (PlanesChunk)
@@ -238,22 +240,24 @@ struct ChunkGrid {
         chunks(of_ghost),
         slots(of_channel),
         across(plan.C),
-        padded(with_mask && plan.row() % 8 != 0) {
+        padded(with_mask && plan.row() % 8 != 0),
+        columns(static_cast<unsigned>(plan.row() / width)),
+        of_sample(plan.C * plan.HxW) {
     const int64_t row = (padded ? round_up<int64_t>(plan.row(), 8) : plan.row()) / width;
-    int64_t of_sample = plan.HxW;
+    int64_t in_sample = plan.HxW;
     if (plan.channels_last()) {
       int group = with_mask ? ceil_divide(8, width) : 1;
       if (row * width > tile && even / width > group) group = even / width;
       tiles = RowTiles(row, tile / width, group);
       across = tiles.tiles;
     } else {
-      of_sample = row;
+      in_sample = row;
       chunk /= width;
       plane = RowSplit(row);
       by_plane = WideDivide(row);
     }
-    length = plan.samples * of_sample;
-    last_length = plan.last_samples * of_sample;
+    length = plan.samples * in_sample;
+    last_length = plan.last_samples * in_sample;
     by_across = WideDivide(across);
     pieces = slots * across;
   }
@@ -381,8 +385,9 @@ template <int W>
 struct Chunk<Layout::channels_first, W> {
   static constexpr int kWidth = W;
   static constexpr int kChannels = 1;
-  static constexpr int kAtOnce = W;        // elements of a unit that are worked on together
-  static constexpr int kMostChannels = 1;  // of a block
+  static constexpr int kAtOnce = W;           // elements of a unit that are worked on together
+  static constexpr int kMostChannels = 1;     // of a block
+  static constexpr bool kTellsFirst = false;  // there is holds(), for less than place()
   const ChunkGrid& grid;
   ChunkPlace at;
   int64_t first_plane, first_column;
@@ -455,6 +460,7 @@ struct Chunk<Layout::channels_last, W> {
   static constexpr int kChannels = W;
   static constexpr int kAtOnce = W == 8 ? 4 : W;
   static constexpr int kMostChannels = kTileChannels;
+  static constexpr bool kTellsFirst = true;
   const ChunkGrid& grid;
   ChunkPlace at;
   int row_of_block, unit, column;
@@ -481,6 +487,10 @@ struct Chunk<Layout::channels_last, W> {
     const unsigned r = (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
     const int64_t offset = start + batch * (kInFlight * step) + u * step;
     return {offset, at.begin + r, column, active && r < at.length};
+  }
+  BATCHOPS_DEVICE bool holds(int batch, int u) const {
+    const unsigned r = (batch * kInFlight + u) * grid.tiles.rows_at_once + row_of_block;
+    return active && r < at.length;
   }
   // Whether all units of this batch are valid in the threads that are active; of the others' sums
   // nobody takes notice.
@@ -561,6 +571,33 @@ struct Chunk<Layout::channels_last, W> {
   }
 };
 
+// channels_first where sets flow: then rows have less than 2^30 units.
+template <int W>
+struct FlowChunk : Chunk<Layout::channels_first, W> {
+  static constexpr bool kTellsFirst = true;
+  int64_t start;  // the first unit's row, if it began there
+
+  BATCHOPS_DEVICE FlowChunk(const ChunkGrid& g, const ChunkPlace& place)
+      : Chunk<Layout::channels_first, W>(g, place) {
+    start = (this->first_plane * g.C + this->at.across) * g.HxW;
+  }
+
+  BATCHOPS_DEVICE Place place(int batch, int u) const {
+    const ChunkGrid& grid = this->grid;
+    const unsigned t = (batch * kInFlight + u) * kThreads + threadIdx.x;
+    unsigned plane, column;
+    grid.plane.step(static_cast<unsigned>(this->first_column), t, plane, column);
+    return {start + plane * grid.of_sample + column * unsigned{W},
+            (this->first_plane + plane) * grid.C + this->at.across, int64_t{column} * W,
+            t < this->at.length && column < grid.columns};
+  }
+  // Whether place() will be valid.
+  BATCHOPS_DEVICE bool holds(int batch, int u) const {
+    const unsigned t = (batch * kInFlight + u) * kThreads + threadIdx.x;
+    return this->grid.padded ? place(batch, u).valid : t < this->at.length;
+  }
+};
+
 // Planes of neighbouring channels taken together: a row of whole units in each sample, of which a
 // thread has one, in every few samples. The chunk's length is in samples, its tile those channels.
 template <int W>
@@ -569,6 +606,7 @@ struct PlanesChunk {
   static constexpr int kChannels = W;  // an element each, of one of two channels
   static constexpr int kAtOnce = W == 8 ? 4 : W;
   static constexpr int kMostChannels = kThreads / kWarp;
+  static constexpr bool kTellsFirst = false;
   const ChunkGrid& grid;
   ChunkPlace at;
   int row_of_block, unit;
@@ -657,6 +695,20 @@ struct PlanesChunk {
     __syncthreads();
   }
 };
+
+// Calls use(place), where place() tells where the unit is, if there is one; says whether.
+template <class MyChunk, class Use>
+BATCHOPS_DEVICE bool use_unit(const MyChunk& chunk, int batch, int u, Use&& use) {
+  if constexpr (MyChunk::kTellsFirst) {
+    if (!chunk.holds(batch, u)) return false;
+    use([&] { return chunk.place(batch, u); });
+  } else {
+    const Place place = chunk.place(batch, u);
+    if (!place.valid) return false;
+    use([&] { return place; });
+  }
+  return true;
+}
 
 // One piece of step 3, a batch of kInFlight units a thread after the other:
 //   for (Piece<kLayout, W> piece(grid, i); piece.more(); piece.next()) … piece.place(u, …)
@@ -771,26 +823,39 @@ BATCHOPS_DEVICE void take_all(MyPiece& piece, Take take) {
 
 // Coefficients of a tile's channels in shared memory, for threads with eight each: four at a time,
 // so that neighbours find theirs in different banks.
+template <class T>
 struct AffineTable {
   static constexpr int kAtOnce = 4;
-  float4 values[3][2][kTileChannels / (2 * kAtOnce)];
+  float4 values[kFolded<T> ? 2 : 3][2][kTileChannels / (2 * kAtOnce)];
 
-  BATCHOPS_DEVICE void set(int channel, const Affine& a) {
+  BATCHOPS_DEVICE void set(int channel, const AffineOf<T>& a) {
     const int unit = channel / (2 * kAtOnce);
     const int half = channel / kAtOnce % 2;
     const int j = channel % kAtOnce;
-    reinterpret_cast<float*>(&values[0][half][unit])[j] = a.mean;
-    reinterpret_cast<float*>(&values[1][half][unit])[j] = a.scale;
-    reinterpret_cast<float*>(&values[2][half][unit])[j] = a.shift;
+    reinterpret_cast<float*>(&values[0][half][unit])[j] = a.scale;
+    reinterpret_cast<float*>(&values[1][half][unit])[j] = a.shift;
+    if constexpr (!kFolded<T>) reinterpret_cast<float*>(&values[2][half][unit])[j] = a.mean;
   }
-  BATCHOPS_DEVICE void get(int unit, int half, Affine (&to)[kAtOnce]) const {
-    const float4 mean = values[0][half][unit];
-    const float4 scale = values[1][half][unit];
-    const float4 shift = values[2][half][unit];
-    to[0] = {mean.x, scale.x, shift.x};
-    to[1] = {mean.y, scale.y, shift.y};
-    to[2] = {mean.z, scale.z, shift.z};
-    to[3] = {mean.w, scale.w, shift.w};
+  BATCHOPS_DEVICE void get(int unit, int half, AffineOf<T> (&to)[kAtOnce]) const {
+    float scale[kAtOnce], shift[kAtOnce], mean[kAtOnce] = {};
+    get(0, unit, half, scale);
+    get(1, unit, half, shift);
+    if constexpr (!kFolded<T>) get(2, unit, half, mean);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      to[j].mean = mean[j];
+      to[j].scale = scale[j];
+      to[j].shift = shift[j];
+    }
+  }
+
+ private:
+  BATCHOPS_DEVICE void get(int which, int unit, int half, float (&to)[kAtOnce]) const {
+    const float4 four = values[which][half][unit];
+    to[0] = four.x;
+    to[1] = four.y;
+    to[2] = four.z;
+    to[3] = four.w;
   }
 };
 

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   // Many channels a thread leave few registers: coefficients are read again for each unit.
   constexpr bool kCrowded = kChannels == 8;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
-  using Table = std::conditional_t<kCrowded, AffineTable, int>;
+  using Table = std::conditional_t<kCrowded, AffineTable<T>, int>;
   BATCHOPS_SHARED(table, Table);
   BATCHOPS_SHARED(of_channel, float2[MyChunk::kMostChannels]);
   const Gradients& gradients = args.gradients;
@@ -44,25 +44,26 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 
   for (int64_t piece = blockIdx.x; piece < args.grid.pieces; piece += gridDim.x) {
     const MyChunk chunk(args.grid, piece);
-    Affine affine[kCrowded ? 1 : kChannels] = {};
+    AffineOf<T> affine[kCrowded ? 1 : kChannels] = {};
     if constexpr (kCrowded) {
       const int channels = chunk.channels();
       for (int r = threadIdx.x; r < channels; r += kThreads) {
-        table.set(r, gradients.affine(chunk.at.ghost, chunk.first_channel() + r));
+        table.set(r, AffineOf<T>(gradients.affine(chunk.at.ghost, chunk.first_channel() + r)));
       }
       __syncthreads();
     } else {
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
         if (chunk.has_channel(j)) {
-          affine[j] = gradients.affine(chunk.at.ghost, chunk.first_channel() + chunk.local(j));
+          affine[j] =
+              AffineOf<T>(gradients.affine(chunk.at.ghost, chunk.first_channel() + chunk.local(j)));
         }
       }
     }
     float sums[2][kChannels];
     sums_of<T, kLoadsAhead<Act, kCrowded>, false>(
         chunk, args.tensors, act, affines_of<W>(table, affine, chunk), [](int) {},
-        [&](int, const Place& place, Loaded<T, W>& to) { fetch(place, to); }, scratch, sums);
+        [&](int, const auto& place, Loaded<T, W>& to) { fetch(place(), to); }, scratch, sums);
 
     if (chunk.writes_any()) {
 #pragma unroll
@@ -183,15 +184,15 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
     Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
     constexpr int kSets = kChannelsLast ? W : kAhead;
-    float4 of_channel[kSets];
-    float shift_of[kSets] = {};
+    DirectionOf<T> of_channel[kSets];
+    const auto direction_at = [&](int64_t column) {
+      const float4 d = direction[column];
+      return DirectionOf<T>({d.x, d.y, d.z, d.w, recompute ? shift[column] : 0.0f});
+    };
     if constexpr (kChannelsLast) {
       if (!piece.active) continue;
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        of_channel[j] = direction[piece.first_of_stats + j];
-        if (recompute) shift_of[j] = shift[piece.first_of_stats + j];
-      }
+      for (int j = 0; j < W; ++j) of_channel[j] = direction_at(piece.first_of_stats + j);
     }
     const auto take = [&](auto ahead, auto full, int first) {
       constexpr int kTaken = decltype(ahead)::value;
@@ -209,16 +210,9 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             to.dy = load_unit<T, W>(dy + place.offset);
             if (args.reads_x) to.x = load_unit<T, W>(x + place.offset);
             if (adds) to.residual = load_unit<T, W>(residual + place.offset);
-            if constexpr (!kChannelsLast) {
-              of_channel[u] = direction[of_stats[u]];
-              if (recompute) shift_of[u] = shift[of_stats[u]];
-            }
+            if constexpr (!kChannelsLast) of_channel[u] = direction_at(of_stats[u]);
           },
-          [&](int u, int j) {
-            const int at = kChannelsLast ? j : u;
-            const float4 d = of_channel[at];
-            return Direction{d.x, d.y, d.z, d.w, shift_of[at]};
-          });
+          [&](int u, int j) { return of_channel[kChannelsLast ? j : u]; });
     };
     take_all<kLayout, kAhead, kAnyActivation<Act>>(piece, take);
   }

@@ -17,11 +17,24 @@ constexpr const char* kBackward = "batch_norm_backward_cuda";
 // What dx takes of a column.
 struct Direction {
   float mean, scale, along, constant;
-  float shift;  // Affine::shift, to recompute z
+  float shift;  // Affine::shift
 
-  BATCHOPS_DEVICE Affine affine() const { return {mean, scale, shift}; }
+  // Where x is not centred.
+  BATCHOPS_DEVICE float constant_of_x() const { return __fmaf_rn(-mean, along, constant); }
+};
+// As elements of T take it.
+template <class T>
+struct DirectionOf {
+  AffineOf<T> affine;  // to recompute z
+  float along, constant;
+
+  DirectionOf() = default;
+  BATCHOPS_DEVICE explicit DirectionOf(const Direction& d)
+      : affine({d.mean, d.scale, d.shift}),
+        along(d.along),
+        constant(kFolded<T> ? d.constant_of_x() : d.constant) {}
   BATCHOPS_DEVICE float rest(float x) const {
-    return __fmaf_rn(along, affine().centred(x), constant);
+    return __fmaf_rn(along, affine.centred(x), constant);
   }
 };
 
@@ -48,6 +61,7 @@ struct Gradients {
   void* dbias;
   Parameters parameters;
   bool training;
+  bool centred;  // whether Σ dz · (x - mean) is what sums_of makes, or Σ dz · x
 
   BATCHOPS_DEVICE int64_t columns() const { return ghosts * C; }
   BATCHOPS_DEVICE Column column(int64_t ghost, int64_t c) const {
@@ -59,9 +73,9 @@ struct Gradients {
   }
 
   BATCHOPS_DEVICE ColumnSums sums(const Column& column, double sum, double product) const {
-    const double low = column.low;
+    const double off = centred ? column.low : static_cast<double>(column.mean) + column.low;
     const double rstd = column.rstd;
-    return {sum, rstd * (product - low * sum)};
+    return {sum, rstd * (product - off * sum)};
   }
   BATCHOPS_DEVICE Direction direction(const Column& column, int64_t ghost,
                                       const ColumnSums& sums) const {
@@ -93,7 +107,8 @@ inline Gradients gradients_of(const BatchNormBackward& args, const Plan& plan) {
           args.dweight,
           args.dbias,
           {args.weight, args.bias, args.shape.param_dtype},
-          args.training};
+          args.training,
+          args.shape.dtype != DType::bf16};
 }
 
 // Whether z is made from x; the residual is read only then.
@@ -186,16 +201,16 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
 
 // What gives the coefficients of channels first, first + 1 … of a thread: of `affine`, or of the
 // table where registers are short.
-template <int W, class Table, int kHeld, class MyChunk>
-BATCHOPS_DEVICE auto affines_of(const Table& table, const Affine (&affine)[kHeld],
+template <int W, class Table, class T, int kHeld, class MyChunk>
+BATCHOPS_DEVICE auto affines_of(const Table& table, const AffineOf<T> (&affine)[kHeld],
                                 const MyChunk& chunk) {
-  if constexpr (std::is_same_v<Table, AffineTable>) {
+  if constexpr (std::is_same_v<Table, AffineTable<T>>) {
     return [&](int first) {
       struct Four {
-        Affine of[AffineTable::kAtOnce];
-        BATCHOPS_DEVICE Affine operator()(int j) const { return of[j]; }
+        AffineOf<T> of[Table::kAtOnce];
+        BATCHOPS_DEVICE AffineOf<T> operator()(int j) const { return of[j]; }
       } four;
-      table.get(forgotten(chunk.local(0)) / W, first / AffineTable::kAtOnce, four.of);
+      table.get(forgotten(chunk.local(0)) / W, first / Table::kAtOnce, four.of);
       return four;
     };
   } else {
@@ -223,10 +238,11 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
   return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
 }
 
-// The sums Σ dz and Σ dz · (x - mean) of a chunk for the thread's channels, in those that write
-// them. affines(first) gives what gives the coefficients of its channel first + j; get(i, place,
-// loaded) fetches dy, x and residual of the thread's i-th unit, ready(batch) comes before those of
-// a batch. kShort: the chunk is too short for the errors of a plain sum to grow.
+// The sums Σ dz and Σ dz · (x - mean), see Gradients::centred, of a chunk for the thread's
+// channels, in those that write them. affines(first) gives what gives the coefficients of its
+// channel first + j; get(i, place, loaded) fetches dy, x and residual of the thread's i-th unit,
+// which lies at place(), and ready(batch) comes before those of a batch. kShort: the chunk is too
+// short for the errors of a plain sum to grow.
 template <class T, int kAhead, bool kShort, class MyChunk, class Act, class Affines, class Ready,
           class Get>
 BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Act& act,
@@ -249,14 +265,13 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
       bool valid[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const Place place = chunk.place(batch, part + u);
-        valid[u] = place.valid;
         loaded[u].bits = 0;
-        if (!place.valid) continue;
-        get(batch * kInFlight + part + u, place, loaded[u]);
-        if (Act::kNeedsZ && mask != nullptr) {
-          loaded[u].bits = bits_of(chunk, mask, args.mask_row, place);
-        }
+        valid[u] = use_unit(chunk, batch, part + u, [&](const auto& place) {
+          get(batch * kInFlight + part + u, place, loaded[u]);
+          if (Act::kNeedsZ && mask != nullptr) {
+            loaded[u].bits = bits_of(chunk, mask, args.mask_row, place());
+          }
+        });
       }
       constexpr int kAtOnce = MyChunk::kAtOnce;
 #pragma unroll
@@ -321,7 +336,7 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
     to_float<T, W>(loaded[u].x, v);
     if (adds) to_float<T, W>(loaded[u].residual, r);
     differentiate(
-        act, dz, v, r, [&](int j) { return direction_of(u, j).affine(); }, mask != nullptr, adds,
+        act, dz, v, r, [&](int j) { return direction_of(u, j).affine; }, mask != nullptr, adds,
         loaded[u].bits);
     if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
     if (dx == nullptr) continue;
@@ -332,7 +347,7 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
       for (int j = 0; j < W; ++j) rest[j] = direction_of(u, j).rest(v[j]);
     }
 #pragma unroll
-    for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(direction_of(u, j).scale, dz[j], rest[j]);
+    for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(direction_of(u, j).affine.scale, dz[j], rest[j]);
     store_unit<T, W>(dx + places[u].offset, dz);
   }
 }

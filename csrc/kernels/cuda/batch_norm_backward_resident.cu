@@ -27,11 +27,11 @@ struct From {
   }
 };
 
-// The thread's i-th unit of each tensor.
-template <class T, int W, class MyFetch>
+// The thread's i-th unit of each tensor, which lies at place().
+template <class T, int W, class MyFetch, class PlaceOf>
 BATCHOPS_DEVICE void get(const Kept<T, W>& kept, const MyFetch& fetch, int count, int i,
-                         const Place& place, Loaded<T, W>& to) {
-  if (!kept.has(i)) return fetch(place, to);
+                         const PlaceOf& place, Loaded<T, W>& to) {
+  if (!kept.has(i)) return fetch(place(), to);
   to.dy = kept.at(0, i);
   to.x = kept.at(1, i);
   if (count > 2) to.residual = kept.at(2, i);
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   BATCHOPS_SHARED(own_sums, float2[kMostResidentTile]);
-  BATCHOPS_SHARED(directions, Direction[kMostResidentTile]);
-  using Table = std::conditional_t<kCrowded, AffineTable, int>;
+  BATCHOPS_SHARED(directions, DirectionOf<T>[kMostResidentTile]);
+  using Table = std::conditional_t<kCrowded, AffineTable<T>, int>;
   BATCHOPS_SHARED(table, Table);
   const Tensors& tensors = args.tensors;
   constexpr int kTensors = kMayAdd<Act> ? 3 : 2;
@@ -95,17 +95,17 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const Bringing<kTensors, MyChunk, T, W> bringing{chunk, kept, from.of, count};
       bringing.start();
       const int channels = chunk.channels();
-      Affine affine[kCrowded ? 1 : kChannels] = {};
+      AffineOf<T> affine[kCrowded ? 1 : kChannels] = {};
       if constexpr (kCrowded) {
         for (int r = threadIdx.x; r < channels; r += kThreads) {
-          table.set(r, g.affine(ghost, chunk.first_channel() + r));
+          table.set(r, AffineOf<T>(g.affine(ghost, chunk.first_channel() + r)));
         }
         __syncthreads();
       } else {
 #pragma unroll
         for (int j = 0; j < kChannels; ++j) {
           if (chunk.has_channel(j)) {
-            affine[j] = g.affine(ghost, chunk.first_channel() + chunk.local(j));
+            affine[j] = AffineOf<T>(g.affine(ghost, chunk.first_channel() + chunk.local(j)));
           }
         }
       }
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       sums_of<T, kAhead, true>(
           chunk, tensors, act, affines_of<W>(table, affine, chunk),
           [&](int batch) { bringing.ready(batch); },
-          [&](int i, const Place& place, Loaded<T, W>& to) {
+          [&](int i, const auto& place, Loaded<T, W>& to) {
             get(kept, fetch, count, i, place, to);
           },
           scratch, sums);
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const double product = sum_of_lanes(all[1], lanes);
       if (r >= channels || lane != 0) return;
       const ColumnSums of_column = g.sums(column, sum, product);
-      directions[r] = g.direction(column, ghost, of_column);
+      directions[r] = DirectionOf<T>(g.direction(column, ghost, of_column));
       if (rank != 0) return;
       if (args.columns == nullptr) {
         g.store(c, of_column);
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     });
     __syncthreads();
 
-    Direction direction[kCrowded ? 1 : kChannels] = {};
+    DirectionOf<T> direction[kCrowded ? 1 : kChannels] = {};
     if constexpr (!kCrowded) {
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) {
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         propagate<T, W, kAhead>(
             tensors, act, places,
             [&](int u, const Place& place, Loaded<T, W>& to) {
-              get(kept, fetch, count, batch * kInFlight + part + u, place, to);
+              const auto there = [&] { return place; };
+              get(kept, fetch, count, batch * kInFlight + part + u, there, to);
             },
             [&](int, int j) {
               return kCrowded ? directions[forgotten(first) + j] : direction[j % kChannels];
@@ -182,7 +183,7 @@ template <class T, int W, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8, true))
     batch_norm_backward_flow(const __grid_constant__ ResidentArguments args,
                              const __grid_constant__ Act act) {
-  using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
+  using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, FlowChunk<W>>;
   constexpr int kChannels = MyChunk::kChannels;
   constexpr int kMost = kPlanes ? kThreads / kWarp : 1;
   constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   BATCHOPS_SHARED(own_sums, float2[2 * kMost]);
   BATCHOPS_SHARED(columns, Column[2][kMost]);  // of sets in turn
-  BATCHOPS_SHARED(directions, Direction[kMost]);
+  BATCHOPS_SHARED(directions, DirectionOf<T>[kMost]);
   const Tensors& tensors = args.tensors;
   constexpr int kTensors = kMayAdd<Act> ? 3 : 2;
   const From<T, kTensors> from(tensors);
@@ -241,9 +242,11 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
     if (set < team.sets) {
       const MyChunk chunk = chunk_of(set);
       const Kept<T, W> kept = kept_of(turn);
-      Affine affine[kPlanes ? 2 : 1];
-      affine[0] = columns[turn % 2][chunk.local(0)].affine();
-      if constexpr (kPlanes) affine[1] = columns[turn % 2][chunk.local(W - 1)].affine();
+      AffineOf<T> affine[kPlanes ? 2 : 1];
+      affine[0] = AffineOf<T>(columns[turn % 2][chunk.local(0)].affine());
+      if constexpr (kPlanes) {
+        affine[1] = AffineOf<T>(columns[turn % 2][chunk.local(W - 1)].affine());
+      }
       if (turn == 0) {
         __pipeline_wait_prior(1);
       } else {
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
             };
           },
           [](int) {},
-          [&](int i, const Place& place, Loaded<T, W>& to) {
+          [&](int i, const auto& place, Loaded<T, W>& to) {
             get(kept, fetch, count, i, place, to);
           },
           scratch, sums);
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
           const int64_t c = (before - ghost * args.grid.across) * args.grid.together + channel;
           const Column column = columns[(turn - 1) % 2][channel];
           const ColumnSums of_column = g.sums(column, all[0], all[1]);
-          directions[channel] = g.direction(column, ghost, of_column);
+          directions[channel] = DirectionOf<T>(g.direction(column, ghost, of_column));
           if (mine && args.columns == nullptr) {
             g.store(c, of_column);
           } else if (mine) {
@@ -308,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
     __syncthreads();
     if (turn > 0) {
       const MyChunk chunk = chunk_of(forgotten(before));
-      Direction direction[kPlanes ? 2 : 1];
+      DirectionOf<T> direction[kPlanes ? 2 : 1];
       direction[0] = directions[chunk.local(0)];
       if constexpr (kPlanes) direction[1] = directions[chunk.local(W - 1)];
       const Kept<T, W> other = kept_of(turn - 1);
@@ -324,7 +327,8 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
           propagate<T, W, kAhead>(
               tensors, act, places,
               [&](int u, const Place& place, Loaded<T, W>& to) {
-                get(other, fetch, count, batch * kInFlight + part + u, place, to);
+                const auto there = [&] { return place; };
+                get(other, fetch, count, batch * kInFlight + part + u, there, to);
               },
               [&](int, int j) {
                 if constexpr (kPlanes) return j < chunk.split ? direction[0] : direction[1];

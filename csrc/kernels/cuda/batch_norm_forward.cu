@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kLayout == Layout::channels_first ? 
     const MyChunk chunk(args.grid, piece);
     moments_of<false, T>(
         chunk, [](int) {},
-        [&](int, const Place& place) { return load_unit<T, W>(x + place.offset); }, scratch,
+        [&](int, const auto& place) { return load_unit<T, W>(x + place().offset); }, scratch,
         [&](int j, const Moments& found) {
           of_channel[0][chunk.local(j)] = found.shift;
           of_channel[1][chunk.local(j)] = found.sum;
@@ -148,12 +148,16 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
 
   for (int64_t i = blockIdx.x; i < args.grid.pieces; i += gridDim.x) {
     Piece<kLayout, W> piece(args.grid, args.grid.pieces - 1 - i);
-    float4 of_channel[kChannelsLast ? W : kAhead];
+    AffineOf<T> of_channel[kChannelsLast ? W : kAhead];
+    const auto affine_at = [&](int64_t column) {
+      const float4 a = affine[column];
+      return AffineOf<T>({a.x, a.y, a.z});
+    };
     if constexpr (kChannelsLast) {
       if (!kTogether && !piece.active) continue;
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        if (piece.active) of_channel[j] = affine[piece.first_of_stats + j];
+        if (piece.active) of_channel[j] = affine_at(piece.first_of_stats + j);
       }
     }
     const auto take = [&](auto ahead, auto full, int first) {
@@ -168,13 +172,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       normalise<T, W, kTaken>(
           args.elementwise, act, places,
           [&](int u, const Place& place) {
-            if constexpr (!kChannelsLast) of_channel[u] = affine[of_stats[u]];
+            if constexpr (!kChannelsLast) of_channel[u] = affine_at(of_stats[u]);
             return load_unit<T, W>(x + place.offset);
           },
-          [&](int u, int j) {
-            const float4 a = of_channel[kChannelsLast ? j : u];
-            return Affine{a.x, a.y, a.z};
-          });
+          [&](int u, int j) { return of_channel[kChannelsLast ? j : u]; });
     };
     take_all<kLayout, kAhead, kAnyActivation<Act>>(piece, take);
   }

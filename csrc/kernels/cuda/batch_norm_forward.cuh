@@ -87,7 +87,8 @@ inline bool walks_mask(const BatchNormForward& args) {
 }
 
 // Moments of a chunk: write(j, moments) takes those of the thread's j-th channel where it writes
-// them. get(i, place) gives the thread's i-th unit, ready(batch) comes before those of a batch.
+// them. get(i, place) gives the thread's i-th unit, which lies at place(), and ready(batch) comes
+// before those of a batch.
 // kShort: the chunk is too short for the errors of a plain sum to grow.
 template <bool kShort, class T, class MyChunk, class Ready, class Get, class Write>
 BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
@@ -103,9 +104,9 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
   const auto load = [&](int batch) {
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      const Place place = chunk.place(batch, u);
-      valid[u] = place.valid;
-      units[u] = place.valid ? get(batch * kInFlight + u, place) : zero_unit<T, W>();
+      units[u] = zero_unit<T, W>();
+      valid[u] = use_unit(chunk, batch, u,
+                          [&](const auto& place) { units[u] = get(batch * kInFlight + u, place); });
     }
   };
 
@@ -121,7 +122,7 @@ BATCHOPS_DEVICE void moments_of(const MyChunk& chunk, Ready ready, Get get,
     } else if (chunk.active) {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
-        units[u] = get(batch * kInFlight + u, chunk.place(batch, u));
+        units[u] = get(batch * kInFlight + u, [&] { return chunk.place(batch, u); });
       }
     }
     if (batch == 0) {

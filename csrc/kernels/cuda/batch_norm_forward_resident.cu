@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       bringing.start();
       moments_of<true, T>(
           chunk, [&](int batch) { bringing.ready(batch); },
-          [&](int i, const Place& place) {
-            return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
+          [&](int i, const auto& place) {
+            return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place().offset);
           },
           scratch, [&](int j, const Moments& found) { meeting.place()[chunk.local(j)] = found; });
     }
@@ -84,10 +84,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
     });
     __syncthreads();
 
-    Affine affine[kChannels] = {};
+    AffineOf<T> affine[kChannels] = {};
 #pragma unroll
     for (int j = 0; j < kChannels; ++j) {
-      if (chunk.has_channel(j)) affine[j] = affines[chunk.local(j)];
+      if (chunk.has_channel(j)) affine[j] = AffineOf<T>(affines[chunk.local(j)]);
     }
     for (int batch = chunk.batches() - 1; batch >= 0; --batch) {
 #pragma unroll 1
@@ -157,7 +157,7 @@ template <class T, int W, bool kPlanes, class Act>
 __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W == 8, false))
     batch_norm_forward_flow(const __grid_constant__ ResidentArguments args,
                             const __grid_constant__ Act act) {
-  using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, Chunk<Layout::channels_first, W>>;
+  using MyChunk = std::conditional_t<kPlanes, PlanesChunk<W>, FlowChunk<W>>;
   constexpr int kMost = kPlanes ? kThreads / kWarp : 1;
   constexpr int kAhead = kAnyActivation<Act> ? 1 : 2;
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
       keep_order();
       moments_of<true, T>(
           chunk, [](int) {},
-          [&](int i, const Place& place) {
-            return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place.offset);
+          [&](int i, const auto& place) {
+            return kept.has(i) ? kept.at(0, i) : load_unit<T, W>(x + place().offset);
           },
           scratch,
           [&](int j, const Moments& found) {
@@ -249,9 +249,9 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
         }
       }
       __syncthreads();
-      Affine affine[kPlanes ? 2 : 1];
-      affine[0] = affines[chunk.local(0)];
-      if constexpr (kPlanes) affine[1] = affines[chunk.local(W - 1)];
+      AffineOf<T> affine[kPlanes ? 2 : 1];
+      affine[0] = AffineOf<T>(affines[chunk.local(0)]);
+      if constexpr (kPlanes) affine[1] = AffineOf<T>(affines[chunk.local(W - 1)]);
       const Kept<T, W> other = kept_of(turn - 1);
       const bool along = kCopies<T, W> && args.grid.ghosts == 1 && set + teams < team.sets;
       for (int batch = chunk.batches() - 1; batch >= 0; --batch) {

@@ -98,7 +98,7 @@ inline int64_t static_bytes(const Plan& plan, const Keeping& keeping) {
   const int64_t widest = 16 / keeping.size;
   const bool table = keeping.size == 2 && keeping.tensors > 1;  // the backward's
   return 2 * widest * kThreads * 4 + kMostResidentTile * 48 +
-         (table ? static_cast<int64_t>(sizeof(AffineTable)) : 0) + 1024;
+         (table ? static_cast<int64_t>(sizeof(AffineTable<__half>)) : 0) + 1024;
 }
 
 // What is left for tensors with so many blocks on a multiprocessor.

@@ -55,14 +55,20 @@ struct RowSplit {
   // `column` is the start's; t < 2^30.
   BATCHOPS_DEVICE void step(int64_t column, unsigned t, unsigned& row, int64_t& to_column) const {
     if (units < kLongRow) {
-      const unsigned sum = static_cast<unsigned>(column) + t;
-      row = divide.quotient(sum);
-      to_column = sum - row * divide.divisor;
+      unsigned in_row;
+      step(static_cast<unsigned>(column), t, row, in_row);
+      to_column = in_row;
     } else {  // so long that t cannot reach past the next row
       to_column = column + t;
       row = to_column >= units;
       if (row != 0) to_column -= units;
     }
+  }
+  // Where rows have less than 2^30 units.
+  BATCHOPS_DEVICE void step(unsigned column, unsigned t, unsigned& row, unsigned& to_column) const {
+    const unsigned sum = column + t;
+    row = divide.quotient(sum);
+    to_column = sum - row * divide.divisor;
   }
 
  private:

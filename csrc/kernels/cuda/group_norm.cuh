@@ -556,25 +556,9 @@ BATCHOPS_DEVICE Terms load_terms(const float* stats, int64_t groups, int64_t gro
 
 // ---- the arithmetic of an element
 
-// bfloat16 cannot hold a mean so far from its deviation that x must be centred before it is scaled:
-// its coefficients are folded, for an instruction less an element and a register less a column.
 template <class T>
-constexpr bool kFolded = std::is_same_v<T, __nv_bfloat16>;
-
-template <class T>
-BATCHOPS_DEVICE Affine make_affine_of(const Terms& t, float weight, float bias) {
-  Affine made = make_affine(t.mean, t.low, t.rstd, weight, bias);
-  if (kFolded<T>) made.shift = __fmaf_rn(-t.mean, made.scale, made.shift);
-  return made;
-}
-// What is scaled.
-template <class T>
-BATCHOPS_DEVICE float centred_of(const Affine& a, float x) {
-  return kFolded<T> ? x : __fsub_rn(x, a.mean);
-}
-// Of that.
-BATCHOPS_DEVICE float scaled_of(const Affine& a, float centred) {
-  return __fmaf_rn(centred, a.scale, a.shift);
+BATCHOPS_DEVICE AffineOf<T> make_affine_of(const Terms& t, float weight, float bias) {
+  return AffineOf<T>(make_affine(t.mean, t.low, t.rstd, weight, bias));
 }
 
 // ---- parameters of a channel

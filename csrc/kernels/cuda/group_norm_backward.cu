@@ -44,7 +44,7 @@ struct BackwardJob {
   static constexpr bool kLeavesDz = kResident && Act::kNeedsZ && sizeof(T) == sizeof(float);
 
   struct alignas(16) Coefficients {
-    Affine affine;
+    AffineOf<T> affine;
     float along, constant;
     float weight;
   };
@@ -141,7 +141,7 @@ struct BackwardJob {
   BATCHOPS_DEVICE void centre(const Held<W>& held, CoefficientsOf k, float (&centred)[W]) const {
     to_float<T, W>(held.x, centred);
 #pragma unroll
-    for (int j = 0; j < W; ++j) centred[j] = centred_of<T>(k(j).affine, centred[j]);
+    for (int j = 0; j < W; ++j) centred[j] = k(j).affine.centred(centred[j]);
   }
 
   // dz; z is rounded as in the forward.
@@ -162,7 +162,7 @@ struct BackwardJob {
       if (adds) to_float<T, W>(held.residual, z);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const float normalised = scaled_of(k(j).affine, centred[j]);
+        const float normalised = k(j).affine.scaled(centred[j]);
         z[j] = adds ? __fadd_rn(normalised, z[j]) : normalised;
       }
       for_each_element<1>(act, dz, z, [](auto functor, float gradient, float of) {

@@ -29,7 +29,7 @@ struct ForwardJob {
   static constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
   static constexpr bool kSplits = kResident && sizeof(T) == 2 && kMayAdd && !kAnyActivation<Act>;
 
-  struct alignas(16) Coefficients : Affine {};
+  struct alignas(16) Coefficients : AffineOf<T> {};
   static constexpr int kAhead = kResident || kAnyActivation<Act> ? 1 : 2;
   // Elements of a unit whose coefficients are in registers at once.
   template <int W>
@@ -111,7 +111,7 @@ struct ForwardJob {
     unsigned bits = 0;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      float z = scaled_of(k(j), centred_of<T>(k(j), v[j]));
+      float z = k(j)(v[j]);
       if (adds) z = __fadd_rn(z, r[j]);
       v[j] = z;
       if constexpr (Act::kMaskable) {

@@ -74,7 +74,10 @@ struct Affine {
   float mean, scale, shift;
 
   BATCHOPS_DEVICE float centred(float x) const { return __fsub_rn(x, mean); }
-  BATCHOPS_DEVICE float operator()(float x) const { return __fmaf_rn(centred(x), scale, shift); }
+  BATCHOPS_DEVICE float scaled(float of) const { return __fmaf_rn(of, scale, shift); }
+  BATCHOPS_DEVICE float operator()(float x) const { return scaled(centred(x)); }
+  // The shift where x is not centred.
+  BATCHOPS_DEVICE float shift_of_x() const { return __fmaf_rn(-mean, scale, shift); }
 };
 
 // The low part of the mean goes into the shift.
@@ -83,6 +86,23 @@ BATCHOPS_DEVICE Affine make_affine(float mean, float mean_low, float rstd, float
   const float scale = __fmul_rn(rstd, weight);
   return {mean, scale, __fmaf_rn(-mean_low, scale, bias)};
 }
+
+// bfloat16 cannot hold a mean so far from its deviation that x must be centred before it is scaled:
+// its coefficients are folded, for an instruction less an element and a register less a column.
+template <class T>
+constexpr bool kFolded = std::is_same_v<T, __nv_bfloat16>;
+
+// As elements of T take it; where it is folded, `mean` is not for them.
+template <class T>
+struct AffineOf : Affine {
+  AffineOf() = default;
+  BATCHOPS_DEVICE explicit AffineOf(const Affine& a) : Affine(a) {
+    if (kFolded<T>) shift = shift_of_x();
+  }
+  // What is scaled.
+  BATCHOPS_DEVICE float centred(float x) const { return kFolded<T> ? x : Affine::centred(x); }
+  BATCHOPS_DEVICE float operator()(float x) const { return scaled(centred(x)); }
+};
 
 // ---- statistics
 
