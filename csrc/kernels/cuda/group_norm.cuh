@@ -143,6 +143,7 @@ struct Cut {
 // Where things lie in a block's shared memory, in bytes. The tensors come first.
 struct SharedPlan {
   int tensor;    // bytes of each
+  int tails;     // bytes [elements]: see Tails
   int slots;     // float2 or Moments [rows · segments]; in pixels float2 [kBlock · sum_width]
   int channels;  // float2 [channels]
   int shifts;    // float [channels]; forward, in pixels
@@ -164,6 +165,9 @@ struct Purpose {
   int size;     // of an element
   bool backward;
   bool mask;
+  bool tails = false;
+
+  int64_t bytes() const { return int64_t{size} * tensors + (tails ? 1 : 0); }  // of an element
 };
 
 inline int64_t table_bytes(const Cut& cut, bool backward) {
@@ -180,6 +184,7 @@ inline SharedPlan plan_shared(const Cut& cut, const Purpose& purpose, int width)
   const int64_t tensor = round_up<int64_t>(int64_t{cut.elements} * purpose.size, 16);
   plan.tensor = static_cast<int>(tensor);
   take(tensor * purpose.tensors);
+  plan.tails = take(purpose.tails ? cut.elements : 0);
   int64_t slots = cut.pixels ? int64_t{kBlock + 1} * sum_width(width) : 0;  // float2
   const auto segments = [&](int64_t rows, const RowTeams& teams, int64_t each) {
     if (rows * teams.segments * each > slots) slots = rows * teams.segments * each;
@@ -334,7 +339,7 @@ inline Cut make_cut(const GroupNormShape& shape, const Purpose& purpose, int uni
   cut.mask_rows = RowSplit(cut.mask_row);
   cut.padded_rows = RowSplit(cut.padded_row);
 
-  const int64_t bytes = int64_t{purpose.size} * purpose.tensors;
+  const int64_t bytes = purpose.bytes();
   Cut found{};
   // With units of either width: the workspace is asked for before it is known which.
   const auto shared_bytes = [&](const Cut& of) {
@@ -419,6 +424,7 @@ struct Arena {
   BATCHOPS_DEVICE T* tensor(int i) const {
     return reinterpret_cast<T*>(bytes + i * plan.tensor);
   }
+  BATCHOPS_DEVICE uint8_t* tails() const { return bytes + plan.tails; }
   BATCHOPS_DEVICE float2* slots() const { return reinterpret_cast<float2*>(bytes + plan.slots); }
   BATCHOPS_DEVICE float2* channels() const {
     return reinterpret_cast<float2*>(bytes + plan.channels);

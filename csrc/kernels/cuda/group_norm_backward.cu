@@ -33,15 +33,105 @@ struct BackwardArguments {
   bool folded;      // kFolded<T>
 };
 
-// One element of dz, and of dx. kResident: the tensors are in shared memory.
-template <class T, class Act, bool kResident, bool kMayAdd = true>
+// Bytes of two words: that of the result's byte i is the selector's digit i.
+BATCHOPS_DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef BATCHOPS_CUDA_EMULATOR
+  const uint64_t both = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  }
+  return result;
+#else
+  return __byte_perm(a, b, selector);
+#endif
+}
+
+// Floats cut in two, to be kept where elements have 16 bits: a head of the upper 16 bits, and a
+// tail of the next eight. What is lost then is less than 2^-16 of each, an element's rounding
+// costs at least 2^-12.
+template <int W>
+struct Tails {
+  // `heads` has room for W elements of 16 bits.
+  BATCHOPS_DEVICE static void keep(const float (&from)[W], void* heads, uint8_t* tails) {
+    uint32_t bits[W];
+    memcpy(bits, from, sizeof bits);
+    if constexpr (W == 1) {
+      *static_cast<uint16_t*>(heads) = static_cast<uint16_t>(bits[0] >> 16);
+      *tails = static_cast<uint8_t>(bits[0] >> 8);
+    } else {
+      uint32_t of_heads[W / 2], of_tails[W / 2];
+#pragma unroll
+      for (int j = 0; j < W / 2; ++j) {
+        of_heads[j] = bytes_of(bits[2 * j], bits[2 * j + 1], 0x7632);
+        of_tails[j] = bytes_of(bits[2 * j], bits[2 * j + 1], 0x0051);
+      }
+      keep_words<W * 2>(static_cast<unsigned char*>(heads), of_heads);
+      if constexpr (W == 2) {
+        *reinterpret_cast<uint16_t*>(tails) = static_cast<uint16_t>(of_tails[0]);
+      } else {
+        uint32_t packed[W / 4];
+#pragma unroll
+        for (int j = 0; j < W / 4; ++j) {
+          packed[j] = bytes_of(of_tails[2 * j], of_tails[2 * j + 1], 0x5410);
+        }
+        keep_words<W>(tails, packed);
+      }
+    }
+  }
+  template <class T>
+  BATCHOPS_DEVICE static void join(const Unit<T, W>& heads, const Unit<uint8_t, W>& tails,
+                                   float (&to)[W]) {
+    static_assert(sizeof(T) == 2);
+    uint32_t bits[W];
+    if constexpr (W == 1) {
+      bits[0] = uint32_t{heads.bits} << 16 | uint32_t{tails.bits} << 8;
+    } else {
+      uint32_t of_heads[W / 2], of_tails[W < 4 ? 1 : W / 4] = {};
+      memcpy(of_heads, &heads.bits, sizeof of_heads);
+      memcpy(of_tails, &tails.bits, W);
+      // The lowest byte is the one above it once more, since there is no 0 to be had for nothing.
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        const uint32_t tail = 0x0044u + 0x0011u * (j % 4), head = j % 2 == 0 ? 0x1000u : 0x3200u;
+        bits[j] = bytes_of(of_heads[j / 2], of_tails[j / 4], head | tail);
+      }
+    }
+    memcpy(to, bits, sizeof bits);
+  }
+
+ private:
+  template <int kBytes, int kWords>
+  BATCHOPS_DEVICE static void keep_words(unsigned char* to, const uint32_t (&words)[kWords]) {
+    static_assert(kBytes == 4 * kWords);
+    typename Word<kBytes>::type word;
+    memcpy(&word, words, sizeof word);
+    *reinterpret_cast<typename Word<kBytes>::type*>(to) = word;
+  }
+};
+
+// Whether SiLU's dz is kept so. Not for pixels, whose tiles would be narrower with a byte more an
+// element; slices stay as they are.
+inline bool is_tailed(const GroupNormShape& shape, bool mask) {
+  return size_of(shape.dtype) == 2 && shape.activation == Activation::silu &&
+         !walks_pixels(shape, mask);
+}
+// Not for layer norm either, which sums for its parameters over what is kept: it has an instance
+// that leaves dy as it is.
+inline bool is_by_sample(const GroupNormShape& shape) { return shape.HxW == 1 && shape.G == 1; }
+
+// One element of dz, and of dx. kResident: the tensors are in shared memory. kTails: whether the
+// plan has room for tails, if it is for SiLU. kJoins: whether dy is of heads and tails.
+template <class T, class Act, bool kResident, bool kTails, bool kMayAdd = true, bool kJoins = false>
 struct BackwardJob {
   static constexpr bool kLone = kResident && !Act::kMaskable;
   static constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
   static constexpr bool kSplits =
       kResident && sizeof(T) == 2 && Act::kNeedsZ && kMayAdd && !kAnyActivation<Act>;
   // Whether add() leaves dz in the place of dy.
-  static constexpr bool kLeavesDz = kResident && Act::kNeedsZ && sizeof(T) == sizeof(float);
+  static constexpr bool kLeavesTails = kTails && sizeof(T) == 2 && std::is_same_v<Act, Silu>;
+  static constexpr bool kLeavesDz =
+      kResident && Act::kNeedsZ && (sizeof(T) == sizeof(float) || kLeavesTails);
 
   struct alignas(16) Coefficients {
     AffineOf<T> affine;
@@ -58,11 +148,16 @@ struct BackwardJob {
   template <int W>
   struct Held {
     Unit<T, W> x, dy, residual;
+    Unit<uint8_t, W> tails;
   };
   template <int kPart, int W>
   BATCHOPS_DEVICE static Held<kPart> piece(const Held<W>& held, int i) {
-    return {part_of<kPart>(held.x, i), part_of<kPart>(held.dy, i),
-            part_of<kPart>(held.residual, i)};
+    Held<kPart> part;
+    part.x = part_of<kPart>(held.x, i);
+    part.dy = part_of<kPart>(held.dy, i);
+    part.residual = part_of<kPart>(held.residual, i);
+    if constexpr (kJoins) part.tails = part_of<kPart>(held.tails, i);
+    return part;
   }
 
   const BackwardArguments& args;
@@ -85,14 +180,14 @@ struct BackwardJob {
   BATCHOPS_DEVICE bool wants_dx() const { return !kMayAdd || args.dx != nullptr; }
   BATCHOPS_DEVICE bool is_plain() const { return !adds_residual() && !wants_dresidual(); }
   BATCHOPS_DEVICE auto plain() const {
-    return BackwardJob<T, Act, kResident, false>(args, act, arena);
+    return BackwardJob<T, Act, kResident, kTails, false, kJoins>(args, act, arena);
   }
   // f(job) with what is left to do once add() has been over all elements.
   template <class F>
   BATCHOPS_DEVICE void when_added(F f) const {
     if constexpr (kLeavesDz) {
       const Identity dz;
-      f(BackwardJob<T, Identity, kResident>(args, dz, arena));
+      f(BackwardJob<T, Identity, kResident, kTails, true, kLeavesTails>(args, dz, arena));
     } else {
       f(*this);
     }
@@ -119,6 +214,7 @@ struct BackwardJob {
   BATCHOPS_DEVICE void load(Held<W>& held, int i) const {
     held.x = load_unit<T, W>(arena.tensor<T>(0) + i);
     held.dy = load_unit<T, W>(arena.tensor<T>(1) + i);
+    if constexpr (kJoins) held.tails = load_unit<uint8_t, W>(arena.tails() + i);
     if (adds_residual()) held.residual = load_unit<T, W>(arena.tensor<T>(2) + i);
   }
   template <int W, class Walk>
@@ -148,7 +244,11 @@ struct BackwardJob {
   template <int W, class CoefficientsOf>
   BATCHOPS_DEVICE void differentiate(const Held<W>& held, CoefficientsOf k, unsigned bits,
                                      const float (&centred)[W], float (&dz)[W]) const {
-    to_float<T, W>(held.dy, dz);
+    if constexpr (kJoins) {
+      Tails<W>::join(held.dy, held.tails, dz);
+    } else {
+      to_float<T, W>(held.dy, dz);
+    }
     if constexpr (Act::kNeedsZ) {
       if (masked()) {
         if constexpr (Act::kMaskable) {
@@ -182,7 +282,11 @@ struct BackwardJob {
     float centred[W], dz[W];
     centre<W>(held, k, centred);
     differentiate<W>(held, k, bits, centred, dz);
-    if constexpr (kLeavesDz) keep_floats<W>(arena.tensor<T>(1) + i, dz);
+    if constexpr (kLeavesDz && kLeavesTails) {
+      Tails<W>::keep(dz, arena.tensor<T>(1) + i, arena.tails() + i);
+    } else if constexpr (kLeavesDz) {
+      keep_floats<W>(arena.tensor<T>(1) + i, dz);
+    }
 #pragma unroll
     for (int j = 0; j < W; ++j) sink(j, dz[j], dz[j] * centred[j]);
   }
@@ -315,7 +419,7 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
 template <class T, int W, class Walk, class Act>
 BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& act,
                                       const Arena& arena, int64_t piece) {
-  const BackwardJob<T, Act, true> job(args, act, arena);
+  const BackwardJob<T, Act, true, !Walk::kPixels> job(args, act, arena);
   Terms* terms = arena.terms();
   {
     const Walk part(args.cut, forgotten(piece));
@@ -336,7 +440,7 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
     wait_for_copies();
     __syncthreads();
     if (args.cut.whole_samples) {
-      sum_by_sample<T, BackwardJob<T, Act, true>::template kOddPiece<W>>(args, part, job, arena);
+      sum_by_sample<T, decltype(job)::template kOddPiece<W>>(args, part, job, arena);
     } else {
       sum_by_sample<T, 1>(args, part, job, arena);
     }
@@ -483,7 +587,7 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T, W, Act>)
       arena.terms()[r] = terms;
     }
     __syncthreads();
-    part.template apply<T, W>(BackwardJob<T, Act, false>(args, act, arena));
+    part.template apply<T, W>(BackwardJob<T, Act, false, false>(args, act, arena));
     __syncthreads();
   }
 }
@@ -558,7 +662,8 @@ __global__ void __launch_bounds__(kParameterBlock, kLeastResident)
 constexpr const char* kOperation = "group_norm_backward_cuda";
 
 Purpose purpose_of(const GroupNormShape& shape, bool residual, bool mask) {
-  return {residual ? 3 : 2, static_cast<int>(size_of(shape.dtype)), true, mask};
+  const int size = static_cast<int>(size_of(shape.dtype));
+  return {residual ? 3 : 2, size, true, mask, is_tailed(shape, mask) && !is_by_sample(shape)};
 }
 
 // The workspace: by_channel [rows, C], chunks of it, directions [groups]; all float2.
@@ -669,7 +774,8 @@ const char* backward(const GroupNormBackward& args, void* workspace, const Devic
     return parameters(args, to.cut, space, places, device, stream);
   };
   return dispatch(kOperation, shape, args.mask != nullptr,
-                  {args.dy, args.x, residual, args.dx, args.dresidual}, run);
+                  {args.dy, args.x, residual, args.dx, args.dresidual}, run,
+                  is_tailed(shape, args.mask != nullptr) && is_by_sample(shape));
 }
 
 }  // namespace group_norm_backward_cu

@@ -30,11 +30,11 @@ inline Affines affines_of(const void* weight, const void* bias, DType dtype) {
 
 // Calls run(TypeIs<T>, integral_constant<Layout>, integral_constant<int, W>, activation), the
 // layout being that of the walk. Units are of 16 bytes where all of `pointers` and the rows of
-// pixels are aligned to that, and single elements elsewhere, where one instance serves all
-// activations.
+// pixels are aligned to that, and single elements elsewhere. There, and where `any` is set, one
+// instance serves all activations.
 template <class F>
 const char* dispatch(const char* operation, const GroupNormShape& shape, bool mask,
-                     std::initializer_list<const void*> pointers, F&& run) {
+                     std::initializer_list<const void*> pointers, F&& run, bool any = false) {
   const Layout walk = walks_pixels(shape, mask) ? Layout::channels_last : Layout::channels_first;
   const float slope = static_cast<float>(shape.slope);
   bool aligned = true;
@@ -47,9 +47,10 @@ const char* dispatch(const char* operation, const GroupNormShape& shape, bool ma
         return run(type, layout, std::integral_constant<int, 1>{},
                    AnyActivation{shape.activation, slope});
       }
-      return with_activation<Identity, Silu>(shape.activation, slope, [&](auto act) {
-        return run(type, layout, std::integral_constant<int, W>{}, act);
-      });
+      constexpr std::integral_constant<int, W> width{};
+      if (any) return run(type, layout, width, AnyActivation{shape.activation, slope});
+      return with_activation<Identity, Silu>(
+          shape.activation, slope, [&](auto act) { return run(type, layout, width, act); });
     });
   });
 }

@@ -16,6 +16,10 @@ namespace batchops::cuda {
 template <int kBytes>
 struct Word;
 template <>
+struct Word<1> {
+  using type = uint8_t;
+};
+template <>
 struct Word<2> {
   using type = uint16_t;
 };
