@@ -61,7 +61,7 @@ struct Gradients {
   void* dbias;
   Parameters parameters;
   bool training;
-  bool centred;  // whether Σ dz · (x - mean) is what sums_of makes, or Σ dz · x
+  bool folded;  // is_folded(): sums_of makes Σ dz · x, and not Σ dz · (x - mean)
 
   BATCHOPS_DEVICE int64_t columns() const { return ghosts * C; }
   BATCHOPS_DEVICE Column column(int64_t ghost, int64_t c) const {
@@ -73,7 +73,7 @@ struct Gradients {
   }
 
   BATCHOPS_DEVICE ColumnSums sums(const Column& column, double sum, double product) const {
-    const double off = centred ? column.low : static_cast<double>(column.mean) + column.low;
+    const double off = folded ? static_cast<double>(column.mean) + column.low : column.low;
     const double rstd = column.rstd;
     return {sum, rstd * (product - off * sum)};
   }
@@ -108,7 +108,7 @@ inline Gradients gradients_of(const BatchNormBackward& args, const Plan& plan) {
           args.dbias,
           {args.weight, args.bias, args.shape.param_dtype},
           args.training,
-          args.shape.dtype != DType::bf16};
+          is_folded(args.shape.dtype)};
 }
 
 // Whether z is made from x; the residual is read only then.
@@ -238,7 +238,7 @@ BATCHOPS_DEVICE unsigned bits_of(const PlanesChunk<W>& chunk, const uint8_t* mas
   return (bits & ((1u << chunk.split) - 1u)) | unsigned{row[row_bytes]} << chunk.split;
 }
 
-// The sums Σ dz and Σ dz · (x - mean), see Gradients::centred, of a chunk for the thread's
+// The sums Σ dz and Σ dz · (x - mean), see Gradients::folded, of a chunk for the thread's
 // channels, in those that write them. affines(first) gives what gives the coefficients of its
 // channel first + j; get(i, place, loaded) fetches dy, x and residual of the thread's i-th unit,
 // which lies at place(), and ready(batch) comes before those of a batch. kShort: the chunk is too

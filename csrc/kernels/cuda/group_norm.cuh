@@ -211,9 +211,14 @@ inline SharedPlan plan_apply(const Cut& cut, bool backward) {
   return plan;
 }
 
-// Layer norm's backward, which needs sums over samples.
+// Layer norm, of a shape or a cut.
+template <class Shape>
+bool is_layer_norm(const Shape& shape) {
+  return shape.HxW == 1 && shape.G == 1;
+}
+// Its backward, which needs sums over samples.
 inline bool samples(const Cut& cut, const Purpose& purpose) {
-  return purpose.backward && !cut.pixels && cut.HxW == 1 && cut.G == 1;
+  return purpose.backward && !cut.pixels && is_layer_norm(cut);
 }
 
 // Neighbours that merge `count` statistics of each group, so that all groups are done at once.

@@ -110,15 +110,13 @@ struct Tails {
   }
 };
 
-// Whether SiLU's dz is kept so. Not for pixels, whose tiles would be narrower with a byte more an
-// element; slices stay as they are.
+// Whether SiLU's own instance keeps dz so. Not for pixels, whose tiles would be narrower with a
+// byte more an element; slices stay as they are. That instance is not for layer norm, which sums
+// for its parameters over what is kept.
 inline bool is_tailed(const GroupNormShape& shape, bool mask) {
   return size_of(shape.dtype) == 2 && shape.activation == Activation::silu &&
          !walks_pixels(shape, mask);
 }
-// Not for layer norm either, which sums for its parameters over what is kept: it has an instance
-// that leaves dy as it is.
-inline bool is_by_sample(const GroupNormShape& shape) { return shape.HxW == 1 && shape.G == 1; }
 
 // One element of dz, and of dx. kResident: the tensors are in shared memory. kTails: whether the
 // plan has room for tails, if it is for SiLU. kJoins: whether dy is of heads and tails.
@@ -282,7 +280,7 @@ struct BackwardJob {
     float centred[W], dz[W];
     centre<W>(held, k, centred);
     differentiate<W>(held, k, bits, centred, dz);
-    if constexpr (kLeavesDz && kLeavesTails) {
+    if constexpr (kLeavesTails) {
       Tails<W>::keep(dz, arena.tensor<T>(1) + i, arena.tails() + i);
     } else if constexpr (kLeavesDz) {
       keep_floats<W>(arena.tensor<T>(1) + i, dz);
@@ -663,7 +661,7 @@ constexpr const char* kOperation = "group_norm_backward_cuda";
 
 Purpose purpose_of(const GroupNormShape& shape, bool residual, bool mask) {
   const int size = static_cast<int>(size_of(shape.dtype));
-  return {residual ? 3 : 2, size, true, mask, is_tailed(shape, mask) && !is_by_sample(shape)};
+  return {residual ? 3 : 2, size, true, mask, is_tailed(shape, mask) && !is_layer_norm(shape)};
 }
 
 // The workspace: by_channel [rows, C], chunks of it, directions [groups]; all float2.
@@ -775,7 +773,7 @@ const char* backward(const GroupNormBackward& args, void* workspace, const Devic
   };
   return dispatch(kOperation, shape, args.mask != nullptr,
                   {args.dy, args.x, residual, args.dx, args.dresidual}, run,
-                  is_tailed(shape, args.mask != nullptr) && is_by_sample(shape));
+                  is_tailed(shape, args.mask != nullptr) && is_layer_norm(shape));
 }
 
 }  // namespace group_norm_backward_cu

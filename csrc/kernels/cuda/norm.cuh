@@ -91,6 +91,7 @@ BATCHOPS_DEVICE Affine make_affine(float mean, float mean_low, float rstd, float
 // its coefficients are folded, for an instruction less an element and a register less a column.
 template <class T>
 constexpr bool kFolded = std::is_same_v<T, __nv_bfloat16>;
+constexpr bool is_folded(DType dtype) { return dtype == DType::bf16; }
 
 // As elements of T take it; where it is folded, `mean` is not for them.
 template <class T>
