@@ -4,8 +4,9 @@
 
 An H200 issues about seven for each byte that its memory moves (132 multiprocessors, 128 a
 clock, 1.98 GHz, 4.8 TB/s): a kernel beyond that is bound by its instructions. ptxas leaves out most
-mov and ld.param and makes two of some 64-bit ones, so this tells which kernels to look at, and not
-their time. With --lines each row is followed by the PTX that runs most often.
+mov and ld.param, makes two of some 64-bit ones and some twenty of a division of integers, so this
+tells which kernels to look at, and not their time; divisions have a column of their own. With
+--lines each row is followed by the PTX that runs most often.
 
 The emulated device has eight multiprocessors, enough for the largest clusters: a larger one may
 spread a problem over more blocks.
@@ -50,7 +51,10 @@ class Row:
     def __str__(self) -> str:
         most = self.counts.most_common(6)
         each = ", ".join(f"{name} {count / self.elements:.1f}" for name, count in most)
-        return f"{self.name:<52} {self.an_element:6.1f} {self.a_byte:6.2f}   {each}"
+        divisions = (self.counts["div"] + self.counts["rem"]) / self.elements
+        return (
+            f"{self.name:<52} {self.an_element:6.1f} {self.a_byte:6.2f} {divisions:6.3f}   {each}"
+        )
 
     def hottest(self, least: float = 0.02) -> Iterator[str]:
         """Stretches of PTX that run as a whole, the most frequent first: those with this share."""
@@ -130,7 +134,9 @@ def main() -> None:
     parser.add_argument("wanted", nargs="?", default="", help="a part of the rows' names")
     parser.add_argument("--lines", action="store_true", help="what runs most often, too")
     args = parser.parse_args()
-    print(f"{'instructions of PTX':<52} {'elem.':>6} {'byte':>6}   of each, for an element")
+    print(
+        f"{'instructions of PTX':<52} {'elem.':>6} {'byte':>6} {'div':>6}   of each, for an element"
+    )
     for row in itertools.chain(norms(args.wanted), steps(args.wanted)):
         print(row, flush=True)
         if args.lines:

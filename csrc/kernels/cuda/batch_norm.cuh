@@ -821,41 +821,60 @@ BATCHOPS_DEVICE void take_all(MyPiece& piece, Take take) {
   }
 }
 
-// Coefficients of a tile's channels in shared memory, for threads with eight each: four at a time,
-// so that neighbours find theirs in different banks.
-template <class T>
-struct AffineTable {
+// Numbers of a tile's channels in shared memory, for threads with eight channels each: four at a
+// time, so that neighbours find theirs in different banks.
+template <int kFields, int kTile>
+class FieldTable {
+ public:
   static constexpr int kAtOnce = 4;
-  float4 values[kFolded<T> ? 2 : 3][2][kTileChannels / (2 * kAtOnce)];
 
-  BATCHOPS_DEVICE void set(int channel, const AffineOf<T>& a) {
+  BATCHOPS_DEVICE void set(int channel, const float (&fields)[kFields]) {
     const int unit = channel / (2 * kAtOnce);
     const int half = channel / kAtOnce % 2;
-    const int j = channel % kAtOnce;
-    reinterpret_cast<float*>(&values[0][half][unit])[j] = a.scale;
-    reinterpret_cast<float*>(&values[1][half][unit])[j] = a.shift;
-    if constexpr (!kFolded<T>) reinterpret_cast<float*>(&values[2][half][unit])[j] = a.mean;
+#pragma unroll
+    for (int k = 0; k < kFields; ++k) {
+      reinterpret_cast<float*>(&values_[k][half][unit])[channel % kAtOnce] = fields[k];
+    }
+  }
+  BATCHOPS_DEVICE void get(int field, int unit, int half, float (&to)[kAtOnce]) const {
+    const float4 four = values_[field][half][unit];
+    to[0] = four.x;
+    to[1] = four.y;
+    to[2] = four.z;
+    to[3] = four.w;
+  }
+
+ private:
+  float4 values_[kFields][2][kTile / (2 * kAtOnce)];
+};
+
+// What scales an element; the mean where it is not folded.
+template <class T, int kTile>
+class AffineTable {
+  using Fields = FieldTable<kFolded<T> ? 2 : 3, kTile>;
+  Fields fields_;
+
+ public:
+  static constexpr int kAtOnce = Fields::kAtOnce;
+
+  BATCHOPS_DEVICE void set(int channel, const AffineOf<T>& a) {
+    if constexpr (kFolded<T>) {
+      fields_.set(channel, {a.scale, a.shift});
+    } else {
+      fields_.set(channel, {a.scale, a.shift, a.mean});
+    }
   }
   BATCHOPS_DEVICE void get(int unit, int half, AffineOf<T> (&to)[kAtOnce]) const {
     float scale[kAtOnce], shift[kAtOnce], mean[kAtOnce] = {};
-    get(0, unit, half, scale);
-    get(1, unit, half, shift);
-    if constexpr (!kFolded<T>) get(2, unit, half, mean);
+    fields_.get(0, unit, half, scale);
+    fields_.get(1, unit, half, shift);
+    if constexpr (!kFolded<T>) fields_.get(2, unit, half, mean);
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       to[j].mean = mean[j];
       to[j].scale = scale[j];
       to[j].shift = shift[j];
     }
-  }
-
- private:
-  BATCHOPS_DEVICE void get(int which, int unit, int half, float (&to)[kAtOnce]) const {
-    const float4 four = values[which][half][unit];
-    to[0] = four.x;
-    to[1] = four.y;
-    to[2] = four.z;
-    to[3] = four.w;
   }
 };
 

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   // Many channels a thread leave few registers: coefficients are read again for each unit.
   constexpr bool kCrowded = kChannels == 8;
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
-  using Table = std::conditional_t<kCrowded, AffineTable<T>, int>;
+  using Table = std::conditional_t<kCrowded, AffineTable<T, kTileChannels>, int>;
   BATCHOPS_SHARED(table, Table);
   BATCHOPS_SHARED(of_channel, float2[MyChunk::kMostChannels]);
   const Gradients& gradients = args.gradients;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         places[u] = piece.place(first + u, of_stats[u]);
         if constexpr (decltype(full)::value) places[u].valid = true;
       }
-      propagate<T, W, kTaken>(
+      propagate<T, W, kTaken, W>(
           tensors, act, places,
           [&](int u, const Place& place, Loaded<T, W>& to) {
             to.x = zero_unit<T, W>();
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             if (adds) to.residual = load_unit<T, W>(residual + place.offset);
             if constexpr (!kChannelsLast) of_channel[u] = direction_at(of_stats[u]);
           },
-          [&](int u, int j) { return of_channel[kChannelsLast ? j : u]; });
+          [&](int u, int) { return [&, u](int j) { return of_channel[kChannelsLast ? j : u]; }; });
     };
     take_all<kLayout, kAhead, kAnyActivation<Act>>(piece, take);
   }

@@ -38,6 +38,34 @@ struct DirectionOf {
   }
 };
 
+// Directions of a tile's channels, see FieldTable.
+template <class T, int kTile>
+class DirectionTable {
+  AffineTable<T, kTile> affines_;
+  FieldTable<2, kTile> rest_;
+
+ public:
+  static constexpr int kAtOnce = AffineTable<T, kTile>::kAtOnce;
+
+  BATCHOPS_DEVICE void set(int channel, const DirectionOf<T>& d) {
+    affines_.set(channel, d.affine);
+    rest_.set(channel, {d.along, d.constant});
+  }
+  BATCHOPS_DEVICE void get(int unit, int half, DirectionOf<T> (&to)[kAtOnce]) const {
+    AffineOf<T> affine[kAtOnce];
+    float along[kAtOnce], constant[kAtOnce];
+    affines_.get(unit, half, affine);
+    rest_.get(0, unit, half, along);
+    rest_.get(1, unit, half, constant);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      to[j].affine = affine[j];
+      to[j].along = along[j];
+      to[j].constant = constant[j];
+    }
+  }
+};
+
 // A column's Σ dz and rstd · Σ dz · (x - mean).
 struct ColumnSums {
   double bias, weight;
@@ -199,20 +227,24 @@ BATCHOPS_DEVICE void differentiate(const Act& act, float (&dy)[W], const float (
   }
 }
 
+// Of a table what gives the coefficients of a unit's elements first … first + 3. They are read
+// again each time, and not kept in registers.
+template <class Coefficients, class Table>
+BATCHOPS_DEVICE auto four_of(const Table& table, int unit, int first) {
+  struct Four {
+    Coefficients of[Table::kAtOnce];
+    BATCHOPS_DEVICE Coefficients operator()(int j) const { return of[j]; }
+  } four;
+  table.get(forgotten(unit), first / Table::kAtOnce, four.of);
+  return four;
+}
 // What gives the coefficients of channels first, first + 1 … of a thread: of `affine`, or of the
 // table where registers are short.
 template <int W, class Table, class T, int kHeld, class MyChunk>
 BATCHOPS_DEVICE auto affines_of(const Table& table, const AffineOf<T> (&affine)[kHeld],
                                 const MyChunk& chunk) {
-  if constexpr (std::is_same_v<Table, AffineTable<T>>) {
-    return [&](int first) {
-      struct Four {
-        AffineOf<T> of[Table::kAtOnce];
-        BATCHOPS_DEVICE AffineOf<T> operator()(int j) const { return of[j]; }
-      } four;
-      table.get(forgotten(chunk.local(0)) / W, first / Table::kAtOnce, four.of);
-      return four;
-    };
+  if constexpr (std::is_class_v<Table>) {
+    return [&](int first) { return four_of<AffineOf<T>>(table, chunk.local(0) / W, first); };
   } else {
     return [&](int) { return [&](int j) { return affine[j % kHeld]; }; };
   }
@@ -308,10 +340,12 @@ BATCHOPS_DEVICE void sums_of(const MyChunk& chunk, const Tensors& args, const Ac
 }
 
 // dx and dresidual of `kAhead` units. load(u, place, loaded) fetches dy, x and residual,
-// direction_of(u, j) gives the coefficients of element j, bits(place) a unit's bits of the mask.
-template <class T, int W, int kAhead, class Act, class Load, class DirectionOf, class Bits>
+// directions(u, first) gives what gives the coefficients of elements first … first + kAtOnce - 1,
+// bits(place) a unit's bits of the mask.
+template <class T, int W, int kAhead, int kAtOnce, class Act, class Load, class Directions,
+          class Bits>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
-                               Load load, DirectionOf direction_of, Bits bits) {
+                               Load load, Directions directions, Bits bits) {
   const uint8_t* __restrict__ mask = args.mask;
   T* __restrict__ dx = static_cast<T*>(args.dx);
   T* __restrict__ dresidual = static_cast<T*>(args.dresidual);
@@ -330,32 +364,48 @@ BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place 
   for (int u = 0; u < kAhead; ++u) {
     if (!places[u].valid) continue;
     float dz[W];
-    float v[W];
-    float r[W] = {};
     to_float<T, W>(loaded[u].dy, dz);
-    to_float<T, W>(loaded[u].x, v);
-    if (adds) to_float<T, W>(loaded[u].residual, r);
-    differentiate(
-        act, dz, v, r, [&](int j) { return direction_of(u, j).affine; }, mask != nullptr, adds,
-        loaded[u].bits);
+    if constexpr (Act::kNeedsZ) {
+#pragma unroll
+      for (int first = 0; first < W; first += kAtOnce) {
+        const auto direction_of = directions(u, first);
+        float of[kAtOnce], v[kAtOnce], r[kAtOnce] = {};
+        to_floats(loaded[u].dy, first, of);
+        to_floats(loaded[u].x, first, v);
+        if (adds) to_floats(loaded[u].residual, first, r);
+        differentiate(
+            act, of, v, r, [&](int j) { return direction_of(j).affine; }, mask != nullptr, adds,
+            loaded[u].bits >> first);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) dz[first + j] = of[j];
+      }
+    }
     if (dresidual != nullptr) store_unit<T, W>(dresidual + places[u].offset, dz);
     if (dx == nullptr) continue;
-    // In eval x may be inf or NaN without any effect on dx.
-    float rest[W] = {};
-    if (args.along_x) {
 #pragma unroll
-      for (int j = 0; j < W; ++j) rest[j] = direction_of(u, j).rest(v[j]);
+    for (int first = 0; first < W; first += kAtOnce) {
+      const auto direction_of = directions(u, first);
+      // In eval x may be inf or NaN without any effect on dx.
+      float rest[kAtOnce] = {};
+      if (args.along_x) {
+        float v[kAtOnce];
+        to_floats(loaded[u].x, first, v);
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) rest[j] = direction_of(j).rest(v[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        dz[first + j] = __fmaf_rn(direction_of(j).affine.scale, dz[first + j], rest[j]);
+      }
     }
-#pragma unroll
-    for (int j = 0; j < W; ++j) dz[j] = __fmaf_rn(direction_of(u, j).affine.scale, dz[j], rest[j]);
     store_unit<T, W>(dx + places[u].offset, dz);
   }
 }
 // The same; a unit's bits of the mask lie in one byte.
-template <class T, int W, int kAhead, class Act, class Load, class DirectionOf>
+template <class T, int W, int kAhead, int kAtOnce, class Act, class Load, class Directions>
 BATCHOPS_DEVICE void propagate(const Tensors& args, const Act& act, const Place (&places)[kAhead],
-                               Load load, DirectionOf direction_of) {
-  propagate<T, W, kAhead>(args, act, places, load, direction_of, [&](const Place& place) {
+                               Load load, Directions directions) {
+  propagate<T, W, kAhead, kAtOnce>(args, act, places, load, directions, [&](const Place& place) {
     return load_mask<W>(args.mask, args.mask_row, place);
   });
 }

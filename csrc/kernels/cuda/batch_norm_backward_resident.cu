@@ -72,8 +72,10 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   BATCHOPS_SHARED(scratch, typename MyChunk::Scratch);
   BATCHOPS_SHARED(own_sums, float2[kMostResidentTile]);
-  BATCHOPS_SHARED(directions, DirectionOf<T>[kMostResidentTile]);
-  using Table = std::conditional_t<kCrowded, AffineTable<T>, int>;
+  using Table = std::conditional_t<kCrowded, AffineTable<T, kMostResidentTile>, int>;
+  using Directions = std::conditional_t<kCrowded, DirectionTable<T, kMostResidentTile>,
+                                        DirectionOf<T>[kMostResidentTile]>;
+  BATCHOPS_SHARED(directions, Directions);
   BATCHOPS_SHARED(table, Table);
   const Tensors& tensors = args.tensors;
   constexpr int kTensors = kMayAdd<Act> ? 3 : 2;
@@ -137,7 +139,12 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
       const double product = sum_of_lanes(all[1], lanes);
       if (r >= channels || lane != 0) return;
       const ColumnSums of_column = g.sums(column, sum, product);
-      directions[r] = DirectionOf<T>(g.direction(column, ghost, of_column));
+      const DirectionOf<T> found(g.direction(column, ghost, of_column));
+      if constexpr (kCrowded) {
+        directions.set(r, found);
+      } else {
+        directions[r] = found;
+      }
       if (rank != 0) return;
       if (args.columns == nullptr) {
         g.store(c, of_column);
@@ -146,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             make_float2(static_cast<float>(sum), static_cast<float>(product));
       }
     });
-    __syncthreads();
+    meeting.leave();
 
     DirectionOf<T> direction[kCrowded ? 1 : kChannels] = {};
     if constexpr (!kCrowded) {
@@ -161,15 +168,19 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
         Place places[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) places[u] = chunk.place(batch, part + u);
-        const int first = chunk.local(0);
-        propagate<T, W, kAhead>(
+        const int unit = chunk.local(0) / W;
+        propagate<T, W, kAhead, kCrowded ? MyChunk::kAtOnce : W>(
             tensors, act, places,
             [&](int u, const Place& place, Loaded<T, W>& to) {
               const auto there = [&] { return place; };
               get(kept, fetch, count, batch * kInFlight + part + u, there, to);
             },
-            [&](int, int j) {
-              return kCrowded ? directions[forgotten(first) + j] : direction[j % kChannels];
+            [&](int, int first) {
+              if constexpr (kCrowded) {
+                return four_of<DirectionOf<T>>(directions, unit, first);
+              } else {
+                return [&](int j) { return direction[j % kChannels]; };
+              }
             });
       }
     }
@@ -324,15 +335,17 @@ __global__ void __launch_bounds__(kThreads, blocks_where_flowing<Act>(kPlanes, W
           Place places[kAhead];
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) places[u] = chunk.place(batch, part + u);
-          propagate<T, W, kAhead>(
+          propagate<T, W, kAhead, W>(
               tensors, act, places,
               [&](int u, const Place& place, Loaded<T, W>& to) {
                 const auto there = [&] { return place; };
                 get(other, fetch, count, batch * kInFlight + part + u, there, to);
               },
-              [&](int, int j) {
-                if constexpr (kPlanes) return j < chunk.split ? direction[0] : direction[1];
-                return direction[0];
+              [&](int, int) {
+                return [&](int j) {
+                  if constexpr (kPlanes) return j < chunk.split ? direction[0] : direction[1];
+                  return direction[0];
+                };
               },
               [&](const Place& place) {
                 return bits_of(chunk, tensors.mask, tensors.mask_row, place);

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kLeastResident)
             high, static_cast<float>(low), static_cast<float>(found.square), static_cast<float>(M)};
       }
     });
-    __syncthreads();
+    meeting.leave();
 
     AffineOf<T> affine[kChannels] = {};
 #pragma unroll

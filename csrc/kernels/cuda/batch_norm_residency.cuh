@@ -98,7 +98,7 @@ inline int64_t static_bytes(const Plan& plan, const Keeping& keeping) {
   const int64_t widest = 16 / keeping.size;
   const bool table = keeping.size == 2 && keeping.tensors > 1;  // the backward's
   return 2 * widest * kThreads * 4 + kMostResidentTile * 48 +
-         (table ? static_cast<int64_t>(sizeof(AffineTable<__half>)) : 0) + 1024;
+         (table ? static_cast<int64_t>(sizeof(AffineTable<__half, kMostResidentTile>)) : 0) + 1024;
 }
 
 // What is left for tensors with so many blocks on a multiprocessor.
@@ -231,7 +231,8 @@ inline bool fits(const Plan& plan, const Keeping& keeping, const Device& device,
   found.cluster = false;
   found.blocks = 2;
   if (way == Way::neighbours) {
-    const int64_t most = device.clusters ? kMostCluster : 1;
+    const int64_t room_for = int64_t{found.blocks} * device.most_cluster;
+    const int64_t most = !device.clusters ? 1 : room_for < kMostCluster ? room_for : kMostCluster;
     int64_t parts = parts_for(plan, keeping, found, room(plan, keeping, device, 2), most);
     if (parts == 0 || (!device.clusters && useful > 1)) return false;
     if (parts < useful) parts = useful < most ? useful : most;
@@ -501,7 +502,7 @@ const char* launch_team(const char* operation, const char* name,
   }
   shape.blocks.x = static_cast<unsigned>(blocks);
   const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
-  if ((found.cluster || found.team()) && lacks_room(error)) {
+  if (lacks_room(shape, error)) {
     static_cast<void>(cudaGetLastError());
     return nullptr;
   }
@@ -622,7 +623,8 @@ struct Passing {
   // All threads, after those that leave the block's sums.
   BATCHOPS_DEVICE void arrive(int64_t set) const {
     __syncthreads();
-    if (threadIdx.x == 0 && !alone()) count_one(team.counter(set));
+    // A warp that merges as late as any: the others need not wait for what this waits for.
+    if (threadIdx.x == kThreads - 1 && !alone()) count_one(team.counter(set));
   }
   // A warp. Afterwards it can read the sums of all parts.
   BATCHOPS_DEVICE void wait(int64_t set) const {
@@ -662,13 +664,16 @@ struct Meeting {
     }
     __syncthreads();
   }
-  // All threads, after the last of().
+  // All threads, after the last of(). No block leaves, or writes new sums, while others may read
+  // its own: they say so here, before they write elements for which they would have to wait.
+  BATCHOPS_DEVICE void leave() const {
+    if (team.cluster) cluster_arrive();
+    __syncthreads();
+  }
+  // All threads, at the set's end.
   BATCHOPS_DEVICE void part() const {
-    if (team.cluster) {
-      cluster_sync();  // no block leaves, or writes new sums, while others may read its own
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
+    if (team.cluster) cluster_wait();
   }
 
   // f(channel, lane, lanes) for each channel of the set, by `lanes` neighbours; in all lanes of a

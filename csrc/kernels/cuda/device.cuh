@@ -11,7 +11,7 @@ struct Device {
   int shared = 48 * 1024;         // bytes that a block may ask for
   int shared_of_all = 48 * 1024;  // … and that the blocks of a multiprocessor have together
   bool clusters = false;
-  int most_cluster = 1;  // blocks of a cluster that the device has room for
+  int most_cluster = 1;  // blocks of a cluster, with a multiprocessor each, that it has room for
 };
 
 // Never launched: asked what its code was made from.

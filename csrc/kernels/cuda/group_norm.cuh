@@ -40,30 +40,32 @@ constexpr int64_t kStreamPart = 64 * 1024;
 constexpr int64_t kLongPlane = 64;   // elements
 constexpr int64_t kReserved = 1024;  // of shared memory: by the driver, for each block
 constexpr int64_t kTileBytes = 256;  // pixels: of a row, where groups allow
+constexpr int64_t kPlaceBytes = 80;  // of where a part lies
 
 // Channels that a thread sums over at once: their sums and coefficients are in registers.
 __host__ __device__ constexpr int sum_width(int unit) { return unit < 4 ? unit : 4; }
 
 // How a block sums over rows: `lanes` neighbours take a segment of a row together.
 struct RowTeams {
-  int lanes = 1;
+  Lanes lanes;
   int segments = 1;  // of a row
   int segment = 8;   // elements
   FastDivide by_segments;
 
   RowTeams() = default;
   RowTeams(int64_t rows, int64_t length, int width) {
-    while (lanes < kWarp && int64_t{lanes} * 2 * width <= length) lanes *= 2;
+    while (lanes.count() < kWarp && int64_t{lanes.count()} * 2 * width <= length) ++lanes.shift;
     // In units that a lane takes: what a segment and, at the end, a place cost besides.
     constexpr double kOfSegment = 2.0, kOfPlace = 0.1;
-    const int64_t teams = kBlock / lanes;
-    const int64_t most = clamp<int64_t>(length / (int64_t{lanes} * width * 2), 1, teams);
+    const int64_t teams = at_once();
+    const int64_t step = int64_t{lanes.count()} * width;
+    const int64_t most = clamp<int64_t>(length / (step * 2), 1, teams);
     double least = std::numeric_limits<double>::max();
     for (int64_t cuts = 1; cuts <= most; ++cuts) {
       const int64_t stretch = round_up<int64_t>(ceil_divide(length, cuts), 8);
       const int64_t found = ceil_divide(length, stretch);
       const int64_t turns = ceil_divide(rows * found, teams);
-      const int64_t units = ceil_divide(stretch, int64_t{lanes} * width);
+      const int64_t units = ceil_divide(stretch, step);
       const double cost = static_cast<double>(turns) * (static_cast<double>(units) + kOfSegment) +
                           kOfPlace * static_cast<double>(found);
       if (cost >= least) continue;
@@ -74,25 +76,31 @@ struct RowTeams {
     by_segments = FastDivide(static_cast<unsigned>(segments));
   }
 
-  // Teams of the warps before this one's: a warp whose first team has nothing left is done.
-  BATCHOPS_DEVICE int before_warp_of(int team) const { return team - team % (kWarp / lanes); }
+  __host__ __device__ int at_once() const { return kBlock >> lanes.shift; }
+  // Teams of the warps before this thread's: a warp whose first team has nothing left is done.
+  BATCHOPS_DEVICE int before_warp() const {
+    return lanes.team(static_cast<int>(threadIdx.x) & -kWarp);
+  }
 };
 
 // Pixels: how threads lie over the units of a tile: `tile` side by side, `across` times over where
 // there are more units, and as many rows at once as there are threads left.
 struct ColumnTiles {
   int tile = 1, across = 1, rows_at_once = 1;
-  int lanes = 1;  // neighbours that add up the rows of a column
+  Lanes lanes;  // that add up the rows of a column
+  FastDivide by_tile, by_rows;
 
   ColumnTiles() = default;
   ColumnTiles(int64_t units, int columns_at_once) {
     tile = static_cast<int>(units < kBlock ? units : kBlock);
     across = static_cast<int>(ceil_divide<int64_t>(units, tile));
     rows_at_once = kBlock / tile;
-    while (lanes < kWarp && lanes * 2 <= rows_at_once &&
-           tile * columns_at_once * lanes * 2 <= kBlock) {
-      lanes *= 2;
+    while (lanes.count() < kWarp && lanes.count() * 2 <= rows_at_once &&
+           tile * columns_at_once * lanes.count() * 2 <= kBlock) {
+      ++lanes.shift;
     }
+    by_tile = FastDivide(static_cast<unsigned>(tile));
+    by_rows = FastDivide(static_cast<unsigned>(rows_at_once));
   }
 };
 
@@ -107,6 +115,7 @@ struct Cut {
   int64_t chunk;     // slices: of a group, padded as the mask; pixels: rows of a part
   int64_t pieces;    // parts in all
   int64_t rounds;    // parts that a block takes one after the other
+  int64_t turns;     // of so many parts
   int64_t sum_rows;  // of the backward's sums by channel
   // slices
   bool by_sample;  // layer norm's backward: sums by channel run over the samples of a block
@@ -124,9 +133,9 @@ struct Cut {
   // pixels
   int64_t width, tiles;  // columns
   int64_t mask_row_bytes;
-  int kept_row;                 // elements of a row in shared memory
-  ColumnTiles by_unit, by_sum;  // units of the widest, and of those that are summed over at once
-  int group_lanes, part_lanes;  // neighbours that merge a group's columns or stretches, its parts
+  int kept_row;                   // elements of a row in shared memory
+  ColumnTiles by_unit, by_sum;    // units of the widest, and of those that are summed over at once
+  Lanes group_lanes, part_lanes;  // that merge a group's columns or stretches, its parts
   // of a part, at most
   int elements, channels, local_groups;
   // Sums over elements (slices) or columns (pixels) of groups, elements of channels, channels of
@@ -134,7 +143,6 @@ struct Cut {
   RowTeams over_groups, over_channels, over_group_channels;
 
   __host__ __device__ bool cluster() const { return resident && parts > 1; }
-  __host__ __device__ int64_t turns() const { return ceil_divide(pieces, rounds); }
   int64_t moments() const {  // slots of the workspace
     return resident ? 0 : pieces * local_groups;
   }
@@ -150,6 +158,7 @@ struct SharedPlan {
   int sums;      // float2 [local_groups]
   int moments;   // Moments [local_groups]
   int terms;     // Terms [local_groups]
+  int place;     // SlicesPlace or PixelsPlace
   int table;     // coefficients [channels], where tabled
   int64_t total;
 };
@@ -199,6 +208,7 @@ inline SharedPlan plan_shared(const Cut& cut, const Purpose& purpose, int width)
   plan.sums = take(int64_t{cut.local_groups} * int64_t{sizeof(float2)});
   plan.moments = take(int64_t{cut.local_groups} * int64_t{sizeof(Moments)});
   plan.terms = take(int64_t{cut.local_groups} * int64_t{sizeof(Terms)});
+  plan.place = take(kPlaceBytes);
   plan.table = take(table_bytes(cut, purpose.backward));
   return plan;
 }
@@ -222,9 +232,11 @@ inline bool samples(const Cut& cut, const Purpose& purpose) {
 }
 
 // Neighbours that merge `count` statistics of each group, so that all groups are done at once.
-inline int merging_lanes(int64_t groups, int64_t count) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes < count && groups * lanes * 2 <= kBlock) lanes *= 2;
+inline Lanes merging_lanes(int64_t groups, int64_t count) {
+  Lanes lanes;
+  while (lanes.count() < kWarp && lanes.count() < count && groups * lanes.count() * 2 <= kBlock) {
+    ++lanes.shift;
+  }
   return lanes;
 }
 
@@ -276,13 +288,15 @@ inline void complete_but_divisions(Cut& cut, const Purpose& purpose, int unit,
   cut.local_groups = static_cast<int>(cut.whole);
   cut.sum_rows = cut.N * cut.parts;
   if (samples(cut, purpose) && cut.resident && cut.parts == 1) {
-    // A row of sums for each block: few beside the tensors, and still enough blocks.
+    // A row of sums for each block: few beside the tensors. As many blocks as run at once, or a
+    // multiple, so that none is left over for a wave of its own.
     constexpr int64_t kSamples = 64;
     cut.by_sample = true;
     cut.channels = static_cast<int>(cut.C);
-    cut.rounds = clamp<int64_t>(cut.pieces / (2 * device.multiprocessors), 1,
-                                ceil_divide(kSamples, cut.whole));
-    cut.sum_rows = cut.turns();
+    const int64_t at_once = 2 * int64_t{device.multiprocessors};
+    const int64_t waves = ceil_divide(cut.pieces, at_once * ceil_divide(kSamples, cut.whole));
+    cut.rounds = ceil_divide(cut.pieces, at_once * waves);
+    cut.sum_rows = ceil_divide(cut.pieces, cut.rounds);
   }
   cut.one_channel = cut.HxW % unit == 0;
   cut.contiguous = cut.HxW == 1 && cut.M % unit == 0;
@@ -304,6 +318,7 @@ inline void complete_but_divisions(Cut& cut, const Purpose& purpose, int unit,
 
 inline void complete(Cut& cut, const Purpose& purpose, int unit, const Device& device) {
   complete_but_divisions(cut, purpose, unit, device);
+  cut.turns = ceil_divide(cut.pieces, cut.rounds);
   cut.by_parts = WideDivide(cut.parts);
   cut.by_tiles = WideDivide(cut.pixels ? cut.tiles : 1);
 }
@@ -434,6 +449,11 @@ struct Arena {
   BATCHOPS_DEVICE float2* channels() const {
     return reinterpret_cast<float2*>(bytes + plan.channels);
   }
+  // Where sums are by sample there are two rows of them instead, of `count` channels each, so that
+  // a thread's neighbours find theirs in other banks.
+  BATCHOPS_DEVICE float* channel_sums(int which, int count) const {
+    return reinterpret_cast<float*>(bytes + plan.channels) + which * count;
+  }
   template <class Coefficients>
   BATCHOPS_DEVICE Coefficients* table() const {
     return reinterpret_cast<Coefficients*>(bytes + plan.table);
@@ -448,6 +468,18 @@ struct Arena {
     return reinterpret_cast<Moments*>(bytes + plan.moments);
   }
   BATCHOPS_DEVICE Terms* terms() const { return reinterpret_cast<Terms*>(bytes + plan.terms); }
+
+  // Where the part lies, for all that comes after its tensors have been asked for: one thread works
+  // it out while they are on their way. It can be read after a barrier.
+  template <class Place>
+  BATCHOPS_DEVICE void leave_place(const Cut& cut, int64_t piece) const {
+    static_assert(sizeof(Place) <= kPlaceBytes);
+    if (threadIdx.x == kBlock - 1) *reinterpret_cast<Place*>(bytes + plan.place) = {cut, piece};
+  }
+  template <class Place>
+  BATCHOPS_DEVICE const Place& place() const {
+    return *reinterpret_cast<const Place*>(bytes + plan.place);
+  }
 };
 
 struct Range {
@@ -462,13 +494,13 @@ struct Range {
 template <int W, class RangeOf, class OfRow>
 BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, OfRow of_row,
                               float2* slots, float2* sums) {
-  const int lane = threadIdx.x % teams.lanes;
-  const int team = threadIdx.x / teams.lanes;
-  const int at_once = kBlock / teams.lanes;
+  const int lane = teams.lanes.lane(static_cast<int>(threadIdx.x));
+  const int team = teams.lanes.team(static_cast<int>(threadIdx.x));
+  const int step = W << teams.lanes.shift;
   const int total = rows * teams.segments;
   float2* to = teams.segments > 1 ? slots : sums;
-  const int before = teams.before_warp_of(team);
-  for (int first = 0; first + before < total; first += at_once) {
+  const int before = teams.before_warp();
+  for (int first = 0; first + before < total; first += teams.at_once()) {
     const int s = first + team;
     float2 sum = make_float2(0.0f, 0.0f);
     if (s < total) {
@@ -479,12 +511,12 @@ BATCHOPS_DEVICE void sum_rows(int rows, const RowTeams& teams, RangeOf range, Of
       if (r.begin < r.end) {
         const auto add = of_row(row);
 #pragma unroll 1
-        for (int i = r.begin + lane * W; i < r.end; i += teams.lanes * W) {
+        for (int i = r.begin + lane * W; i < r.end; i += step) {
           add(std::integral_constant<int, W>{}, i, sum);
         }
       }
     }
-    sum = sum_of_lanes(sum, teams.lanes);
+    sum = sum_of_lanes(sum, teams.lanes.count());
     if (lane == 0 && s < total) to[s] = sum;
   }
   __syncthreads();
@@ -533,19 +565,20 @@ BATCHOPS_DEVICE Terms forward_terms(const MeanAndVariance& found, int64_t M, dou
 // f(r, statistics) of each group r of the part, from its get(r, k), k < count_of(r), of
 // elements_of(r) elements in all; `lanes` neighbours a group. All threads of the block.
 template <class CountOf, class ElementsOf, class Get, class F>
-BATCHOPS_DEVICE void merge_groups(int groups, int lanes, CountOf count_of, ElementsOf elements_of,
+BATCHOPS_DEVICE void merge_groups(int groups, Lanes lanes, CountOf count_of, ElementsOf elements_of,
                                   Get get, F f) {
+  const int items = groups << lanes.shift;
 #pragma unroll 1
-  for (int first = 0; first < groups * lanes; first += kBlock) {
+  for (int first = 0; first < items; first += kBlock) {
     const int item = first + static_cast<int>(threadIdx.x);
-    if (item - item % kWarp >= groups * lanes) break;  // nothing for all of the warp
-    const bool active = item < groups * lanes;
-    const int r = active ? item / lanes : 0;
-    const int lane = item % lanes;
+    if ((item & -kWarp) >= items) break;  // nothing for all of the warp
+    const bool active = item < items;
+    const int r = active ? lanes.team(item) : 0;
+    const int lane = lanes.lane(item);
     const MeanAndVariance found = merge(
-        elements_of(r), active ? count_of(r) : 0, lane, lanes,
+        elements_of(r), active ? count_of(r) : 0, lane, lanes.count(),
         [&](int64_t k) { return get(r, static_cast<int>(k)); },
-        [&](double value) { return sum_of_lanes(value, lanes); });
+        [&](double value) { return sum_of_lanes(value, lanes.count()); });
     if (active && lane == 0) f(r, found);
   }
 }

@@ -353,7 +353,7 @@ BATCHOPS_DEVICE void sum_by_channel(const BackwardArguments& args, const Walk& p
 }
 
 // The same of layer norm, where each element is a channel of its sample: each sample's sums at
-// once, and each channel's added to arena.channels() by the thread that the channel belongs to.
+// once, and each channel's added to arena.channel_sums() by the thread that the channel belongs to.
 template <class T, int W, class Job>
 BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& part,
                                    const Job& job, const Arena& arena) {
@@ -391,9 +391,11 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
   job.when_added([&](const auto& of) {
     using Of = std::decay_t<decltype(of)>;
     for (int c = threadIdx.x * W; c < M; c += kBlock * W) {
-      float2 sums[W];
-#pragma unroll
-      for (int j = 0; j < W; ++j) sums[j] = arena.channels()[c + j];
+      float* const of_dz = arena.channel_sums(0, M) + c;
+      float* const of_product = arena.channel_sums(1, M) + c;
+      float sums[2][W];
+      to_float<float, W>(load_unit<float, W>(of_dz), sums[0]);
+      to_float<float, W>(load_unit<float, W>(of_product), sums[1]);
 #pragma unroll 1
       for (int r = 0; r < part.groups; ++r) {
         const int i = part.begin + r * M + c;
@@ -403,12 +405,12 @@ BATCHOPS_DEVICE void sum_by_sample(const BackwardArguments& args, const Slices& 
         typename Of::template Held<W> held;
         of.template load<W>(held, i);
         of.template add<W>(held, i, Each{k}, bits_of(of, i), [&](int j, float a, float b) {
-          sums[j].x += a;
-          sums[j].y += product_of<T>(t, make_float2(a, b));
+          sums[0][j] += a;
+          sums[1][j] += product_of<T>(t, make_float2(a, b));
         });
       }
-#pragma unroll
-      for (int j = 0; j < W; ++j) arena.channels()[c + j] = sums[j];
+      keep_floats<W>(of_dz, sums[0]);
+      keep_floats<W>(of_product, sums[1]);
     }
   });
   __syncthreads();  // what comes next changes the terms
@@ -419,8 +421,9 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
                                       const Arena& arena, int64_t piece) {
   const BackwardJob<T, Act, true, !Walk::kPixels> job(args, act, arena);
   Terms* terms = arena.terms();
+  using Place = typename Walk::Place;
   {
-    const Walk part(args.cut, forgotten(piece));
+    const Walk part(args.cut, piece);
     for (int r = threadIdx.x; r < part.groups; r += kBlock) {
       terms[r] = load_terms(args.stats, args.cut.groups, part.first_group + r);
     }
@@ -429,14 +432,14 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
     if (job.adds_residual()) {
       part.template keep<T, W>(arena.tensor<T>(2), static_cast<const T*>(args.residual));
     }
+    arena.leave_place<Place>(args.cut, forgotten(piece));
   }
-  __syncthreads();  // the terms are there
-  const Walk part(args.cut, forgotten(piece));
+  wait_for_copies();
+  __syncthreads();
+  const Walk part(args.cut, arena.place<Place>());
   if (Walk::kPixels || !args.cut.by_sample) {
     sum_by_channel<T, W>(args, part, job, arena);
   } else if constexpr (!Walk::kPixels) {
-    wait_for_copies();
-    __syncthreads();
     if (args.cut.whole_samples) {
       sum_by_sample<T, decltype(job)::template kOddPiece<W>>(args, part, job, arena);
     } else {
@@ -468,7 +471,7 @@ BATCHOPS_DEVICE void backward_of_part(const BackwardArguments& args, const Act& 
   }
   if (args.dx != nullptr || args.dresidual != nullptr) {
     job.when_added(
-        [&](const auto& of) { Walk(args.cut, forgotten(piece)).template apply<T, W>(of); });
+        [&](const auto& of) { Walk(args.cut, arena.place<Place>()).template apply<T, W>(of); });
   }
   __syncthreads();
   // No block leaves, or writes other sums, while others may read its own.
@@ -496,10 +499,10 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T, W, Act>)
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   const Arena arena{bytes, args.shared};
   const Cut& cut = args.cut;
-  for (int64_t turn = blockIdx.x; turn < cut.turns(); turn += gridDim.x) {
+  for (int64_t turn = blockIdx.x; turn < cut.turns; turn += gridDim.x) {
     if (cut.by_sample) {
-      for (int c = threadIdx.x; c < cut.channels; c += kBlock) {
-        arena.channels()[c] = make_float2(0.0f, 0.0f);
+      for (int i = threadIdx.x; i < 2 * cut.channels; i += kBlock) {
+        arena.channel_sums(0, cut.channels)[i] = 0.0f;
       }
     }
 #pragma unroll 1
@@ -509,7 +512,8 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<T, W, Act>)
     }
     if (cut.by_sample && args.by_channel != nullptr) {
       for (int c = threadIdx.x; c < cut.channels; c += kBlock) {
-        args.by_channel[turn * cut.C + c] = arena.channels()[c];
+        args.by_channel[turn * cut.C + c] = make_float2(arena.channel_sums(0, cut.channels)[c],
+                                                        arena.channel_sums(1, cut.channels)[c]);
       }
       __syncthreads();
     }

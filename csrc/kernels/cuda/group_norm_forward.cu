@@ -143,9 +143,14 @@ __global__ void __launch_bounds__(kBlock, kLeastBlocks<kLayout, W, Act>)
   BATCHOPS_DYNAMIC_SHARED(bytes, unsigned char);
   const Arena arena{bytes, args.shared};
   for (int64_t piece = blockIdx.x; piece < args.cut.pieces; piece += gridDim.x) {
-    const WalkOf<kLayout> part(args.cut, piece);
+    using Walk = WalkOf<kLayout>;
+    using Place = typename Walk::Place;
     T* kept = arena.tensor<T>(0);
-    part.template keep<T, W>(kept, static_cast<const T*>(args.x));
+    Walk(args.cut, piece).template keep<T, W>(kept, static_cast<const T*>(args.x));
+    arena.leave_place<Place>(args.cut, forgotten(piece));
+    wait_for_copies();
+    __syncthreads();
+    const Walk part(args.cut, arena.place<Place>());
     part.template moments<T, W>(kept, arena);
     Moments* moments = arena.moments();
     if (!args.cut.resident) {

@@ -96,14 +96,14 @@ const char* launch_parts(const char* operation, const char* name,
                          const Act& act, int device, void* stream, bool& refused) {
   refused = false;
   int64_t blocks = 0;
-  if (const char* error = grid_size(operation, device, args.cut.turns(), blocks)) return error;
+  if (const char* error = grid_size(operation, device, args.cut.turns, blocks)) return error;
   const auto bytes = static_cast<size_t>(args.shared.total);
   if (!args.cut.cluster()) return launch(name, kernel, blocks, kBlock, bytes, stream, args, act);
   const auto parts = static_cast<unsigned>(args.cut.parts);
   const unsigned whole_clusters = static_cast<unsigned>(round_up<int64_t>(blocks, parts));
   const LaunchShape shape{dim3(whole_clusters, 1, 1), dim3(kBlock, 1, 1), bytes, parts};
   const cudaError_t error = try_launch(name, kernel, shape, stream, args, act);
-  refused = lacks_room(error) || error == cudaErrorLaunchOutOfResources;
+  refused = lacks_room(shape, error);
   if (!refused) return check(name, "launch", error);
   static_cast<void>(cudaGetLastError());
   return nullptr;

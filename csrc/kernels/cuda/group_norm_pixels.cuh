@@ -11,9 +11,8 @@
 
 namespace batchops::cuda::group {
 
-struct Pixels {
-  static constexpr bool kPixels = true;
-  const Cut& cut;
+// Where a part lies.
+struct PixelsPlace {
   int64_t first_group;
   int groups;
   int64_t first_sum;  // of the first column among the backward's sums [N · parts, C]
@@ -23,7 +22,8 @@ struct Pixels {
   int into_group;  // columns of its group before the first
   int channels;
 
-  BATCHOPS_DEVICE Pixels(const Cut& c, int64_t piece) : cut(c) {
+  PixelsPlace() = default;
+  BATCHOPS_DEVICE PixelsPlace(const Cut& cut, int64_t piece) {
     const int64_t set = cut.by_parts.quotient(piece);
     const int64_t slot = piece - set * cut.parts;
     const int64_t n = cut.by_tiles.quotient(set);
@@ -40,6 +40,15 @@ struct Pixels {
     first_row = n * cut.HxW + slot * cut.chunk;
     first_sum = (n * cut.parts + slot) * cut.C + first_column;
   }
+};
+
+struct Pixels : PixelsPlace {
+  using Place = PixelsPlace;
+  static constexpr bool kPixels = true;
+  const Cut& cut;
+
+  BATCHOPS_DEVICE Pixels(const Cut& c, int64_t piece) : Place(c, piece), cut(c) {}
+  BATCHOPS_DEVICE Pixels(const Cut& c, const Place& place) : Place(place), cut(c) {}
 
   BATCHOPS_DEVICE int64_t channel_of(int r) const { return first_column + r; }
   BATCHOPS_DEVICE int group_of_channel(int r) const {
@@ -56,13 +65,18 @@ struct Pixels {
   // are tiles.rows_at_once apart.
   template <int W, class F>
   BATCHOPS_DEVICE void for_units(const ColumnTiles& tiles, F f) const {
-    const int row = static_cast<int>(threadIdx.x) / tiles.tile;
+    const int row = static_cast<int>(tiles.by_tile.quotient(threadIdx.x));
     const int unit = static_cast<int>(threadIdx.x) - row * tiles.tile;
 #pragma unroll 1
     for (int a = 0; a < tiles.across; ++a) {
       const int column = (a * tiles.tile + unit) * W;
       f(column, row, row < tiles.rows_at_once && column < channels);
     }
+  }
+  // How many of them, from one that is below tiles.rows_at_once.
+  BATCHOPS_DEVICE int rows_of(const ColumnTiles& tiles, int first) const {
+    const int rest = rows - first + tiles.rows_at_once - 1;
+    return static_cast<int>(tiles.by_rows.quotient(static_cast<unsigned>(rest)));
   }
   BATCHOPS_DEVICE int64_t offset(int r, int column) const {
     return (first_row + r) * cut.C + first_column + column;
@@ -95,28 +109,28 @@ struct Pixels {
                               const Arena& arena) const {
     float2* slots = arena.slots();
     float2* to = arena.channels();
-    const int items = tiles.tile * W * tiles.lanes;
+    const int items = tiles.tile * W << tiles.lanes.shift;
 #pragma unroll
     for (int j = 0; j < W; ++j) slots[j * (kBlock + 1) + threadIdx.x] = sums[j];
     __syncthreads();
 #pragma unroll 1
     for (int base = 0; base < items; base += kBlock) {
       const int item = base + static_cast<int>(threadIdx.x);
-      if (item - item % kWarp >= items) break;  // nothing for all of the warp
-      const int lane = item % tiles.lanes;
-      const int line = item / tiles.lanes;
+      if ((item & -kWarp) >= items) break;  // nothing for all of the warp
+      const int lane = tiles.lanes.lane(item);
+      const int line = tiles.lanes.team(item);
       const int column = first_of_turn + line;
       const bool active = item < items && column < channels;
       float2 sum = make_float2(0.0f, 0.0f);
       if (active) {
         const float2* of_column = slots + line % W * (kBlock + 1) + line / W;
-        for (int k = lane; k < tiles.rows_at_once; k += tiles.lanes) {
+        for (int k = lane; k < tiles.rows_at_once; k += tiles.lanes.count()) {
           const float2 more = of_column[k * tiles.tile];
           sum.x += more.x;
           sum.y += more.y;
         }
       }
-      sum = sum_of_lanes(sum, tiles.lanes);
+      sum = sum_of_lanes(sum, tiles.lanes.count());
       if (active && lane == 0) to[column] = sum;
     }
     __syncthreads();
@@ -131,7 +145,7 @@ struct Pixels {
       const int kept_line = step * cut.kept_row;
       int64_t at = offset(row, first);
       int i = local(row, first);
-      int left = (rows - row + step - 1) / step;
+      int left = rows_of(cut.by_unit, row);
 #pragma unroll 1
       for (; left >= kInFlight; left -= kInFlight) {
 #pragma unroll
@@ -158,8 +172,6 @@ struct Pixels {
     const int step = tiles.rows_at_once;
     float* shifts = arena.shifts();
     int first_of_turn = 0;
-    wait_for_copies();
-    __syncthreads();
     for_units<kSum>(tiles, [&](int first, int row, bool active) {
       if (active && row == 0) {
         // Halfway between the middle two of the first four rows: an outlier is neither of them.
@@ -197,7 +209,7 @@ struct Pixels {
             sums[j].y += d * d;
           }
         };
-        int left = (rows - row + step - 1) / step;
+        int left = rows_of(tiles, row);
 #pragma unroll 1
         for (; left >= kInFlight; left -= kInFlight) {
 #pragma unroll
@@ -239,8 +251,6 @@ struct Pixels {
   BATCHOPS_DEVICE void sum_channels(const Job& job, const Arena& arena) const {
     const ColumnTiles& tiles = cut.by_sum;
     int first_of_turn = 0;
-    wait_for_copies();
-    __syncthreads();
     for_units<kSum>(tiles, [&](int first, int row, bool active) {
       typename Job::Coefficients k[kSum];
       float2 sums[kSum];

@@ -10,9 +10,8 @@
 
 namespace batchops::cuda::group {
 
-struct Slices {
-  static constexpr bool kPixels = false;
-  const Cut& cut;
+// Where a part lies.
+struct SlicesPlace {
   int64_t base;
   int begin, end;
   int64_t first_group;
@@ -23,7 +22,8 @@ struct Slices {
   int channels;
   int64_t mask_row, mask_column;  // of `begin`
 
-  BATCHOPS_DEVICE Slices(const Cut& c, int64_t piece) : cut(c) {
+  SlicesPlace() = default;
+  BATCHOPS_DEVICE SlicesPlace(const Cut& cut, int64_t piece) {
     int64_t from = 0, to = 0;  // in the group
     int64_t slot = 0;
     if (cut.parts == 1) {
@@ -35,8 +35,8 @@ struct Slices {
       first_group = cut.by_parts.quotient(piece);
       slot = piece - first_group * cut.parts;
       groups = 1;
-      from = unpadded(slot * cut.chunk);
-      to = slot + 1 == cut.parts ? cut.M : unpadded((slot + 1) * cut.chunk);
+      from = unpadded(cut, slot * cut.chunk);
+      to = slot + 1 == cut.parts ? cut.M : unpadded(cut, (slot + 1) * cut.chunk);
     }
     const int64_t n = cut.by_G.quotient(first_group);
     const int64_t first = first_group * cut.M + from;
@@ -52,13 +52,23 @@ struct Slices {
     mask_column = first - mask_row * cut.mask_row;
   }
 
+ private:
   // Of a position in the group, in which rows of the mask are padded to whole bytes.
-  BATCHOPS_DEVICE int64_t unpadded(int64_t position) const {
+  BATCHOPS_DEVICE static int64_t unpadded(const Cut& cut, int64_t position) {
     if (!cut.padded) return position;
     const int64_t rows = position / cut.padded_row;
     const int64_t rest = position - rows * cut.padded_row;
     return rows * cut.mask_row + (rest < cut.mask_row ? rest : cut.mask_row);
   }
+};
+
+struct Slices : SlicesPlace {
+  using Place = SlicesPlace;
+  static constexpr bool kPixels = false;
+  const Cut& cut;
+
+  BATCHOPS_DEVICE Slices(const Cut& c, int64_t piece) : Place(c, piece), cut(c) {}
+  BATCHOPS_DEVICE Slices(const Cut& c, const Place& place) : Place(place), cut(c) {}
 
   BATCHOPS_DEVICE int64_t channel_of(int r) const {
     const unsigned c = channel + static_cast<unsigned>(r);
@@ -87,17 +97,26 @@ struct Slices {
   BATCHOPS_DEVICE void keep(T* to, const T* from) const {
     const int units = (end + W - 1) / W;
     const bool past = W > 1 && base + int64_t{units} * W > cut.numel;  // the tensor's end
+    const int mine = static_cast<int>(threadIdx.x) * W;
     const T* __restrict__ x = from + base;
-    int t = threadIdx.x;
+    const T* __restrict__ next = x + mine;
+    T* place = to + mine;
+    int left = units - past - static_cast<int>(threadIdx.x);
 #pragma unroll 1
-    for (; t + (kInFlight - 1) * kBlock < units - past; t += kInFlight * kBlock) {
+    for (; left > (kInFlight - 1) * kBlock; left -= kInFlight * kBlock) {
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
-        copy_async<T, W>(to + (t + k * kBlock) * W, x + (t + k * kBlock) * W);
+        copy_async<T, W>(place + k * kBlock * W, next + k * kBlock * W);
       }
+      place += kInFlight * kBlock * W;
+      next += kInFlight * kBlock * W;
     }
 #pragma unroll 1
-    for (; t < units - past; t += kBlock) copy_async<T, W>(to + t * W, x + t * W);
+    for (; left > 0; left -= kBlock) {
+      copy_async<T, W>(place, next);
+      place += kBlock * W;
+      next += kBlock * W;
+    }
     if (past && threadIdx.x == 0) {
       for (int i = (units - 1) * W; i < end; ++i) to[i] = x[i];
     }
@@ -119,8 +138,6 @@ struct Slices {
   // Each group's moments, of what the block has kept.
   template <class T, int W>
   BATCHOPS_DEVICE void moments(const T* x, const Arena& arena) const {
-    wait_for_copies();
-    __syncthreads();
     if (cut.whole_groups) {
       stretches<T, W>(x, arena);
     } else {
@@ -144,14 +161,14 @@ struct Slices {
   template <class T, int W>
   BATCHOPS_DEVICE void stretches(const T* x, const Arena& arena) const {
     const RowTeams& teams = cut.over_groups;
-    const int lane = threadIdx.x % teams.lanes;
-    const int team = threadIdx.x / teams.lanes;
+    const int lane = teams.lanes.lane(static_cast<int>(threadIdx.x));
+    const int team = teams.lanes.team(static_cast<int>(threadIdx.x));
     const int total = groups * teams.segments;
-    const int step = teams.lanes * W;
+    const int step = W << teams.lanes.shift;
     Moments* to = arena.stretches();
-    const int before = teams.before_warp_of(team);
+    const int before = teams.before_warp();
 #pragma unroll 1
-    for (int first = 0; first + before < total; first += kBlock / teams.lanes) {
+    for (int first = 0; first + before < total; first += teams.at_once()) {
       const int s = first + team;
       Range of{0, 0};
       if (s < total) {
@@ -170,7 +187,7 @@ struct Slices {
         for (int j = 0; j < W; ++j) sum.x += v[j];
         sum.y += W;
       }
-      sum = sum_of_lanes(sum, teams.lanes);
+      sum = sum_of_lanes(sum, teams.lanes.count());
       const float shift = sum.x / sum.y;
       sum = make_float2(0.0f, 0.0f);
       const auto take = [&](const T* unit) {
@@ -184,7 +201,8 @@ struct Slices {
         }
       };
       const T* from = x + mine;
-      int left = mine < of.end ? (of.end - mine + step - 1) / step : 0;
+      const auto rest = static_cast<unsigned>(of.end - mine + step - 1);
+      int left = mine < of.end ? static_cast<int>(rest / W >> teams.lanes.shift) : 0;
 #pragma unroll 1
       for (; left >= kInFlight; left -= kInFlight) {
 #pragma unroll
@@ -196,7 +214,7 @@ struct Slices {
         take(from);
         from += step;
       }
-      sum = sum_of_lanes(sum, teams.lanes);
+      sum = sum_of_lanes(sum, teams.lanes.count());
       if (lane == 0 && s < total) {
         const auto n = static_cast<float>(of.end > of.begin ? of.end - of.begin : 0);
         const float rest = sum.y - sum.x * sum.x / n;
@@ -209,8 +227,6 @@ struct Slices {
   // channels[r] = what the job adds over each channel, of what is kept.
   template <class T, int W, class Job>
   BATCHOPS_DEVICE void sum_channels(const Job& job, const Arena& arena) const {
-    wait_for_copies();
-    __syncthreads();
     if (cut.whole_channels) {
       channels_by<T, W>(job, arena);
     } else {
@@ -415,7 +431,8 @@ struct Slices {
       unsigned bits[kAhead] = {};
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const Place place = element(first + u * kBlock + static_cast<int>(threadIdx.x), length);
+        const cuda::Place place =
+            element(first + u * kBlock + static_cast<int>(threadIdx.x), length);
         if (!place.valid) continue;
         job.template load_outer<1>(*this, held[u], base + place.offset,
                                    static_cast<int>(place.offset));
@@ -426,7 +443,8 @@ struct Slices {
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const Place place = element(first + u * kBlock + static_cast<int>(threadIdx.x), length);
+        const cuda::Place place =
+            element(first + u * kBlock + static_cast<int>(threadIdx.x), length);
         unsigned found = 0;
         if (place.valid) {
           const int i = static_cast<int>(place.offset);
@@ -445,7 +463,7 @@ struct Slices {
   }
 
   // The t-th element of the padded walk; its offset is local.
-  BATCHOPS_DEVICE Place element(int t, int length) const {
+  BATCHOPS_DEVICE cuda::Place element(int t, int length) const {
     unsigned rows;
     int64_t at;
     cut.padded_rows.step(mask_column, static_cast<unsigned>(t), rows, at);

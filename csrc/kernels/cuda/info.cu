@@ -29,23 +29,6 @@ std::string driver_release() {
   return "";
 }
 
-// While it lives, calls of this thread do not break off what another one captures.
-class BesideCaptures {
- public:
-  BesideCaptures() { exchange(); }
-  ~BesideCaptures() { exchange(); }
-  BesideCaptures(const BesideCaptures&) = delete;
-  BesideCaptures& operator=(const BesideCaptures&) = delete;
-
- private:
-  void exchange() {
-    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) {
-      static_cast<void>(cudaGetLastError());
-    }
-  }
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 }  // namespace info_cu
 
 bool built_with_cuda() { return true; }
@@ -106,7 +89,7 @@ const char* cuda_problem(int device) {
 
 bool cuda_lock_pages(void* data, size_t bytes, int device) {
   constexpr const char* kOp = "batchops";
-  const BesideCaptures guard;
+  const cuda::BesideCaptures guard;
   return cuda::set_device(kOp, device) == nullptr &&
          cuda::check(kOp, "cudaHostRegister",
                      cudaHostRegister(data, bytes, cudaHostRegisterPortable)) == nullptr;
@@ -114,7 +97,7 @@ bool cuda_lock_pages(void* data, size_t bytes, int device) {
 
 bool cuda_unlock_pages(void* data, int device) {
   constexpr const char* kOp = "batchops";
-  const BesideCaptures guard;
+  const cuda::BesideCaptures guard;
   return cuda::set_device(kOp, device) == nullptr &&
          cuda::check(kOp, "cudaHostUnregister", cudaHostUnregister(data)) == nullptr;
 }

@@ -107,9 +107,8 @@ struct AffineOf : Affine {
 
 // ---- statistics
 
-// 1 / n and 1 / √a to a few units of double's last place: Newton's step from float's estimate,
-// where a division and a root in double take three times as long, and a statistic waits for
-// several.
+// 1 / n and 1 / √a to 2^-44: Newton's step from float's estimate, where a division and a root in
+// double take three times as long, and a statistic waits for several.
 BATCHOPS_DEVICE double inverse(double n) {
   const double estimate = inverse_fast(static_cast<float>(n));
   return ::fma(estimate, ::fma(-n, estimate, 1.0), estimate);

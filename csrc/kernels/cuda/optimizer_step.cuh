@@ -1222,7 +1222,8 @@ const char* launch_step(const StepKernels<Algorithm>& kernels, StepPlan<Algorith
   // A process or a stream may have fewer multiprocessors than the device. The step runs on any.
   while (true) {
     const cudaError_t error = try_launch(kernels.name, kernels.step, shape, stream, args);
-    if (!lacks_room(error) || shape.blocks.x == 1) return check(kernels.name, "launch", error);
+    if (!lacks_room(shape, error) || shape.blocks.x == 1)
+      return check(kernels.name, "launch", error);
     static_cast<void>(cudaGetLastError());
     shape.blocks.x /= 2;
   }

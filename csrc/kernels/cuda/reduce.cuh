@@ -38,15 +38,26 @@ BATCHOPS_DEVICE int sum_of_lane(int lane) {
   return (lane & 7) != 0 ? -1 : (lane >> 4) + (lane >> 3 & 1) * 2;
 }
 
+// Neighbouring lanes that do something together: a power of two of them, so that who is where takes
+// no division.
+struct Lanes {
+  int shift = 0;
+
+  __host__ __device__ int count() const { return 1 << shift; }
+  // Of the team that a thread or item belongs to, and of its place there.
+  BATCHOPS_DEVICE int team(int item) const { return item >> shift; }
+  BATCHOPS_DEVICE int lane(int item) const { return item & (count() - 1); }
+};
+
 // The sum of `value` over `lanes` neighbours, in each of them. All lanes of the warp must call it.
 BATCHOPS_DEVICE double sum_of_lanes(double value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+  for (int distance = lanes >> 1; distance > 0; distance >>= 1) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   return value;
 }
 BATCHOPS_DEVICE float2 sum_of_lanes(float2 value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+  for (int distance = lanes >> 1; distance > 0; distance >>= 1) {
     value.x += __shfl_xor_sync(kAllLanes, value.x, distance);
     value.y += __shfl_xor_sync(kAllLanes, value.y, distance);
   }

@@ -98,6 +98,26 @@ inline const char* set_device(const char* operation, int device) {
   return check(operation, "cudaSetDevice", cudaSetDevice(device));
 }
 
+// While it lives, calls of this thread neither break off what is captured nor are refused for it:
+// the first use of a device or a kernel asks and loads.
+class BesideCaptures {
+#ifndef BATCHOPS_CUDA_EMULATOR
+ public:
+  BesideCaptures() { exchange(); }
+  ~BesideCaptures() { exchange(); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  void exchange() {
+    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+    }
+  }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+#endif
+};
+
 // What a launch asks for beside its arguments.
 struct LaunchShape {
   dim3 blocks;
@@ -164,6 +184,7 @@ class Allowances {
 #ifndef BATCHOPS_CUDA_EMULATOR  // whose device tests change
     if (told_.count(key) != 0) return cudaSuccess;
 #endif
+    [[maybe_unused]] const BesideCaptures guard;
     const cudaError_t error = tell();
     if (error == cudaSuccess) told_.insert(key);
     return error;
@@ -234,10 +255,14 @@ cudaError_t try_launch(const char* name, void (*kernel)(Params...), const Launch
 
 // Whether a launch was refused because its blocks do not run together: those of a cooperative grid,
 // or of a cluster.
-inline bool lacks_room(cudaError_t error) {
+inline bool lacks_room(const LaunchShape& shape, cudaError_t error) {
   constexpr int kInvalidClusterSize = 912;  // has its name from CUDA 12 on
-  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported ||
-         static_cast<int>(error) == kInvalidClusterSize;
+  if (shape.cluster > 1 &&
+      (static_cast<int>(error) == kInvalidClusterSize || error == cudaErrorLaunchOutOfResources)) {
+    return true;
+  }
+  return (shape.cluster > 1 || shape.cooperative) &&
+         (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported);
 }
 
 // The same, and checks that the launch was accepted.
@@ -274,6 +299,7 @@ const char* asked_once([[maybe_unused]] const Key& key, Value& found, Ask ask) {
     found = place->second;
     return nullptr;
   }
+  const BesideCaptures guard;
   const char* error = ask(found);
   if (error == nullptr) known->emplace(key, found);
   return error;
