@@ -6,8 +6,10 @@ All three plan an epoch from (seed, epoch) alone: every rank makes the same plan
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,15 @@ import torch
 from torch.utils.data import Sampler
 
 from batchops import _C
+
+
+def _splitmix64(x: int) -> int:
+    """The first number of the splitmix64 that begins at x: a bijection of 64 bits."""
+    mask = (1 << 64) - 1
+    z = (x + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
 
 
 class _Planned(Sampler[list[int]]):
@@ -64,8 +75,9 @@ class _Planned(Sampler[list[int]]):
         self._position = self._start = 0
 
     def _epoch_seed(self) -> int:
-        # Seeds of neighbouring epochs and of neighbouring seeds must not meet.
-        return (self.seed * 0x9E3779B97F4A7C15 + self.epoch * 0xD1B54A32D192ED03) % (1 << 64)
+        # Native code counts up from this: neighbours, or multiples of what it adds, would give one
+        # stream, begun earlier or later. Hashed, they are strangers.
+        return _splitmix64(_splitmix64(self.seed) + self.epoch)
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError
@@ -242,8 +254,11 @@ class MixtureBatchSampler(_Planned):
     sizes: of the datasets, in the order of the ``ConcatDataset``. weights: one for each, ≥ 0, at
     least one positive. batches: of an epoch, over all ranks; None: as many as one pass over all
     samples has. Within a dataset every sample is drawn once, in random order, before any is drawn
-    again; that order goes on from epoch to epoch only through the seed. exact: each batch has
-    ``batch_size · weight`` samples of each dataset to within one, rather than on average.
+    again; that order goes on from epoch to epoch only through the seed.
+
+    exact: counts are not drawn. With w = weights[d] / Σ weights, each batch has ``batch_size · w``
+    samples of d, rounded down or up, and the first n batches of an epoch (of all ranks) have
+    ``n · batch_size · w`` to within less than one. The counts of batch n are those of every epoch.
     """
 
     def __init__(
@@ -276,19 +291,20 @@ class MixtureBatchSampler(_Planned):
                 raise self._error(f"dataset {d} has weight {weight} and no samples")
         self.batch_size = self._at_least("batch_size", batch_size, 1)
         self.exact = exact
+        self._rounded_up: np.ndarray | None = None
         if batches is None:
             batches = math.ceil(sum(self.sizes) / self.batch_size)
         self.batches = self._at_least("batches", batches, 1)
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         seed = self._epoch_seed()
-        shares = self.weights / self.weights.sum()
+        shares = self.weights / self.weights.max()  # whose sum is finite
+        shares /= shares.sum()
         total = self.batches * self.batch_size
         rng = np.random.Generator(np.random.PCG64(seed))
         if self.exact:
-            # Place k of the epoch belongs to the dataset that is furthest behind its share: the
-            # running counts, and so those of every batch, stay within one of the shares.
-            which = _round_robin(shares, total)
+            counts = self._exact_counts()
+            which = np.tile(np.arange(len(shares)), self.batches).repeat(counts.ravel())
             which = which.reshape(self.batches, self.batch_size)
             which = rng.permuted(which, axis=1).reshape(-1)
         else:
@@ -309,13 +325,64 @@ class MixtureBatchSampler(_Planned):
             samples[places] = offsets[d] + order[: len(places)]
         return samples, np.arange(self.batches + 1) * self.batch_size
 
+    def _exact_counts(self) -> np.ndarray:
+        """(batches, datasets): how many samples of each dataset each batch has."""
+        # In integers: a rounding error would show where n · batch_size · w is whole. A weight is
+        # the decimal number that it was written as, so that [0.7, 0.3] come round after 10 batches.
+        exact = [Fraction(repr(float(weight))) for weight in self.weights]
+        whole = sum(exact)
+        wanted = [self.batch_size * weight / whole for weight in exact]
+        least = [math.floor(w) for w in wanted]
+        if self._rounded_up is None:
+            rest = [w - floor for w, floor in zip(wanted, least, strict=True)]
+            period = min(math.lcm(*(r.denominator for r in rest)), self.batches)
+            self._rounded_up = _fair_turns(rest, period)
+        rounds = math.ceil(self.batches / len(self._rounded_up))
+        return np.array(least) + np.tile(self._rounded_up, (rounds, 1))[: self.batches]
 
-def _round_robin(shares: np.ndarray, total: int) -> np.ndarray:
-    """Dataset of each place: the k-th sample of dataset d is due at (k + 1/2) / share."""
-    counts = np.floor(shares * total).astype(np.int64)
-    for d in np.argsort(counts - shares * total)[: total - int(counts.sum())]:
-        counts[d] += 1
-    owners = np.repeat(np.arange(len(shares)), counts)
-    within = np.concatenate([np.arange(c) for c in counts])
-    due = (within + 0.5) / np.maximum(counts, 1)[owners]
-    return owners[np.argsort(due, kind="stable")]
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _fair_turns(shares: list[Fraction], turns: int) -> np.ndarray:
+    """(turns, len(shares)): in each turn Σ shares, an integer m, of them have 1, the others 0, and
+    in the first n turns share s has it more than n · s − 1 and less than n · s + 1 times.
+
+    That is proportionate fairness: the i-th must come in turns [⌊(i−1)/s⌋, ⌈i/s⌉). The m that are
+    due first are taken. It matters which of those due together go first: those whose next one may
+    begin before they end, and of these the ones that leave the least room for long (PD²: Anderson,
+    Srinivasan, Mixed Pfair/ERfair scheduling of asynchronous periodic tasks, 2004, has the proof).
+    """
+    m = int(sum(shares))
+    out = np.zeros((turns, len(shares)), dtype=np.uint8)
+    sizes = [(share.numerator, share.denominator) for share in shares]
+    # Of the i-th of each share, i / s = whole + left / numerator: with nothing left it is due
+    # before turn `whole`; the next one may begin in that.
+    at = [(0, 0)] * len(shares)
+
+    def next_turn(d: int) -> tuple[int, int, int, int]:
+        """What the next one of share d is taken by, the least first."""
+        p, q = sizes[d]
+        more, left = divmod(at[d][1] + q, p)
+        whole = at[d][0] + more
+        at[d] = (whole, left)
+        if not left:
+            return (whole, 0, 0, d)
+        due = whole + 1
+        # With s ≥ 1/2, the end of the run of turns in which its next ones have no choice.
+        run = _ceil(_ceil(due * (q - p), q) * q, q - p) if 2 * p >= q else 0
+        return (due, -1, -run, d)
+
+    ready = [next_turn(d) for d, share in enumerate(shares) if share]
+    heapq.heapify(ready)
+    later: dict[int, list[tuple[int, int, int, int]]] = {}  # by the turn that they may begin in
+    for t in range(turns):
+        for turn in later.pop(t, ()):
+            heapq.heappush(ready, turn)
+        for _ in range(m):
+            d = heapq.heappop(ready)[3]
+            out[t, d] = 1
+            begins = max(at[d][0], t + 1)
+            later.setdefault(begins, []).append(next_turn(d))
+    return out
