@@ -239,6 +239,12 @@ def test_batches(name: str) -> None:
         same(BATCHES[name])
 
 
+def test_arrays_of_items_larger_than_any_of_torchs() -> None:
+    for rows in (np.zeros((4, 4), np.clongdouble), np.zeros((4, 4), np.longdouble)):
+        same(lambda rows=rows: [rows, rows])
+        same(lambda rows=rows: [rows[:, ::2], rows[:, ::2]])
+
+
 def test_memmaps(tmp_path: Any) -> None:
     file = tmp_path / "rows"
     np.arange(60.0).tofile(file)
@@ -402,6 +408,19 @@ def test_errors_of_others_stay_theirs(fn_map: dict[Any, Any]) -> None:
     with pytest.raises(OddError) as caught:
         collate([{1}])
     assert caught.value.args == (1, 2)
+
+
+def test_one_error_object_raised_twice_tells_of_the_second_time(fn_map: dict[Any, Any]) -> None:
+    error = ValueError("mine")
+
+    def fail(batch: Any, *, collate_fn_map: Any = None) -> Any:
+        raise error
+
+    fn_map[set] = fail
+    assert "sample['a']: set" in text_of([{"a": {1}}, {"a": {2}}])
+    text = text_of([[{1}, {2}], [{1}, {2, 3}]])
+    assert "sample[0]: set" in text
+    assert "'a'" not in text
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import collections.abc
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import collate as torch_collate
@@ -23,8 +22,8 @@ from batchops.data._source import (
     ARRAY_DTYPES,
     DTYPES,
     makes_tensors_on_cpu,
-    nobody_watches,
-    refuse_truncated,
+    native_may_stand_in,
+    refuse_truncated_ones,
 )
 
 _default_collate = torch_collate.default_collate
@@ -36,11 +35,14 @@ _int_fn = torch_collate.collate_int_fn
 # These take a tuple as well as a list.
 _ANY_SEQUENCE = (_tensor_fn, _array_fn)
 
+# What numbers are collated by.
+VECTOR_FNS = (_float_fn, _int_fn, torch_collate.collate_numpy_scalar_fn)
+
 # torch.tensor makes a vector of few numbers as fast.
 _FEW_NUMBERS = 16
 
-_read_tensors = _C.Samples.of_tensors
-_read_arrays = _C.Samples.of_arrays
+read_tensors = _C.Samples.of_tensors
+read_arrays = _C.Samples.of_arrays
 
 
 def collate(batch: Any) -> Any:
@@ -57,7 +59,7 @@ def collate(batch: Any) -> Any:
     earlier batch is alive; in a worker process, in shared memory, as torch does.
 
     Raises what torch raises: its message first, then the position in the batch, the way to the
-    value, and both shapes and dtypes.
+    value, and both shapes and dtypes. RuntimeError for a memmap whose file was truncated.
     """
     return collate_into(batch, None)
 
@@ -66,7 +68,7 @@ def collate_into(batch: Any, memory: Any) -> Any:
     """:func:`collate` with outputs from ``memory``, or where they belong by themselves."""
     if memory is None:
         memory = shared_memory()
-    native = nobody_watches() and torch.autograd.forward_ad._current_level < 0
+    native = native_may_stand_in()
     if get_worker_info() is not None:
         memory = SharedMemory()
     try:
@@ -81,6 +83,14 @@ def collate_into(batch: Any, memory: Any) -> Any:
 def is_default(fn: Any) -> bool:
     """Whether ``fn`` is torch's default_collate, or ours."""
     return fn is _default_collate or fn is collate
+
+
+def look_at_memory(samples: _C.Samples, batch: Any) -> None:
+    """Raises RuntimeError for a mapped file that was truncated; warns of arrays that are read-only,
+    as torch does."""
+    refuse_truncated_ones(batch, samples.mapped)
+    if samples.readonly >= 0:
+        torch.as_tensor(batch[samples.readonly])  # which warns, once
 
 
 class SharedMemory(PlainMemory):
@@ -197,16 +207,27 @@ class Collation:
                 out = self.stack_tensors(batch) if self.native else None
             elif self.makes_tensors:
                 if fn is _array_fn:
-                    out = self.stack_arrays(batch)
+                    # Arrays become tensors, and are collated by whatever collates tensors now.
+                    if self.fn_map.get(torch.Tensor) is _tensor_fn:
+                        out = self.stack_arrays(batch)
                 elif fn is _float_fn or fn is _int_fn:
                     out = self.numbers(fn, batch)
-            return fn(batch, collate_fn_map=self.fn_map) if out is None else out
+            return self.by_torch(fn, batch) if out is None else out
         except Exception as error:
             note(error, batch)
             raise
 
+    def stacks(self, fn: Any) -> bool:
+        """Whether what ``fn`` gives is torch's stack."""
+        return fn is _tensor_fn or (fn is _array_fn and self.fn_map.get(torch.Tensor) is _tensor_fn)
+
+    def by_torch(self, fn: Any, batch: Any) -> Any:
+        if fn is _array_fn:
+            refuse_truncated_ones(batch)
+        return fn(batch, collate_fn_map=self.fn_map)
+
     def stack_tensors(self, batch: Any) -> torch.Tensor | None:
-        samples = _read_tensors(batch)
+        samples = read_tensors(batch)
         if samples is None:
             return None
         elem = batch[0]
@@ -215,20 +236,13 @@ class Collation:
         return self.stacked(samples, elem.shape, elem.dtype)
 
     def stack_arrays(self, batch: Any) -> torch.Tensor | None:
-        # Arrays become tensors and are collated as such, by whatever collates tensors now.
-        if self.fn_map.get(torch.Tensor) is not _tensor_fn:
-            return None
-        samples = _read_arrays(batch)
-        if samples is None:
-            return None
         elem = batch[0]
         dtype = ARRAY_DTYPES.get(elem.dtype)
-        if dtype is None:
+        samples = read_arrays(batch) if dtype is not None else None
+        if samples is None:
             return None
-        if type(elem) is np.memmap:
-            refuse_truncated(elem)
-        if samples.readonly >= 0:
-            torch.as_tensor(batch[samples.readonly])  # which warns, once
+        if not samples.in_plain_memory:
+            look_at_memory(samples, batch)
         return self.stacked(samples, elem.shape, dtype)
 
     def stacked(self, samples: _C.Samples, shape: Any, dtype: torch.dtype) -> torch.Tensor:

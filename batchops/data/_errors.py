@@ -45,6 +45,7 @@ class Place:
         self.position: int | None = None
         self.text = ""
         self.of_whole_batch = False  # the position is one in the loader's own batch
+        self.told = False  # what follows is another collation, that the same object is raised in
 
 
 class WholeBatch:
@@ -78,13 +79,18 @@ def noted(error: Exception) -> Place | None:
     return getattr(error, "_batchops_place", None)
 
 
-def note(error: Exception, batch: Sequence[Any]) -> None:
-    """Remember what `batch`, in which it happened, tells about the error."""
-    if noted(error) is not None:
+def note(error: Exception, batch: Sequence[Any], position: int | None = None) -> None:
+    """Remember what `batch`, in which it happened, tells about the error: which sample is odd,
+    unless it is known to be that at `position`."""
+    place = noted(error)
+    if place is not None and not place.told:
         return
     place = Place()
     try:
-        place.position, place.text = _odd_one(batch)
+        if position is None:
+            place.position, place.text = _odd_one(batch)
+        else:
+            place.position, place.text = position, _describe(batch[position])
         error._batchops_place = place
     except Exception:
         pass  # an explanation must not hide the error
@@ -102,6 +108,7 @@ def explained(error: Exception) -> Exception:
     place = noted(error)
     if place is None:
         return error
+    place.told = True
     path = "sample" + "".join(f"[{key!r}]" for key in reversed(place.path))
     where = _MARK + (f"position {place.position}, " if place.position is not None else "")
     where += f"{path}: {place.text}"

@@ -7,11 +7,12 @@ import itertools
 import math
 import mmap
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils.data import (
@@ -25,6 +26,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from batchops import _C
 from batchops.data import _arrow
+from batchops.data._errors import note
 from batchops.data.columns import Columns
 
 # Types whose rows torch.stack copies bit by bit. What is absent (quantized, sub-byte, bits) takes
@@ -94,6 +96,12 @@ def nobody_watches() -> bool:
     )
 
 
+def native_may_stand_in() -> bool:
+    """Whether native code may do what torch's operators would: nobody watches, and there are no
+    tangents to carry along."""
+    return nobody_watches() and forward_ad._current_level < 0
+
+
 def makes_tensors_on_cpu() -> bool:
     """Whether torch would make a tensor of numbers or of an array in host memory."""
     return not torch._C._len_torch_function_stack() or all(
@@ -151,15 +159,25 @@ def _is_gatherable_array(array: np.ndarray) -> bool:
     )
 
 
-def mapped_file(array: Any) -> tuple[Any, int] | None:
-    """The mmap behind an array, and where in the file it begins."""
+class _Mapping(NamedTuple):
+    """The mmap behind an array: where in the file it begins, at least, and the file's name."""
+
+    mapped: mmap.mmap
+    start: int
+    name: Any = None
+
+
+def mapped_file(array: Any) -> _Mapping | None:
     while isinstance(array, np.ndarray):
         mapped = getattr(array, "_mmap", None)
         if mapped is not None:
             offset = int(array.offset)
-            return mapped, offset - offset % mmap.ALLOCATIONGRANULARITY
+            start = offset - offset % mmap.ALLOCATIONGRANULARITY
+            return _Mapping(mapped, start, getattr(array, "filename", None))
         array = array.base
-    return None
+    if isinstance(array, memoryview):
+        array = array.obj
+    return _Mapping(array, 0) if isinstance(array, mmap.mmap) else None
 
 
 def refuse_truncated(array: Any) -> None:
@@ -167,17 +185,34 @@ def refuse_truncated(array: Any) -> None:
     found = mapped_file(array)
     if found is None:
         return
-    mapped, start = found
+    expected = found.start + len(found.mapped)
     try:
-        size = mapped.size()
+        size = found.mapped.size()
     except (OSError, ValueError):
         return  # anonymous, or no file any more: nothing that can be cut
-    if size < start + len(mapped):
-        name = getattr(array, "filename", None)
+    if size < expected:
+        name = "" if found.name is None else f" {found.name}"
         raise RuntimeError(
-            f"memmap {name}: expected a file of at least {start + len(mapped)} bytes, and it has "
-            f"{size}: it was truncated, and reading it would end the process"
+            f"memmap{name}: expected a file of at least {expected} bytes, and it has {size}: it "
+            "was truncated, and reading it would end the process"
         )
+
+
+def refuse_truncated_ones(batch: Sequence[Any], positions: Iterable[int] | None = None) -> None:
+    """The same for each array in a batch, or those at ``positions``; the error knows which.
+
+    Those in a row that share memory are asked once.
+    """
+    last = None
+    for position in range(len(batch)) if positions is None else positions:
+        array = batch[position]
+        if isinstance(array, np.ndarray) and array.base is not last:
+            last = array.base
+            try:
+                refuse_truncated(array)
+            except RuntimeError as error:
+                note(error, batch, position)
+                raise
 
 
 def _standard(dataset: Any, kind: type) -> bool:

@@ -52,6 +52,19 @@ class Items {
   py::tuple items_ = py::reinterpret_steal<py::tuple>(nullptr);
 };
 
+// The mmap that the memory of an array belongs to; null for all other memory. `base` is the
+// array's: a chain of arrays down to what owns the memory, which a buffer may stand before.
+PyObject* mapping_of(PyObject* base) {
+  PyTypeObject* const array_type = py::detail::npy_api::get().PyArray_Type_;
+  while (base != nullptr && PyObject_TypeCheck(base, array_type)) {
+    base = py::detail::array_proxy(base)->base;
+  }
+  if (base == nullptr) return nullptr;
+  if (PyMemoryView_Check(base)) base = PyMemoryView_GET_BUFFER(base)->obj;
+  const bool maps = base != nullptr && std::strcmp(Py_TYPE(base)->tp_name, "mmap.mmap") == 0;
+  return maps ? base : nullptr;
+}
+
 // torch.stack lays four dimensions and more out as the samples are; those are for it to do.
 bool keeps_layout(int64_t dim, bool dense) { return dim < 4 || dense; }
 
@@ -95,6 +108,8 @@ class Samples {
     Samples samples;
     Blocks& blocks = *samples.blocks_;
     int type_num = -1;
+    PyObject* last_base = nullptr;
+    PyObject* last_mapping = nullptr;
     for (Py_ssize_t i = 0; i < items.size(); ++i) {
       PyTypeObject* const type = Py_TYPE(items[i]);
       if (type != array_type && type != reader.memmap_type) return std::nullopt;
@@ -115,6 +130,12 @@ class Samples {
         strides[d] = array->strides[d];
         // torch refuses these; so let it.
         if (strides[d] < 0 || strides[d] % blocks.item_bytes != 0) return std::nullopt;
+      }
+      if (array->base != last_base) {  // most are views of one array, or own their memory
+        last_base = array->base;
+        PyObject* const mapping = mapping_of(last_base);
+        if (mapping != nullptr && mapping != last_mapping) samples.mapped_.push_back(i);
+        last_mapping = mapping;
       }
       if ((array->flags & kWriteable) == 0 && samples.readonly_ < 0) samples.readonly_ = i;
       if (!samples.add(array->data, sizes, strides, array->nd, ragged)) return std::nullopt;
@@ -160,6 +181,8 @@ class Samples {
   int64_t count() const { return blocks_->count(); }
   int64_t item_bytes() const { return blocks_->item_bytes; }
   int64_t readonly() const { return readonly_; }
+  const std::vector<int64_t>& mapped() const { return mapped_; }
+  bool in_plain_memory() const { return readonly_ < 0 && mapped_.empty(); }
   bool floats() const { return floats_; }
   bool dense() const { return blocks_->dense(); }
   const std::vector<int64_t>& sizes() const { return blocks_->sizes; }
@@ -303,6 +326,7 @@ class Samples {
   py::object keep_ = py::none();
   std::shared_ptr<std::vector<std::byte>> owned_;
   int64_t readonly_ = -1;
+  std::vector<int64_t> mapped_;
   bool floats_ = false;
 };
 
@@ -366,6 +390,10 @@ void bind_samples(py::module_& m) {
       .def_property_readonly("longest", &Samples::longest)
       .def_property_readonly("total", &Samples::total, "Sum of the lengths")
       .def_property_readonly("readonly", &Samples::readonly, "The first array that is, or -1")
+      .def_property_readonly("in_plain_memory", &Samples::in_plain_memory,
+                             "No array is read-only, or mapped")
+      .def_property_readonly("mapped", &Samples::mapped,
+                             "Where in the batch arrays begin to lie in another mmap")
       .def_property_readonly("floats", &Samples::floats, "Lists: fp32 rather than int64")
       .def_property_readonly("dense", &Samples::dense)
       .def("copy_to", &Samples::copy_to, py::arg("address"), py::arg("bytes"), py::arg("threads"),
