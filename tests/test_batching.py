@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
 from batchops import data
 from batchops.data import Collator, DataLoader, Normalize, Pack, Pad, pack, pad
@@ -134,6 +136,95 @@ def test_numbers_in_lists() -> None:
     assert pad([[2**63 - 1, -(2**63)]]).values.tolist() == [[2**63 - 1, -(2**63)]]
 
 
+def test_integers_of_any_type() -> None:
+    got = pad([[1, 2, 3]], multiple=np.int64(4), length=np.uint8(5))
+    assert got.values.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_pad_and_pack_keep_the_graph(side: str, dtype: torch.dtype) -> None:
+    leaves = [torch.randn(n, 2, dtype=dtype, requires_grad=True) for n in (3, 1, 0, 4)]
+    parts = [leaf * (k + 2) for k, leaf in enumerate(leaves)]
+    parts[1] = parts[1].detach()  # one that has none
+    held = [part.detach() for part in parts]
+    options = {"lengths": True, "position_ids": True, "labels": True, "multiple": 3}
+    got = pad(parts, value=5, side=side, **options)
+    for ours, want in zip(got, pad(held, value=5, side=side, **options), strict=True):
+        assert torch.equal(ours, want)
+        assert ours.dtype is want.dtype
+    theirs = torch.nn.utils.rnn.pad_sequence(parts, True, 5, padding_side=side)
+    with_graph = [leaves[0], leaves[2], leaves[3]]
+    grads = torch.autograd.grad(
+        got.values.abs().square().sum(), with_graph, retain_graph=True, allow_unused=True
+    )
+    expected = torch.autograd.grad(theirs.abs().square().sum(), with_graph, retain_graph=True)
+    assert all(torch.equal(g, e) for g, e in zip(grads, expected, strict=True))
+
+    flat = pack(parts, seq_idx=True, labels=True)
+    for ours, want in zip(flat, pack(held, seq_idx=True, labels=True), strict=True):
+        assert ours == want if isinstance(want, int) else torch.equal(ours, want)
+    (grad,) = torch.autograd.grad(flat.values.abs().sum() + flat.labels.abs().sum(), leaves[:1])
+    steps = torch.tensor([1, 2, 2])[:, None]  # a label there is not for the first step
+    unit = leaves[0].detach() / leaves[0].detach().abs()
+    assert torch.allclose(grad, 2 * steps * unit)
+
+    with torch.no_grad():
+        assert not pad(parts).values.requires_grad
+        assert not pack(parts).values.requires_grad
+    assert not pad(held).values.requires_grad
+
+
+def test_pad_and_pack_carry_tangents() -> None:
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        parts = [forward.make_dual(torch.ones(2), torch.full((2,), 3.0)), torch.ones(1)]
+        padded = forward.unpack_dual(pad(parts).values).tangent
+        packed = forward.unpack_dual(pack(parts).values).tangent
+    assert padded.tolist() == [[3.0, 3.0], [0.0, 0.0]]
+    assert packed.tolist() == [3.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [[1, 2], [3]],
+        [[1.5], [2.0, 3.0]],
+        [np.arange(3), np.arange(1)],
+        [torch.arange(3), torch.arange(1)],
+        [torch.zeros(2, 3), torch.ones(1, 3)],
+    ],
+    ids=["ints", "floats", "arrays", "tensors", "matrices"],
+)
+def test_pad_and_pack_under_modes(sequences: list[Any]) -> None:
+    """Those who watch see torch's operators, and values where there are any."""
+    beside = {"lengths": True, "position_ids": True, "labels": True, "side": "left"}
+    want = (*pad(sequences, **beside), *pack(sequences, seq_idx=True, labels=True))
+    with FlopCounterMode(display=False):
+        got = (*pad(sequences, **beside), *pack(sequences, seq_idx=True, labels=True))
+    for ours, expected in zip(got, want, strict=True):
+        same = torch.equal if isinstance(expected, torch.Tensor) else int.__eq__
+        assert same(ours, expected)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(s) if isinstance(s, torch.Tensor) else s for s in sequences]
+        got = (*pad(fakes, **beside), *pack(fakes, seq_idx=True, labels=True))
+    for ours, expected in zip(got, want, strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert isinstance(ours, torch._subclasses.FakeTensor)
+            assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+
+
+def test_sequences_that_are_not_plain() -> None:
+    class Mine(np.ndarray):
+        pass
+
+    rows = [np.arange(3).view(Mine), np.arange(1).view(Mine)]
+    assert pad(rows).values.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert pack([np.arange(3)[::-1]]).values.tolist() == [2, 1, 0]
+    conj = torch.tensor([1j]).conj()
+    assert pad([conj, torch.ones(2, dtype=torch.complex64)]).values[0].tolist() == [-1j, 0]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -160,6 +251,24 @@ def test_numbers_in_lists() -> None:
         (lambda: pad([[1 << 70]]), TypeError, "arrays or lists of numbers"),
         (lambda: pad([[1]], side="middle"), ValueError, 'side: expected "left" or "right"'),
         (lambda: pad([[1]], multiple=0), ValueError, "multiple: expected an integer >= 1, got 0"),
+        (lambda: pad([[1]], multiple=True), ValueError, "multiple: expected .*, got True"),
+        (lambda: pad([[1]], multiple=2.0), ValueError, "multiple: expected .*, got 2.0"),
+        (lambda: pad([[1]], length="5"), ValueError, "length: expected an integer >= 0, got '5'"),
+        (lambda: pad([[1]], length=5.0), ValueError, "length: expected an integer >= 0, got 5.0"),
+        (lambda: pad([[1]], length=-1), ValueError, "length: expected an integer >= 0, got -1"),
+        (
+            lambda: pad([np.zeros((4, 4), np.clongdouble)[:, ::2]]),
+            TypeError,
+            r"arrays or lists of numbers, .*, got ndarray of shape \(L, 2\), complex256",
+        ),
+        (lambda: pack([np.zeros(4, np.clongdouble)[::2]]), TypeError, "pack: .*, complex256"),
+        (lambda: pad([torch.ones(2).to_sparse()]), TypeError, "expected dense tensors"),
+        (
+            lambda: pad([torch.ones(2, requires_grad=True), [1]]),
+            TypeError,
+            "tensors only, got list",
+        ),
+        (lambda: pad([np.array(1)]), TypeError, r"at least one dimension, got ndarray of shape \("),
         (lambda: pad([[1]], mask=torch.float32), ValueError, "mask: expected a bool"),
         (
             lambda: pad([torch.ones(2, dtype=torch.uint8)], value=-1),
