@@ -11,13 +11,31 @@ import torch
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
-from batchops import _C
-from batchops.data._collate import Collation, SharedMemory
+from batchops.data._collate import (
+    VECTOR_FNS,
+    Collation,
+    SharedMemory,
+    look_at_memory,
+    read_arrays,
+    read_tensors,
+)
 from batchops.data._errors import explained, note, step
 from batchops.data._memory import Memory, PinnedMemory, shared_memory
-from batchops.data._source import ARRAY_DTYPES, nobody_watches
-from batchops.data.normalize import check_format
-from batchops.data.padding import IGNORE, pack, pad
+from batchops.data._source import ARRAY_DTYPES, DTYPES, native_may_stand_in
+from batchops.data.normalize import Normalize, check_format
+from batchops.data.padding import (
+    IGNORE,
+    as_integer,
+    check_side,
+    pack,
+    pad,
+    read_sequences,
+    width_for,
+    write_packed,
+    write_padded,
+)
+
+_CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -26,9 +44,13 @@ class Pad:
 
     values: the padding of each part, by its key in a mapping or its position in a tuple; a number
     for samples that are sequences themselves. side, multiple, length: as in
-    :func:`batchops.data.pad`; all parts get the same width. mask, lengths, position_ids, labels:
-    the key under which that is put, made from the first part; None leaves it out. A mask or labels
-    that the samples bring along are padded instead (0, and ``ignore``).
+    :func:`batchops.data.pad`; all parts get the same width, that of the longest sequence of any.
+    mask, lengths, position_ids, labels: the key under which that is put, made from the first part;
+    None leaves it out. A mask or labels that the samples bring along are padded instead (0, and
+    ``ignore``).
+
+    Mappings become a dict, tuples a list with what was made beside the parts as a dict at its end;
+    a namedtuple has no field for that, and stays one where there is none.
     """
 
     values: Any = 0
@@ -41,18 +63,27 @@ class Pad:
     labels: Any = None
     ignore: int = IGNORE
 
+    def __post_init__(self) -> None:
+        check_side("Pad", self.side)
+        as_integer("Pad: multiple", self.multiple, 1)
+        if self.length is not None:
+            as_integer("Pad: length", self.length, 0)
+        if isinstance(self.values, Mapping) and not self.values:
+            raise ValueError("Pad: values: expected at least one key, got none")
+
 
 @dataclass(frozen=True)
 class Pack:
     """Which parts of a sample are laid end to end, and what is made beside them.
 
-    keys: of the parts, of equal lengths within a sample. labels: the key under which the first part
-    is put once more with ``ignore`` for the first step of each sequence; labels that the samples
-    bring along get it too. cu_seqlens, max_seqlen: the keys of these, or several each.
-    position_ids, seq_idx: as in :func:`batchops.data.pack`. batch_dim: a first dimension of size 1.
+    keys: of the parts, of equal lengths within a sample; one, or a list of several. labels: the key
+    under which the first part is put once more with ``ignore`` for the first step of each sequence;
+    labels that the samples bring along get it too. cu_seqlens, max_seqlen: the keys of these, or
+    several each. position_ids, seq_idx: as in :func:`batchops.data.pack`. batch_dim: a first
+    dimension of size 1.
     """
 
-    keys: Sequence[Any] = ("input_ids",)
+    keys: Any = ("input_ids",)
     labels: Any = None
     position_ids: Any = "position_ids"
     seq_idx: Any = None
@@ -60,6 +91,10 @@ class Pack:
     max_seqlen: Any = "max_seqlen"
     ignore: int = IGNORE
     batch_dim: bool = False
+
+    def __post_init__(self) -> None:
+        if not _keys(self.keys):
+            raise ValueError(f"Pack: keys: expected at least one key, got {self.keys!r}")
 
 
 def _keys(value: Any) -> tuple[Any, ...]:
@@ -72,17 +107,25 @@ class Collator:
     """:func:`batchops.data.collate` with steps that cost no further pass.
 
     pad: a :class:`Pad` (or True, or a value: samples that are sequences, or the only part).
-    pack: a :class:`Pack` (or True). Not both.
-    transform: a :class:`Normalize` for every image (three dimensions of uint8) of a sample, or a
-    mapping from key to Normalize.
+    pack: a :class:`Pack` (or True). Not both; False is off, as None.
+    transform: a :class:`Normalize` for every image (three dimensions of uint8) of a sample, at any
+    depth, or a mapping from key to Normalize: keys of the sample itself, or positions in it, that
+    every sample has.
     layout: "HWC" where images without a transform have their channels last; the batch is (N, C, H,
     W). memory_format: of batches of images, contiguous or torch.channels_last.
-    dtype: of floating-point tensors in the batch.
+    dtype: of floating-point tensors in the batch, those made of Python's and numpy's numbers too.
+    A Normalize that has a dtype or a memory_format of its own keeps it; one that has none takes
+    these.
     pin_memory: page-locked outputs, where there is CUDA; a loader's own setting goes before it.
 
     Called with a list of samples it gives the batch; pass it as ``collator=`` or ``collate_fn=``.
-    Raises ValueError for arguments, and what :func:`pad`, :func:`pack`, :class:`Normalize` and
-    :func:`collate` raise, with the place in the batch.
+    Where native code may not look (subclasses of tensors, gradients, tensors on a device, a mode
+    such as fake tensors, samples of several dtypes), torch's operators take the same steps. Steps
+    are not taken in what functions of your own in ``default_collate_fn_map`` give.
+
+    Raises ValueError for arguments, TypeError for a transform of another type, and what
+    :func:`pad`, :func:`pack`, :class:`Normalize` and :func:`collate` raise, with the place in the
+    batch.
     """
 
     def __init__(
@@ -92,13 +135,15 @@ class Collator:
         pack: Any = None,
         transform: Any = None,
         layout: str = "CHW",
-        memory_format: torch.memory_format = torch.contiguous_format,
+        memory_format: torch.memory_format | None = None,
         dtype: torch.dtype | None = None,
         pin_memory: bool = False,
     ) -> None:
+        pad = None if pad is False else pad
+        pack = None if pack is False else pack
         if pad is not None and pack is not None:
             raise ValueError("Collator: expected pad or pack, got both")
-        if pad is not None and pad is not False and not isinstance(pad, Pad):
+        if pad is not None and not isinstance(pad, Pad):
             pad = Pad(0 if pad is True else pad)
         if pack is True:
             pack = Pack()
@@ -110,11 +155,12 @@ class Collator:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"Collator: dtype: expected a floating-point dtype, got {dtype}")
         named = transform.values() if isinstance(transform, Mapping) else [transform]
-        if transform is not None and not all(callable(t) for t in named):
-            raise ValueError(
-                f"Collator: transform: expected a Normalize or a mapping to it, got {transform!r}"
+        odd = [t for t in named if not isinstance(t, Normalize)]
+        if transform is not None and odd:
+            raise TypeError(
+                f"Collator: transform: expected a Normalize or a mapping to it, got {odd[0]!r}"
             )
-        self.pad = pad or None
+        self.pad = pad
         self.pack = pack
         self.transform = transform
         self.layout = layout
@@ -137,9 +183,11 @@ class Collator:
         """The batch, with outputs from ``memory``."""
         if get_worker_info() is not None:
             memory = SharedMemory()
-        native = nobody_watches() and torch.autograd.forward_ad._current_level < 0
-        collation = _Steps(self, torch_collate.default_collate_fn_map, memory, native)
+        fn_map = torch_collate.default_collate_fn_map
+        collation = _Steps(self, fn_map, memory, native_may_stand_in())
         try:
+            if collation.named:
+                collation.refuse_missing(samples)
             if self.pad is not None:
                 return collation.padded(samples, self.pad)
             if self.pack is not None:
@@ -164,20 +212,52 @@ def _parts(batch: Any) -> tuple[bool, list[Any]]:
     return False, []
 
 
+_NO_TRANSFORMS: Mapping[Any, Normalize] = {}
+
+
 class _Steps(Collation):
     def __init__(self, options: Collator, fn_map: Any, memory: Any, native: bool) -> None:
         super().__init__(fn_map, memory, native)
         self.options = options
-        named = options.transform if isinstance(options.transform, Mapping) else {}
-        self.named = dict(named)
+        named = isinstance(options.transform, Mapping)
+        self.named = options.transform if named else _NO_TRANSFORMS
         self.everywhere = None if named else options.transform
+        last = options.memory_format is torch.channels_last
+        self.rearranges = options.layout == "HWC" or last
+        # How a sample's dimensions are seen, for rows of the batch in its own order.
+        if options.layout == "HWC":
+            self.order = (0, 1, 2) if last else (2, 0, 1)
+        else:
+            self.order = (1, 2, 0) if last else (0, 1, 2)
+        self.only_stacks = self.everywhere is None and not self.rearranges and options.dtype is None
 
     # --- parts by key -------------------------------------------------------------------------
 
+    def refuse_missing(self, batch: Any) -> None:
+        first = batch[0]
+        keys: Sequence[Any] = []
+        if isinstance(first, Mapping):
+            keys = list(first)
+        elif isinstance(first, Sequence) and not isinstance(first, str | bytes):
+            keys = range(len(first))
+        missing = [key for key in self.named if key not in keys]
+        if missing:
+            raise ValueError(
+                f"Collator: transform: expected {missing} in each sample, got {list(keys)}"
+            )
+
     def part(self, key: Any, samples: Any) -> Any:
-        if key not in self.named:
+        # Keys are those of the samples, not of what is in their parts.
+        named = self.named
+        if not named:
             return super().part(key, samples)
-        return self.guarded(key, samples, lambda: self.named[key](samples, memory=self.memory))
+        self.named = _NO_TRANSFORMS
+        try:
+            if key not in named:
+                return super().part(key, samples)
+            return self.guarded(key, samples, lambda: self.normalized(named[key], samples))
+        finally:
+            self.named = named
 
     def guarded(self, key: Any, samples: Any, make: Any) -> Any:
         try:
@@ -194,24 +274,26 @@ class _Steps(Collation):
 
     def padded(self, batch: Any, options: Pad) -> Any:
         mappings, keys = _parts(batch)
-        shared = {"side": options.side, "multiple": options.multiple, "memory": self.memory}
         if not keys:
             if isinstance(options.values, Mapping):
                 raise ValueError(
                     f"Collator: pad: values for {list(options.values)}, and the samples are "
                     f"{type(batch[0]).__name__}: expected mappings or tuples"
                 )
-            return pad(
+            made = pad(
                 batch,
                 value=options.values,
+                side=options.side,
+                multiple=options.multiple,
                 length=options.length,
                 mask=options.mask is not None,
                 lengths=options.lengths is not None,
                 position_ids=options.position_ids is not None,
                 labels=options.labels is not None,
                 ignore=options.ignore,
-                **shared,
+                memory=self.memory,
             )
+            return made._replace(values=self.cast(made.values), labels=self.cast(made.labels))
         values = options.values
         if not isinstance(values, Mapping):
             values = {("input_ids" if mappings else 0): values}
@@ -222,11 +304,16 @@ class _Steps(Collation):
         missing = [key for key in values if key not in keys]
         if missing:
             raise ValueError(f"Collator: pad: expected {missing} in each sample, got {keys}")
-        width = options.length
+        columns = {key: self.samples_of(key, batch) for key in values}
+        reads = {
+            key: self.guarded(key, column, lambda column=column: read_sequences(column, "pad"))
+            for key, column in columns.items()
+        }
+        longest = max(read.longest for read, _ in reads.values())
+        width = width_for(longest, options.length, options.multiple)
         out: dict[Any, Any] = {}
         beside: dict[Any, Any] = {}
         for position, (key, value) in enumerate(values.items()):
-            column = self.samples_of(key, batch)
             first = position == 0
             wanted = {
                 "mask": first and options.mask is not None and options.mask not in keys,
@@ -236,28 +323,28 @@ class _Steps(Collation):
             }
             made = self.guarded(
                 key,
-                column,
-                lambda column=column, value=value, wanted=wanted, width=width: pad(
-                    column, value=value, length=width, ignore=options.ignore, **wanted, **shared
+                columns[key],
+                lambda key=key, value=value, wanted=wanted: write_padded(
+                    *reads[key],
+                    width,
+                    value=value,
+                    left=options.side == "left",
+                    ignore=options.ignore,
+                    memory=self.memory,
+                    **wanted,
                 ),
             )
-            width = max(width or 0, made.values.shape[1])
-            out[key] = made.values
+            out[key] = self.cast(made.values)
             for name, wants in wanted.items():
                 if wants:
-                    beside[getattr(options, name)] = getattr(made, name)
-        narrow = [key for key in out if out[key].shape[1] != width]
-        if narrow:
-            raise ValueError(
-                f"Collator: pad: expected no part longer than the first, and {narrow} are "
-                f"{[out[key].shape[1] for key in narrow]} wide of {width}"
-            )
+                    value = getattr(made, name)
+                    beside[getattr(options, name)] = self.cast(value) if name == "labels" else value
         return self.assembled(batch, mappings, keys, out, beside)
 
     def packed(self, batch: Any, options: Pack) -> Any:
         mappings, keys = _parts(batch)
         if not keys:
-            return pack(
+            made = pack(
                 batch,
                 position_ids=options.position_ids is not None,
                 seq_idx=options.seq_idx is not None,
@@ -265,8 +352,9 @@ class _Steps(Collation):
                 ignore=options.ignore,
                 memory=self.memory,
             )
-        wanted_keys = [key for key in options.keys if key != options.labels]
-        missing = [key for key in wanted_keys if key not in keys]
+            return made._replace(values=self.cast(made.values), labels=self.cast(made.labels))
+        wanted_keys = [key for key in _keys(options.keys) if key != options.labels]
+        missing = [key for key in wanted_keys or [options.labels] if key not in keys]
         if missing:
             raise ValueError(f"Collator: pack: expected {missing} in each sample, got {keys}")
         out: dict[Any, Any] = {}
@@ -277,11 +365,23 @@ class _Steps(Collation):
             column = self.samples_of(key, batch)
             first = position == 0
             own_labels = brings and key == options.labels
+            read, dtype = self.guarded(
+                key, column, lambda column=column: read_sequences(column, "pack")
+            )
+            if first:
+                lengths = read.lengths
+            elif read.lengths != lengths:
+                i = next(i for i, n in enumerate(read.lengths) if n != lengths[i])
+                raise ValueError(
+                    f"Collator: pack: expected parts of equal lengths, got {read.lengths[i]} of "
+                    f"{key!r} and {lengths[i]} of {wanted_keys[0]!r} at position {i}"
+                )
             made = self.guarded(
                 key,
                 column,
-                lambda column=column, first=first, own=own_labels: pack(
-                    column,
+                lambda read=read, dtype=dtype, first=first, own=own_labels: write_packed(
+                    read,
+                    dtype,
                     position_ids=first and options.position_ids is not None,
                     seq_idx=first and options.seq_idx is not None,
                     labels=own or (first and options.labels is not None and not brings),
@@ -289,19 +389,10 @@ class _Steps(Collation):
                     memory=self.memory,
                 ),
             )
-            if lengths is None:
-                lengths = made.cu_seqlens
-            elif not torch.equal(lengths, made.cu_seqlens):
-                i = int((lengths != made.cu_seqlens).nonzero()[0]) - 1
-                raise ValueError(
-                    f"Collator: pack: expected parts of equal lengths, got "
-                    f"{len(column[i])} of {key!r} and {len(batch[i][wanted_keys[0]])} of "
-                    f"{wanted_keys[0]!r} at position {i}"
-                )
-            out[key] = made.labels if own_labels else made.values
+            out[key] = self.cast(made.labels if own_labels else made.values)
             if first:
                 if options.labels is not None and not brings:
-                    beside[options.labels] = made.labels
+                    beside[options.labels] = self.cast(made.labels)
                 if options.position_ids is not None:
                     beside[options.position_ids] = made.position_ids
                 if options.seq_idx is not None:
@@ -310,10 +401,9 @@ class _Steps(Collation):
             out = {key: value[None] for key, value in out.items()}
             beside = {key: value[None] for key, value in beside.items()}
         for key in _keys(options.cu_seqlens):
-            beside[key] = lengths
-        longest = int((lengths[1:] - lengths[:-1]).max())
+            beside[key] = made.cu_seqlens
         for key in _keys(options.max_seqlen):
-            beside[key] = longest
+            beside[key] = made.max_seqlen
         return self.assembled(batch, mappings, keys, out, beside)
 
     def samples_of(self, key: Any, batch: Any) -> list[Any]:
@@ -326,75 +416,116 @@ class _Steps(Collation):
     def assembled(
         self, batch: Any, mappings: bool, keys: list[Any], out: dict[Any, Any], beside: Any
     ) -> Any:
+        both = [key for key in self.named if key in out]
+        if both:
+            raise ValueError(f"Collator: transform: expected images, and {both} are sequences")
         for key in keys:
             if key not in out:
                 out[key] = self.column(key, batch)
         if mappings:
             return {**{key: out[key] for key in keys}, **beside}
+        parts = [out[key] for key in keys]
+        if hasattr(batch[0], "_fields") and not beside:
+            return type(batch[0])(*parts)
         # Tuples become lists, as ever, with what was made beside the parts as a dict at the end.
-        return [*(out[key] for key in keys), *([beside] if beside else [])]
+        return [*parts, *([beside] if beside else [])]
 
     # --- images and dtypes --------------------------------------------------------------------
 
     def stack_tensors(self, batch: Any) -> torch.Tensor | None:
+        if self.only_stacks:
+            return super().stack_tensors(batch)
         first = batch[0]
-        if first.dim() == 3 and first.dtype is torch.uint8 and self.everywhere is not None:
-            return self.everywhere(batch, memory=self.memory)
-        if first.dim() == 3 and self.rearranges():
-            return self.rearranged(
-                [t.permute(self.order()) if t.dim() == 3 else t for t in batch],
-                _C.Samples.of_tensors,
-                first.dtype,
-            )
-        cast = self.options.dtype
-        if cast is not None and first.dtype.is_floating_point and first.dtype != cast:
-            return self.cast(batch, cast)
-        return super().stack_tensors(batch)
+        if self.is_transformed(first):
+            return None
+        rearranges = self.rearranges and first.dim() == 3
+        if not rearranges and not self.casts(first.dtype):
+            return super().stack_tensors(batch)
+        if first.dtype not in DTYPES or read_tensors(batch) is None:
+            return None
+        if rearranges:
+            batch = [tensor.permute(self.order) for tensor in batch]
+        return self.stepped(batch, read_tensors, first.dtype, rearranges)
 
     def stack_arrays(self, batch: Any) -> torch.Tensor | None:
+        if self.only_stacks:
+            return super().stack_arrays(batch)
         first = batch[0]
-        if first.ndim == 3 and first.dtype == np.uint8 and self.everywhere is not None:
-            return self.everywhere(batch, memory=self.memory)
-        if first.ndim == 3 and self.rearranges() and first.dtype in ARRAY_DTYPES:
-            return self.rearranged(
-                [a.transpose(self.order()) if a.ndim == 3 else a for a in batch],
-                _C.Samples.of_arrays,
-                ARRAY_DTYPES[first.dtype],
-            )
-        cast = self.options.dtype
-        if cast is not None and first.dtype.kind == "f" and ARRAY_DTYPES.get(first.dtype) != cast:
-            return self.cast([torch.as_tensor(a) for a in batch], cast)
-        return super().stack_arrays(batch)
+        if self.is_transformed(first):
+            return None
+        dtype = ARRAY_DTYPES.get(first.dtype)
+        if dtype is None:
+            return None
+        rearranges = self.rearranges and first.ndim == 3
+        if not rearranges and not self.casts(dtype):
+            return super().stack_arrays(batch)
+        samples = read_arrays(batch)
+        if samples is None:
+            return None
+        look_at_memory(samples, batch)
+        if rearranges:
+            batch = [array.transpose(self.order) for array in batch]
+        if self.casts(dtype):
+            batch = [torch.as_tensor(array) for array in batch]
+        return self.stepped(batch, read_arrays, dtype, rearranges)
 
-    def rearranges(self) -> bool:
-        return self.options.layout == "HWC" or self.options.memory_format is torch.channels_last
-
-    def order(self) -> tuple[int, int, int]:
-        """How a sample's dimensions are seen, for rows of the batch in its own order."""
-        last = self.options.memory_format is torch.channels_last
-        if self.options.layout == "HWC":
-            return (0, 1, 2) if last else (2, 0, 1)
-        return (1, 2, 0) if last else (0, 1, 2)
-
-    def rearranged(self, views: list[Any], read: Any, dtype: torch.dtype) -> torch.Tensor | None:
-        cast = self.options.dtype
-        if cast is not None and dtype.is_floating_point and dtype != cast:
-            out = self.cast([torch.as_tensor(view) for view in views], cast)
+    def stepped(
+        self, rows: Sequence[Any], read: Any, dtype: torch.dtype, rearranged: bool
+    ) -> torch.Tensor:
+        """The batch of samples as they are to lie, in one pass."""
+        shape = rows[0].shape
+        if self.casts(dtype):
+            out = self.memory.empty((len(rows), *shape), self.options.dtype)
+            for row, sample in zip(out.unbind(0), rows, strict=True):
+                row.copy_(sample)  # converts on the way
         else:
-            samples = read(views)
-            if samples is None:
-                raise RuntimeError(
-                    "Collator: expected plain images of one shape and dtype in host memory"
-                )
-            out = self.stacked(samples, views[0].shape, dtype)
+            out = self.stacked(read(rows), shape, dtype)
         last = self.options.memory_format is torch.channels_last
-        return out.permute(0, 3, 1, 2) if last else out
+        return out.permute(0, 3, 1, 2) if rearranged and last else out
 
-    def cast(self, batch: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        shape = batch[0].shape
-        if any(sample.shape != shape or sample.requires_grad for sample in batch):
-            return torch.stack(list(batch)).to(dtype)
-        out = self.memory.empty((len(batch), *shape), dtype)
-        for row, sample in zip(out.unbind(0), batch, strict=True):
-            row.copy_(sample)  # reads once and writes once: the conversion costs no pass of its own
-        return out
+    def numbers(self, fn: Any, batch: Any) -> torch.Tensor | None:
+        return self.cast(super().numbers(fn, batch))
+
+    def by_torch(self, fn: Any, batch: Any) -> Any:
+        stacks = self.stacks(fn)
+        if stacks and self.is_transformed(batch[0]):
+            return self.normalized(self.everywhere, batch)
+        out = super().by_torch(fn, batch)
+        if not stacks and fn not in VECTOR_FNS:
+            return out  # of a function of the user's
+        if stacks and self.rearranges and out.dim() == 4:
+            if self.options.layout == "HWC":
+                out = out.permute(0, 3, 1, 2)
+            out = out.contiguous(memory_format=self.options.memory_format or _CONTIGUOUS)
+        return self.cast(out)
+
+    def normalized(self, transform: Normalize, batch: Any) -> torch.Tensor:
+        options = self.options
+        return transform(
+            batch, self.memory, dtype=options.dtype, memory_format=options.memory_format
+        )
+
+    def is_transformed(self, first: Any) -> bool:
+        """Whether it is an image for the transform of every image."""
+        if self.everywhere is None or first.ndim != 3:
+            return False
+        if isinstance(first, torch.Tensor):
+            return first.dtype is torch.uint8 and not first.is_nested
+        return first.dtype == np.uint8
+
+    def casts(self, dtype: torch.dtype) -> bool:
+        wanted = self.options.dtype
+        return wanted is not None and dtype.is_floating_point and dtype != wanted
+
+    def cast(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or not self.casts(tensor.dtype):
+            return tensor
+        if (
+            self.native
+            and type(tensor) is torch.Tensor
+            and tensor.device.type == "cpu"
+            and tensor.is_contiguous()
+            and not tensor.requires_grad
+        ):
+            return self.memory.empty(tensor.shape, self.options.dtype).copy_(tensor)
+        return tensor.to(self.options.dtype)
