@@ -224,12 +224,8 @@ class _Steps(Collation):
         self.everywhere = None if named else options.transform
         last = options.memory_format is torch.channels_last
         self.rearranges = options.layout == "HWC" or last
-        # How a sample's dimensions are seen, for rows of the batch in its own order.
-        if options.layout == "HWC":
-            self.order = (0, 1, 2) if last else (2, 0, 1)
-        else:
-            self.order = (1, 2, 0) if last else (0, 1, 2)
-        self.only_stacks = self.everywhere is None and not self.rearranges and options.dtype is None
+        self.dtype = options.dtype
+        self.only_stacks = self.everywhere is None and not self.rearranges and self.dtype is None
 
     # --- parts by key -------------------------------------------------------------------------
 
@@ -261,12 +257,17 @@ class _Steps(Collation):
 
     def guarded(self, key: Any, samples: Any, make: Any) -> Any:
         try:
-            try:
-                return make()
-            except Exception as error:
-                note(error, samples)
-                raise
+            return make()
         except Exception as error:
+            note(error, samples)
+            step(error, key)
+            raise
+
+    def read(self, key: Any, samples: Any, name: str) -> Any:
+        try:
+            return read_sequences(samples, name)
+        except Exception as error:
+            note(error, samples)
             step(error, key)
             raise
 
@@ -305,11 +306,8 @@ class _Steps(Collation):
         if missing:
             raise ValueError(f"Collator: pad: expected {missing} in each sample, got {keys}")
         columns = {key: self.samples_of(key, batch) for key in values}
-        reads = {
-            key: self.guarded(key, column, lambda column=column: read_sequences(column, "pad"))
-            for key, column in columns.items()
-        }
-        longest = max(read.longest for read, _ in reads.values())
+        reads = {key: self.read(key, column, "pad") for key, column in columns.items()}
+        longest = max([read.longest for read, _ in reads.values()])
         width = width_for(longest, options.length, options.multiple)
         out: dict[Any, Any] = {}
         beside: dict[Any, Any] = {}
@@ -365,9 +363,7 @@ class _Steps(Collation):
             column = self.samples_of(key, batch)
             first = position == 0
             own_labels = brings and key == options.labels
-            read, dtype = self.guarded(
-                key, column, lambda column=column: read_sequences(column, "pack")
-            )
+            read, dtype = self.read(key, column, "pack")
             if first:
                 lengths = read.lengths
             elif read.lengths != lengths:
@@ -444,7 +440,8 @@ class _Steps(Collation):
         if first.dtype not in DTYPES or read_tensors(batch) is None:
             return None
         if rearranges:
-            batch = [tensor.permute(self.order) for tensor in batch]
+            order = self.order()
+            batch = [tensor.permute(order) for tensor in batch]
         return self.stepped(batch, read_tensors, first.dtype, rearranges)
 
     def stack_arrays(self, batch: Any) -> torch.Tensor | None:
@@ -464,7 +461,8 @@ class _Steps(Collation):
             return None
         look_at_memory(samples, batch)
         if rearranges:
-            batch = [array.transpose(self.order) for array in batch]
+            order = self.order()
+            batch = [array.transpose(order) for array in batch]
         if self.casts(dtype):
             batch = [torch.as_tensor(array) for array in batch]
         return self.stepped(batch, read_arrays, dtype, rearranges)
@@ -475,7 +473,7 @@ class _Steps(Collation):
         """The batch of samples as they are to lie, in one pass."""
         shape = rows[0].shape
         if self.casts(dtype):
-            out = self.memory.empty((len(rows), *shape), self.options.dtype)
+            out = self.memory.empty((len(rows), *shape), self.dtype)
             for row, sample in zip(out.unbind(0), rows, strict=True):
                 row.copy_(sample)  # converts on the way
         else:
@@ -499,6 +497,13 @@ class _Steps(Collation):
             out = out.contiguous(memory_format=self.options.memory_format or _CONTIGUOUS)
         return self.cast(out)
 
+    def order(self) -> tuple[int, int, int]:
+        """How a sample's dimensions are seen, for rows of the batch in its own order."""
+        last = self.options.memory_format is torch.channels_last
+        if self.options.layout == "HWC":
+            return (0, 1, 2) if last else (2, 0, 1)
+        return (1, 2, 0) if last else (0, 1, 2)
+
     def normalized(self, transform: Normalize, batch: Any) -> torch.Tensor:
         options = self.options
         return transform(
@@ -514,11 +519,11 @@ class _Steps(Collation):
         return first.dtype == np.uint8
 
     def casts(self, dtype: torch.dtype) -> bool:
-        wanted = self.options.dtype
+        wanted = self.dtype
         return wanted is not None and dtype.is_floating_point and dtype != wanted
 
     def cast(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or not self.casts(tensor.dtype):
+        if self.dtype is None or tensor is None or not self.casts(tensor.dtype):
             return tensor
         if (
             self.native
@@ -527,5 +532,5 @@ class _Steps(Collation):
             and tensor.is_contiguous()
             and not tensor.requires_grad
         ):
-            return self.memory.empty(tensor.shape, self.options.dtype).copy_(tensor)
-        return tensor.to(self.options.dtype)
+            return self.memory.empty(tensor.shape, self.dtype).copy_(tensor)
+        return tensor.to(self.dtype)

@@ -183,6 +183,8 @@ def _refuse(sequences: Sequence[Any], name: str) -> None:
 
 def as_integer(name: str, value: Any, least: int) -> int:
     """An integer of any type, numpy's too, as an int."""
+    if type(value) is int and value >= least:
+        return value
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
