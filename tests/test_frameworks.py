@@ -258,3 +258,28 @@ def test_as_torchdatas_stateful_loader(make: Any, workers: int) -> None:
     whole = [b.tolist() for b in TorchLoader(make(), 3, num_workers=workers, **shuffle)]
     assert [*start, *rest] == whole
     assert len(rest) == len(run(theirs)[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_as_torchdatas_after_a_break_and_between_epochs(workers: int) -> None:
+    """Which epoch goes on, and that the ones after it are those of a run without a stop."""
+    theirs = peer("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def run(cls: Any, breaks: bool) -> list[int]:
+        torch.manual_seed(7)
+        loader = cls(Samples(), 3, num_workers=workers, shuffle=True)
+        for step, _ in enumerate(loader):
+            if breaks and step == 1:
+                break
+        state, rng = copy.deepcopy(loader.state_dict()), torch.get_rng_state()
+        again = cls(Samples(), 3, num_workers=workers, shuffle=True)
+        again.load_state_dict(state)
+        torch.set_rng_state(rng)
+        got = [[values(batch) for batch in again] for _ in range(2)]
+        if not breaks:
+            torch.set_rng_state(rng)
+            assert got == [[values(batch) for batch in loader] for _ in range(2)]
+        return [len(epoch) for epoch in got]
+
+    assert run(DataLoader, True) == run(theirs, True) == [5, 7]
+    assert run(DataLoader, False) == run(theirs, False) == [7, 7]

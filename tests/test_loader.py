@@ -1235,9 +1235,8 @@ def test_states_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match=text):
             loader.load_state_dict(state)
     shuffled = DataLoader(Samples(), 7, shuffle=True, generator=torch.Generator())
-    loader.load_state_dict(shuffled.state_dict())
     with pytest.raises(ValueError, match="the state has 1 generators, and this loader has 0"):
-        iter(loader)
+        loader.load_state_dict(shuffled.state_dict())
 
 
 # --- copies, and several threads ------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import threading
 import time
@@ -20,7 +21,7 @@ from batchops.data._errors import WholeBatch, raise_alone, with_indices
 from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
 from batchops.data._own import memory_of, own, transfer_of
-from batchops.data._resume import EpochStart, beginning_of, users_context
+from batchops.data._resume import beginning_of, has_state, users_context
 from batchops.data._sampling import IndexStream, RecordedSampler
 from batchops.data._source import Batch, GatherSource, collate_only_stacks
 from batchops.data._threads import Crew, End, WorkerInfo
@@ -43,25 +44,22 @@ class Delivery:
         self._loader_metrics = own(loader).counts
         self._memory = memory_of(loader)
         self._transfer = transfer_of(loader)
-        beginning = beginning_of(loader)
-        self._epoch: EpochStart = beginning.epoch
-        self._resumed = beginning.yielded
-        self._finished = False
+        self._begin_epoch(loader)
+
+    def _begin_epoch(self, loader: Any) -> None:
+        self._epoch = beginning_of(loader)
+        self._turns = 0  # batches that were asked for
+        self._turn: int | None = None  # of these, the one to be handed out now
+        self._held: deque[tuple[int, Any]] = deque()  # batches to come first, with their numbers
 
     def _next_epoch(self, loader: Any) -> None:
-        """Of persistent workers, whose base seed is drawn once."""
-        base_seed = self._epoch.base_seed
-        beginning = beginning_of(loader)
-        self._epoch = beginning.epoch
+        """Of workers that are there already, before torch's _reset."""
+        base_seed = self._base_seed
+        self._begin_epoch(loader)
         if self._epoch.base_seed is None:
-            self._epoch.base_seed = base_seed
-        self._resumed = beginning.yielded
-
-    def _begin_epoch(self) -> None:
-        """After torch's constructor (or _reset) drew its numbers."""
-        self._num_yielded = self._resumed
-        self._resumed = 0
-        self._finished = False
+            self._epoch.keep_base_seed(base_seed)
+        self._epoch.begins_with_workers()
+        self._begin_sampler()
 
     @property
     def _index_sampler(self) -> Any:
@@ -74,7 +72,9 @@ class Delivery:
 
     def _begin_sampler(self) -> None:
         """Where the epoch goes on; the way into a stream is replayed instead."""
-        self._recorded.begin(self._epoch.draws, self._resumed if self._is_map else 0)
+        epoch = self._epoch
+        skip = epoch.reached if self._is_map else 0
+        self._recorded.begin(epoch.draws, skip, epoch.missing, epoch.sampler_begun)
 
     @property
     def _is_map(self) -> bool:
@@ -86,8 +86,16 @@ class Delivery:
 
     @_base_seed.setter
     def _base_seed(self, seed: int) -> None:
-        if self._epoch.base_seed is None:
-            self._epoch.base_seed = seed
+        self._epoch.base_seed_drawn(seed)
+
+    @property
+    def _shared_seed(self) -> int | None:
+        return self._epoch.shared_seed
+
+    @_shared_seed.setter
+    def _shared_seed(self, seed: int | None) -> None:
+        if seed is not None:  # of an IterDataPipe
+            self._epoch.shared_seed_drawn(seed)
 
     @property
     def _collate_fn(self) -> Any:
@@ -109,28 +117,65 @@ class Delivery:
 
     def __next__(self) -> Any:
         begun = self._loader_metrics.begin()
+        epoch = self._epoch
+        number = None
+        self._turn = None
         try:
-            data = super().__next__()
+            if self._held:
+                number, data = self._held.popleft()
+            else:
+                data = super().__next__()
+            if self._transfer is not None:
+                data = self._transfer(data)
         except StopIteration:
-            self._finished = True
+            epoch.finished = True
             raise
-        if self._transfer is not None:
-            data = self._transfer(data)
+        except Exception:
+            # That was this batch; an error before its turn, as that of a time limit, was not.
+            if number is None and self._turn is not None:
+                number = epoch.number(self._turn)
+            if number is not None:
+                epoch.done(number)
+            raise
+        epoch.done(epoch.number(self._turn) if number is None else number)
         self._loader_metrics.delivered(begun, batch_length(data))
         return data
 
-    def _state(self) -> dict[str, Any] | None:
-        """Where this epoch is, or None at its end."""
-        return None if self._finished else self._epoch.as_dict(self._num_yielded)
+    def _take_turn(self) -> None:
+        """The batch that was asked for next is the one to be handed out now."""
+        self._turn = self._turns
+        self._turns += 1
 
-    def _replay(self, batches: int) -> None:
-        """Fetch and drop: the way to a place in a stream that cannot be asked for one."""
-        for _ in range(batches):
+    def _go_on(self) -> None:
+        """In an epoch that is taken up: fetch and drop what a stream has had before."""
+        epoch = self._epoch
+        if not self._is_map:
+            in_order, self._in_order = getattr(self, "_in_order", True), True
             try:
-                super().__next__()
+                with epoch.draws.repeated():
+                    self._replay()
+            finally:
+                self._in_order = in_order
+        self._num_yielded = epoch.reached - len(epoch.missing)
+
+    def _replay(self) -> None:
+        epoch = self._epoch
+        while (number := epoch.number(self._turns)) < epoch.reached:
+            turns = self._turns
+            try:
+                data = super().__next__()
             except StopIteration:
-                break
-        self._num_yielded = batches
+                return
+            except Exception:
+                if self._turns == turns:
+                    raise
+                continue  # this batch's error, as it was raised before
+            if number in epoch.missing:
+                self._held.append((number, data))
+            self._replayed(number)
+
+    def _replayed(self, number: int) -> None:
+        pass
 
 
 class LocalIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
@@ -138,11 +183,18 @@ class LocalIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
 
     def __init__(self, loader: Any) -> None:
         self._attach(loader)
-        super().__init__(loader)
-        self._begin_epoch()
+        # With the beginning of a stream, which may draw.
+        with self._epoch.draws.repeated():
+            super().__init__(loader)
+
+    def _replayed(self, number: int) -> None:
+        # From after a batch that is missing it cannot be asked for any more.
+        if self._epoch.missing and has_state(self._dataset):
+            self._epoch.dataset_was(number, copy.deepcopy(self._dataset.state_dict()))
 
     def _next_data(self) -> Any:
         index = self._next_index()
+        self._take_turn()
         try:
             data = self._dataset_fetcher.fetch(index)
         except Exception as error:
@@ -178,15 +230,12 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
         self._processes = loader.multiprocessing_context or torch.multiprocessing
         self._sent: dict[int, Any] = {}
         super().__init__(loader)
-        self._begin_epoch()
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         self._sent.clear()
         if not first_iter:
             self._next_epoch(loader)
-            self._begin_sampler()
         super()._reset(loader, first_iter)
-        self._begin_epoch()
 
     def _next_index(self) -> Any:
         index = super()._next_index()
@@ -202,6 +251,10 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
     def _process_data(self, data: Any, *worker: Any) -> Any:
         number = self._rcvd_idx - 1 if self._in_order else self._received
         index = self._sent.pop(number, None)
+        # Of a stream some are never answered, by workers that are at their end.
+        self._take_turn()
+        if self._is_map:
+            self._turn = number
         try:
             return self._counted(super()._process_data(data, *worker))
         except Exception as error:
@@ -293,17 +346,19 @@ class GatherIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
         self._ahead: deque[_Ahead] = deque()
         self._depth = Depth(1, self.MOST_AHEAD)
         self._last_request = 0.0
-        self._begin_epoch()
 
     def _next_data(self) -> Any:
         stream = self._stream
         if stream is None:
-            return self._load(self._next_index())
+            index = self._next_index()
+            self._take_turn()
+            return self._load(index)
         size = stream.batch_size()
         if self._ahead and self._ahead[0].size != size:
             self._forget()
         if self._ahead:
             ahead = self._ahead.popleft()
+            self._take_turn()
             if self._is_valid(ahead):
                 data = self._awaited(ahead.batch)
             else:
@@ -311,7 +366,9 @@ class GatherIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
                 self._forget()
                 data = self._load(ahead.taken)
         else:
-            data = self._load(stream.take(size))
+            taken = stream.take(size)
+            self._take_turn()
+            data = self._load(taken)
         self._read_ahead(size)
         return data
 
@@ -426,7 +483,6 @@ class WorkerGatherIter(Delivery, torch_dataloader._BaseDataLoaderIter):
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         if not first_iter:
             self._next_epoch(loader)
-            self._begin_sampler()
         super()._reset(loader, first_iter)
         source = self._source
         self._stream = None if source is None else _stream(self._recorded, source)
@@ -435,7 +491,6 @@ class WorkerGatherIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         self._loader_metrics.depth = self._prefetch_factor * self._num_workers
         for _ in range(self._prefetch_factor * self._num_workers):
             self._send()
-        self._begin_epoch()
 
     def _send(self) -> None:
         stream = self._stream
@@ -476,6 +531,7 @@ class WorkerGatherIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         if not self._under_way:
             raise StopIteration
         data = self._under_way.popleft()
+        self._take_turn()
         self._send()
         if isinstance(data, Batch):
             return data.result(_alias if torch.is_inference_mode_enabled() else None)
@@ -512,11 +568,11 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         self._exhausted = False
         self._indices: dict[int, Any] = {}  # of what was asked for and not handed out, in order
         self._last_request = time.perf_counter()
+        self._states: dict[int, Any] = {}  # of a stream that tells its own, by the batch drawn last
         fetch = _MapFetch(self) if self._is_map else _IterableFetch(self)
         init, timeout = loader.worker_init_fn, loader.timeout
         self._crew = Crew(self, infos, fetch, init, timeout, users_context)
         self._crew.start()
-        self._begin_epoch()
         self._fill()
 
     def _fill(self) -> None:
@@ -529,7 +585,7 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
             # An interrupt between two of these loses the batch; nobody waits for what was not sent.
             number = self._sent
             self._sent += 1
-            self._crew.put(number, index)
+            self._crew.put(number, index if self._is_map else (number, index))
             self._indices[number] = index if self._is_map else None
 
     def _arrived(self) -> int | None:
@@ -558,6 +614,9 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
             if data is End:
                 self._exhausted = True
                 continue
+            self._turns, self._turn = self._turns + 1, number
+            if number in self._states:
+                self._epoch.dataset_was(self._epoch.number(number), self._states.pop(number))
             self._fill()
             if isinstance(data, ExceptionWrapper):
                 self._raise(data, index)
@@ -603,11 +662,21 @@ class _IterableFetch:
         self._drop_last = iterator._drop_last
         self._collate = iterator._collate_fn
         self._ended = False
+        self._states = iterator._states if has_state(self._dataset) else None
         self.turns = threading.Lock()
 
     # StopIteration ends a stream from wherever it comes, as in torch's worker processes.
 
-    def draw(self, index: Any) -> Any:
+    def draw(self, task: tuple[int, Any]) -> Any:
+        number, index = task
+        try:
+            return self._drawn(index)
+        finally:
+            if self._states is not None:
+                # Later draws must not reach into it.
+                self._states[number] = copy.deepcopy(self._dataset.state_dict())
+
+    def _drawn(self, index: Any) -> Any:
         if self._ended:
             return End
         data: list[Any] = []

@@ -23,7 +23,7 @@ class Own:
         self.counts = Metrics()
         self.memory: Memory | None = None
         self.transfer: Transfer | None = None  # with its stream: memory on a device belongs to one
-        self.current: Any = None  # a weak reference to the last iterator
+        self.current: Any = None  # the epoch that was begun last
 
     def __reduce__(self) -> Any:
         return (Own, (self.pending,))

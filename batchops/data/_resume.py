@@ -1,4 +1,37 @@
-"""Where in an epoch a loader is, as a small dict, and how to be there again."""
+"""Where in an epoch a loader is, as a small dict, and how to be there again.
+
+An epoch draws random numbers at these moments, top to bottom. G is the generator of the loader, S
+that of the sampler: the user's, or the global one where there is none.
+
+::
+
+                                  num_workers=0      threads, workers,    persistent workers from
+                                                     gathers of these     their second epoch on
+    seed of an IterDataPipe       G, in iter()       G, in iter()         G, in iter()
+    a sampler's __iter__ itself   S, in iter()       S, in iter()         S, in iter()
+    base seed                     G, in iter()       G, in iter()         kept from their first
+    a sampler's first batch       S, in first next   S, in iter()         S, in iter()
+
+What was drawn when a state is taken has to come out again, and what was not has to be drawn anew,
+whichever of these ways goes on from the state. So
+
+*   generators of the user's are kept as they were before the first of these. An epoch that is taken
+    up sets them back and draws again, in the same order. But for a base seed that was kept: it was
+    drawn in an earlier epoch, and so that draw is undone where workers are new, and made where an
+    epoch drew one and the workers are there already.
+*   the global generator is never set back: its numbers are kept themselves (a seed, or the state
+    that a draw met), and given again. All that taking up an epoch does for the second time leaves
+    the global generator as it is, so a user may restore it before or after; only what was never
+    done draws from it, as a sampler whose first batch was yet to come.
+*   between two epochs nothing has been drawn, except the base seed of persistent workers. Such a
+    state is put into the generators, samplers and dataset at once: what the user then does to them
+    (``set_epoch``, ``manual_seed``) counts, as it would have without a stop.
+
+Batches are numbered in the order in which the sampler gives them. A batch is done with when it was
+handed out or when its error was raised. ``reached`` is one more than the furthest that is done
+with, ``missing`` are those before it that are not: under way where batches come out of order, or
+lost by an interrupt. They come first when the epoch is taken up.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +42,12 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Sampler
+from torch.utils.data.dataloader import _DatasetKind
 from torch.utils.data.distributed import DistributedSampler
 
-from batchops.data._sampling import Draws
+from batchops.data._sampling import Draws, users_generator
+from batchops.data.samplers import _Planned
 
 FORMAT = 1
 
@@ -30,15 +66,16 @@ def _samplers(loader: Any) -> list[Any]:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
+    """The user's, each once."""
     found: list[torch.Generator] = []
     for owner in (loader, *_samplers(loader)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator) and not any(generator is g for g in found):
+        generator = users_generator(owner)
+        if generator is not None and not any(generator is g for g in found):
             found.append(generator)
     return found
 
 
-def _has_state(thing: Any) -> bool:
+def has_state(thing: Any) -> bool:
     """Whether it has a state_dict() that takes no argument, and a load_state_dict."""
     save = getattr(thing, "state_dict", None)
     if not callable(save) or not callable(getattr(thing, "load_state_dict", None)):
@@ -52,43 +89,155 @@ def _has_state(thing: Any) -> bool:
     return True
 
 
-class EpochStart:
-    """Everything that an epoch's order depends on, as it was before its first draw."""
+def _state_before(sampler: Any) -> Any:
+    """The state from which the sampler's next iteration begins, or None."""
+    if not has_state(sampler):
+        return None
+    state = sampler.state_dict()
+    if isinstance(sampler, _Planned):
+        # An iteration that was left on the way has a position; the next one begins elsewhere.
+        state = {**state, "position": sampler._start}
+    return state
+
+
+class Epoch:
+    """One epoch of a loader: all that its order depends on, and how far it is.
+
+    Of the iterator's it holds nothing, so that it may outlive it.
+    """
 
     def __init__(self, loader: Any) -> None:
         self.generators = [g.get_state() for g in _generators(loader)]
-        self.samplers = [s.state_dict() if _has_state(s) else None for s in _samplers(loader)]
+        self.samplers = [_state_before(s) for s in _samplers(loader)]
         self.epochs = [
             s.epoch if isinstance(s, DistributedSampler) else None for s in _samplers(loader)
         ]
         self.draws = Draws()
+        self.shared_seed: int | None = None
         self.base_seed: int | None = None
+        self.base_seed_kept = False  # from an earlier epoch
+        workers = loader._iterator if loader.persistent_workers else None
+        seed = getattr(workers, "_base_seed", None)
+        if seed is not None:
+            self.keep_base_seed(seed)
+        self.finished = False
+        self.reached = 0
+        self.missing: set[int] = set()
+        self._again: list[int] = []  # the numbers that an iterator begins with
+        self._from = 0  # and the one that it goes on with
+        self._dataset_states: dict[int, Any] = {}  # by the number of the batch that is next
+        self._source = users_generator(loader)
+        self._before_draw: torch.Tensor | None = None
+        self._workers_are_there = False
 
-    def as_dict(self, yielded: int) -> dict[str, Any]:
+    # --- seeds --------------------------------------------------------------------------------
+
+    def keep_base_seed(self, seed: int) -> None:
+        self.base_seed = seed
+        self.base_seed_kept = True
+
+    def begins_with_workers(self) -> None:
+        """They were seeded in an earlier epoch: torch draws no base seed in this one."""
+        self._workers_are_there = True
+
+    def sampler_begun(self) -> None:
+        """After the sampler's __iter__; torch draws the base seed next, unless workers have it."""
+        if self._workers_are_there:
+            if self._source is not None and self.base_seed is not None and not self.base_seed_kept:
+                _draw(self._source)
+        elif self.base_seed is not None:
+            self._note_generator()
+
+    def base_seed_drawn(self, seed: int) -> None:
+        if self.base_seed is None:
+            self.base_seed = seed
+        elif self._source is None or self.base_seed_kept:
+            self._undo_draw()
+
+    def shared_seed_drawn(self, seed: int) -> None:
+        if self.shared_seed is None:
+            self.shared_seed = seed
+        elif self._source is None:
+            self._undo_draw()
+
+    def _note_generator(self) -> None:
+        self._before_draw = (self._source or torch.default_generator).get_state()
+
+    def _undo_draw(self) -> None:
+        (self._source or torch.default_generator).set_state(self._before_draw)
+
+    # --- how far ------------------------------------------------------------------------------
+
+    def number(self, turn: int) -> int:
+        """Of the batch that is the turn-th of an iterator over the rest of the epoch."""
+        again = len(self._again)
+        return self._again[turn] if turn < again else self._from + turn - again
+
+    def done(self, number: int) -> None:
+        """The batch was handed out, or its error was raised."""
+        self.finished = False
+        if number < self.reached:
+            self.missing.discard(number)
+        else:
+            if number > self.reached:
+                self.missing.update(range(self.reached, number))
+            self.reached = number + 1
+        if self._dataset_states:
+            first = self._first()
+            for old in [n for n in self._dataset_states if n < first]:
+                del self._dataset_states[old]
+
+    def _first(self) -> int:
+        """The number of the first batch that is not done with."""
+        return min(self.missing, default=self.reached)
+
+    def dataset_was(self, number: int, state: Any) -> None:
+        """An iterable dataset's state when batch `number` had been drawn from it, and no more."""
+        if number + 1 >= self._first():
+            self._dataset_states[number + 1] = state
+
+    # --- as a dict ----------------------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, Any]:
+        yielded = self.reached - len(self.missing)
         state: dict[str, Any] = {"format": FORMAT, "yielded": yielded}
         for key, value in (
             ("base_seed", self.base_seed),
+            ("shared_seed", self.shared_seed),
             ("seed", self.draws.seed),
             ("rng", self.draws.state),
+            ("rng_in_iter", self.draws.state_in_iter),
         ):
             if value is not None:
                 state[key] = value
+        if self.base_seed_kept:
+            state["base_seed_kept"] = True
+        if self.missing:
+            state["missing"] = sorted(self.missing)
         if self.generators:
             state["generators"] = self.generators
         if any(s is not None for s in self.samplers):
             state["samplers"] = self.samplers
         if any(e is not None for e in self.epochs):
             state["epochs"] = self.epochs
+        first = self._first()
+        if first in self._dataset_states:
+            state["dataset"] = self._dataset_states[first]
+            if first != self.reached:
+                state["dataset_at"] = first
         return state
 
 
+def _draw(generator: torch.Generator | None) -> None:
+    """As torch draws a base seed."""
+    torch.empty((), dtype=torch.int64).random_(generator=generator)
+
+
 class Beginning(NamedTuple):
-    """The epoch that iter(loader) is about to begin, and how many of its batches were handed out
-    before."""
+    """The epoch that iter(loader) is about to begin."""
 
     loader: Any
-    epoch: EpochStart
-    yielded: int
+    epoch: Epoch
 
 
 # Not the loader's: several threads may begin epochs of one loader.
@@ -96,20 +245,18 @@ _beginning: ContextVar[Beginning | None] = ContextVar("batchops_beginning", defa
 
 
 @contextlib.contextmanager
-def begins(loader: Any, epoch: EpochStart, yielded: int) -> Iterator[None]:
-    token = _beginning.set(Beginning(loader, epoch, yielded))
+def begins(loader: Any, epoch: Epoch) -> Iterator[None]:
+    token = _beginning.set(Beginning(loader, epoch))
     try:
         yield
     finally:
         _beginning.reset(token)
 
 
-def beginning_of(loader: Any) -> Beginning:
+def beginning_of(loader: Any) -> Epoch:
     """For an iterator that is made or made ready for another epoch, by iter(loader) or without."""
     now = _beginning.get()
-    if now is not None and now.loader is loader:
-        return now
-    return Beginning(loader, EpochStart(loader), 0)
+    return now.epoch if now is not None and now.loader is loader else Epoch(loader)
 
 
 def users_context() -> Context:
@@ -119,48 +266,142 @@ def users_context() -> Context:
     return context
 
 
-def restore(loader: Any, state: dict[str, Any]) -> EpochStart:
-    """Put generators and samplers back to the start of the epoch that `state` was taken in."""
-    generators = _generators(loader)
-    states = state.get("generators", [])
-    if len(states) != len(generators):
-        raise ValueError(
-            f"DataLoader.load_state_dict: the state has {len(states)} generators, and this loader "
-            f"has {len(generators)}: it was made with other arguments"
-        )
-    for generator, saved in zip(generators, states, strict=True):
-        generator.set_state(saved)
-    samplers = _samplers(loader)
-    for key, apply in (
-        ("samplers", lambda sampler, saved: sampler.load_state_dict(saved)),
-        ("epochs", lambda sampler, saved: sampler.set_epoch(saved)),
-    ):
-        saved_all = state.get(key)
-        if saved_all is None:
-            continue
-        if len(saved_all) != len(samplers):
-            raise ValueError(
-                f"DataLoader.load_state_dict: the state has {len(saved_all)} samplers, and this "
-                f"loader has {len(samplers)}: it was made with other arguments"
-            )
-        for sampler, saved in zip(samplers, saved_all, strict=True):
-            if saved is not None:
-                apply(sampler, saved)
-    start = EpochStart(loader)
-    start.draws = Draws(state.get("seed"), state.get("rng"))
-    start.base_seed = state.get("base_seed")
-    return start
+# --- states --------------------------------------------------------------------------------------
 
 
-def checked(state: Any) -> dict[str, Any]:
+def state_of(loader: Any, epoch: Epoch | None, kept_base_seed: int | None = None) -> dict[str, Any]:
+    """Of the loader in `epoch`, or between two where that is None or at its end."""
+    between = epoch is None or epoch.finished
+    if epoch is None or between:
+        epoch = Epoch(loader)
+        if kept_base_seed is not None and epoch.base_seed is None:
+            epoch.keep_base_seed(kept_base_seed)
+    state = {**epoch.as_dict(), "loader": _made_with(loader)}
+    if between:
+        state["between_epochs"] = True
+    # Threads are ahead of what was handed out. Before its first sample an iterable dataset is left
+    # as it is: some still tell the end of their last epoch then, and begin there if given it.
+    asks = loader.num_workers == 0 and loader.threads is None
+    if _is_iterable(loader):
+        asks = asks and not between and epoch.reached > 0
+    if asks and "dataset" not in state and has_state(loader.dataset):
+        state["dataset"] = loader.dataset.state_dict()
+    return state
+
+
+def _is_iterable(loader: Any) -> bool:
+    return loader._dataset_kind == _DatasetKind.Iterable
+
+
+def _made_with(loader: Any) -> dict[str, Any]:
+    """What the batches that a state counts depend on."""
+    found: dict[str, Any] = {}
+    batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
+    if batch_size is None or type(batch_size) is int:
+        found["batch_size"] = batch_size
+    if not _is_iterable(loader):
+        found["samplers"] = [
+            type(s).__name__ if isinstance(s, Sampler) else None for s in _samplers(loader)
+        ]
+        with contextlib.suppress(Exception):  # not every dataset has a length
+            found["len(dataset)"] = len(loader.dataset)
+    return found
+
+
+def _error(text: str) -> ValueError:
+    return ValueError(f"DataLoader.load_state_dict: {text}")
+
+
+def checked(loader: Any, state: Any) -> dict[str, Any]:
+    """The state, if it is one and the loader can go on from it."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(
-            f"DataLoader.load_state_dict: expected a state of format {FORMAT}, got {found}"
-        )
+        raise _error(f"expected a state of format {FORMAT}, got {found}")
     yielded = state.get("yielded")
-    if not isinstance(yielded, int) or yielded < 0:
-        raise ValueError(
-            f"DataLoader.load_state_dict: yielded: expected an integer >= 0, got {yielded!r}"
+    if not isinstance(yielded, int) or isinstance(yielded, bool) or yielded < 0:
+        raise _error(f"yielded: expected an integer >= 0, got {yielded!r}")
+    if "dataset" in state and not callable(getattr(loader.dataset, "load_state_dict", None)):
+        raise _error(
+            "the state has one of the dataset's, and this loader's dataset has no load_state_dict: "
+            f"{type(loader.dataset).__name__}"
         )
+    generators, samplers = _generators(loader), _samplers(loader)
+    for kind, saved, here in (
+        ("generators", state.get("generators", ()), generators),
+        ("samplers", state.get("samplers", samplers), samplers),
+        ("samplers", state.get("epochs", samplers), samplers),
+    ):
+        if len(saved) != len(here):
+            raise _error(
+                f"the state has {len(saved)} {kind}, and this loader has {len(here)}: it was made "
+                "with other arguments"
+            )
+    if not state.get("between_epochs"):
+        _check_made_with(loader, state)
     return dict(state)
+
+
+def _check_made_with(loader: Any, state: dict[str, Any]) -> None:
+    here = _made_with(loader)
+    for key, there in state.get("loader", {}).items():
+        if key == "batch_size" and "dataset" in state and _is_iterable(loader):
+            continue  # it goes on from a sample, and batches are not counted
+        ours = here.get(key, there)
+        if key == "samplers" and len(ours) == len(there):
+            # Lists and the like are no kinds.
+            ours = [t if None in (o, t) else o for o, t in zip(ours, there, strict=True)]
+        if ours != there:
+            raise _error(
+                f"expected a state of a loader with {key} = {here[key]}, got one with {there}; "
+                "its batches are not those of this loader"
+            )
+
+
+def put(loader: Any, state: dict[str, Any]) -> None:
+    """Generators, samplers and dataset are as `state` says: at the start of the epoch in which it
+    was taken, or between two."""
+    for generator, saved in zip(_generators(loader), state.get("generators", []), strict=True):
+        generator.set_state(saved)
+    samplers = _samplers(loader)
+    for sampler, saved in zip(samplers, state.get("samplers", [None] * len(samplers)), strict=True):
+        if saved is not None:
+            sampler.load_state_dict(saved)
+    for sampler, saved in zip(samplers, state.get("epochs", [None] * len(samplers)), strict=True):
+        if saved is not None:
+            sampler.set_epoch(saved)
+    if "dataset" in state:
+        loader.dataset.load_state_dict(state["dataset"])
+
+
+def taken_up(loader: Any, state: dict[str, Any]) -> Epoch:
+    """The epoch that goes on from `state`, with generators, samplers and dataset ready for it."""
+    if state.get("between_epochs"):
+        epoch = Epoch(loader)
+        if "base_seed" in state:
+            epoch.keep_base_seed(state["base_seed"])
+    else:
+        put(loader, state)
+        epoch = Epoch(loader)
+        # The saved ones, which samplers may not tell again before they are iterated.
+        for key in ("generators", "samplers", "epochs"):
+            setattr(epoch, key, state.get(key, getattr(epoch, key)))
+        epoch.draws = Draws(
+            state.get("seed"), state.get("rng"), state.get("rng_in_iter"), again=True
+        )
+        epoch.shared_seed = state.get("shared_seed")
+        epoch.base_seed = state.get("base_seed")
+        epoch.base_seed_kept = state.get("base_seed_kept", False)
+    epoch.missing = set(state.get("missing", ()))
+    epoch.reached = state["yielded"] + len(epoch.missing)
+    if _is_iterable(loader):
+        epoch._from = epoch.reached
+        if "dataset" in state:
+            epoch._from = state.get("dataset_at", epoch.reached)
+            epoch._dataset_states[epoch._from] = state["dataset"]
+        else:
+            epoch._from = 0
+    else:
+        epoch._again = sorted(epoch.missing)
+        epoch._from = epoch.reached
+    epoch._note_generator()
+    return epoch

@@ -8,11 +8,12 @@ iterating the sampler for the same number of items would.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data.dataloader import _InfiniteConstantSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from batchops.data._arrow import is_dataset
@@ -56,17 +58,60 @@ def _is_plain_sized(data: Any) -> bool:
     )
 
 
-class Draws:
-    """The random numbers that an epoch's order came from: kept, and given again.
+def users_generator(owner: Any) -> torch.Generator | None:
+    """The generator of a loader or sampler, if it has one and that is not the global one."""
+    generator = getattr(owner, "generator", None)
+    mine = isinstance(generator, torch.Generator) and generator is not torch.default_generator
+    return generator if mine else None
 
-    A sampler without a generator of the user's draws from the global one when it starts: a seed, or
-    the indices themselves. ``seed`` and ``state`` are what it drew, or met; an epoch that is taken
-    up again gets them in place of a new draw, and leaves the global generator alone.
+
+class Draws:
+    """What an epoch's order took from the global generator: kept, and given again.
+
+    seed: the one that a sampler of torch's drew. state, state_in_iter: the generator's before the
+    sampler's first batch and before its ``__iter__``, where that drew from it itself. again: the
+    epoch is one that is taken up; what was kept is given in place of a new draw, and what is done
+    for the second time leaves the generator as it is.
     """
 
-    def __init__(self, seed: int | None = None, state: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        seed: int | None = None,
+        state: torch.Tensor | None = None,
+        state_in_iter: torch.Tensor | None = None,
+        again: bool = False,
+    ) -> None:
         self.seed = seed
         self.state = state
+        self.state_in_iter = state_in_iter
+        self.again = again
+
+    @contextlib.contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Around what an epoch that is taken up does for the second time."""
+        if not self.again:
+            yield
+            return
+        state = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def in_user_code(self, kept: str, again: bool) -> Iterator[None]:
+        """Around a sampler's own code; `kept` names what it may draw from."""
+        if again:
+            with self.repeated():
+                state = getattr(self, kept)
+                if state is not None:
+                    torch.set_rng_state(state)
+                yield
+            return
+        state = torch.get_rng_state()
+        yield
+        if not torch.equal(state, torch.get_rng_state()):
+            setattr(self, kept, state)
 
     def new_seed(self) -> int:
         if self.seed is None:
@@ -74,7 +119,7 @@ class Draws:
         return self.seed
 
     def generator(self, given: torch.Generator | None) -> torch.Generator | None:
-        """The one to draw with: `given`, or the global one (None) as it was at the first draw."""
+        """The one to draw with: `given`, or the global one (None) as the first draw met it."""
         if given is not None:
             return given
         if self.state is None:
@@ -128,6 +173,27 @@ def _distributed(sampler: DistributedSampler, draws: Draws) -> Iterator[Any]:
     yield list(sampler.__iter__())
 
 
+def _items(sampler: Any, draw: Callable[[Any, Draws], Iterator[Any]], draws: Draws) -> Any:
+    """What iterating one of torch's samplers yields."""
+    for part in draw(sampler, draws):
+        for item in part.tolist():
+            yield sampler.indices[item] if draw is _subset_random else item
+
+
+# Those that draw from the global generator, where they have none of the user's.
+_DRAWING: dict[type, Callable[[Any, Draws], Iterator[Any]]] = {
+    RandomSampler: _random,
+    SubsetRandomSampler: _subset_random,
+    WeightedRandomSampler: _weighted_random,
+}
+
+
+def _is_torchs(sampler: Any) -> bool:
+    """Whether iterating it runs torch's code alone."""
+    kind = type(sampler)
+    return kind in _ITERATORS and kind.__iter__ is _ITERATORS[kind]
+
+
 def _one_by_one(sampler: Any, draws: Draws) -> Iterator[list[Any]]:
     return ([index] for index in sampler)
 
@@ -167,10 +233,10 @@ class IndexStream:
             return None
         sampler = index_sampler.sampler
         kind = type(sampler)
-        if any(
-            t not in _ITERATORS or t.__iter__ is not _ITERATORS[t] for t in (kind, BatchSampler)
-        ):
+        if not _is_torchs(sampler) or not _is_torchs(index_sampler):
             return None
+        if getattr(sampler, "generator", None) is torch.default_generator:
+            return None  # others draw from it between two batches
         if kind is SequentialSampler and _is_plain_sized(sampler.data_source):
             return cls(index_sampler, _sequential, private=True, draws=draws)
         if kind is RandomSampler and (any_length or _is_plain_sized(sampler.data_source)):
@@ -221,13 +287,19 @@ class IndexStream:
             return False
         return self._private or sum(map(len, self._pending)) >= size
 
-    def skip(self, batches: int) -> None:
-        """Take so many batches and forget them; fewer where the epoch ends before."""
-        for _ in range(batches):
+    def skip(self, batches: int, but: Collection[int] = ()) -> None:
+        """Leave out so many batches, except the ones with the numbers `but`; fewer where the epoch
+        ends before."""
+        kept = []
+        for number in range(batches):
             try:
-                self.take(self.batch_size())
+                taken = self.take(self.batch_size())
             except StopIteration:
-                return
+                break
+            if number in but:
+                kept.append(taken)
+        for taken in reversed(kept):
+            self.untake(taken)
 
     def untake(self, batch: Any) -> None:
         """Give back the batch that was taken last; an end that was met after it is yet to come."""
@@ -284,35 +356,97 @@ class RecordedSampler:
         self.inner = index_sampler
         self.draws = Draws()
         self.skip = 0  # batches that the next epoch leaves out
+        self.but: Collection[int] = ()  # except those with these numbers
+        self._begun: Callable[[], None] = lambda: None
 
-    def begin(self, draws: Draws, skip: int) -> None:
+    def begin(
+        self, draws: Draws, skip: int, but: Collection[int], begun: Callable[[], None]
+    ) -> None:
+        """begun: called at the end of each ``iter()``."""
         self.draws = draws
         self.skip = skip
+        self.but = frozenset(but)
+        self._begun = begun
 
     def stream(self, any_length: bool = False) -> IndexStream | None:
         """The rest of the epoch as vectors, or None."""
         stream = IndexStream.of(self.inner, self.draws, any_length)
         if stream is not None:
-            stream.skip(self.skip)
+            with self.draws.repeated() if self.skip else contextlib.nullcontext():
+                stream.skip(self.skip, self.but)
         return stream
 
-    def _draws_globally(self) -> bool:
-        sampler = getattr(self.inner, "sampler", None)
-        kinds = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-        return type(sampler) in kinds and sampler.generator is None
-
     def __iter__(self) -> Iterator[Any]:
-        stream = self.stream(any_length=True) if self._draws_globally() else None
-        if stream is not None:
-            return _lists(stream)
-        iterator = iter(self.inner)
-        return itertools.islice(iterator, self.skip, None) if self.skip else iterator
+        iterator = self._iterator()
+        self._begun()
+        return iterator
+
+    def _iterator(self) -> Iterator[Any]:
+        inner, draws = self.inner, self.draws
+        batches = type(inner) is BatchSampler
+        sampler = inner.sampler if batches else inner
+        torchs = _is_torchs(inner) and _is_torchs(sampler)
+        draw = _DRAWING.get(type(sampler))
+        if torchs and draw is not None and sampler.generator is None:
+            if not batches:
+                return self._rest(_items(sampler, draw, draws))
+            stream = self.stream(any_length=True)
+            if stream is not None:
+                return _lists(stream)
+        if torchs and (draw is None or users_generator(sampler) is not None):
+            return self._rest(iter(inner))
+        if type(sampler) is _InfiniteConstantSampler:
+            return iter(inner)
+        with draws.in_user_code("state_in_iter", draws.again):
+            iterator = iter(inner)
+        return _Batches(iterator, draws, self.skip, self.but)
+
+    def _rest(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Of one that keeps its draws, or has a generator of the user's."""
+        return _Batches(iterator, self.draws, self.skip, self.but) if self.skip else iterator
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+class _Batches:
+    """The rest of a sampler's batches, from a number on and with some of those before it.
+
+    No generator, which would be at its end after an error of the sampler's; the sampler need not
+    be.
+    """
+
+    def __init__(
+        self, iterator: Iterator[Any], draws: Draws, skip: int, but: Collection[int]
+    ) -> None:
+        self._iterator = iterator
+        self._draws = draws
+        self._skip = skip
+        self._but = but
+        self._at = 0  # batches that the sampler gave
+        self._held: deque[Any] = deque()  # of these, what is not left out
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._at == 0 or self._at < self._skip:
+            self._begin()
+        return self._held.popleft() if self._held else next(self._iterator)
+
+    def _begin(self) -> None:
+        """The first batch is where a sampler draws from the global generator."""
+        draws = self._draws
+        again = draws.again and (self._skip > 0 or draws.state is not None)
+        with draws.in_user_code("state", again):
+            while self._at < max(self._skip, 1):
+                batch = next(self._iterator)
+                if self._at >= self._skip or self._at in self._but:
+                    self._held.append(batch)
+                self._at += 1
 
 
 def _lists(stream: IndexStream) -> Iterator[list[Any]]:

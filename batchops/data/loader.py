@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from batchops.data._iterators import (
     WorkerGatherIter,
 )
 from batchops.data._own import NAME, Own, memory_of, own
-from batchops.data._resume import EpochStart, begins, checked, restore
+from batchops.data._resume import Epoch, begins, checked, put, state_of, taken_up
 from batchops.data._source import GatherSource, collate_only_stacks
 
 _T_co = TypeVar("_T_co", covariant=True)
@@ -188,14 +187,17 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
 
     def __iter__(self) -> Any:
         mine = own(self)
-        state, mine.pending = mine.pending, None
-        if state is None:
-            with begins(self, EpochStart(self), 0):
-                iterator = super().__iter__()
-        else:
-            iterator = _resume(self, state, super().__iter__)
-        # What a subclass makes may be any iterator.
-        mine.current = weakref.ref(iterator) if isinstance(iterator, Delivery) else None
+        state = mine.pending
+        epoch = Epoch(self) if state is None else taken_up(self, state)
+        with begins(self, epoch):
+            iterator = super().__iter__()
+        ours = isinstance(iterator, Delivery)  # what a subclass makes may be any iterator
+        if ours and state is not None:
+            iterator._go_on()
+        # Not before all this went well: a state that was loaded is there for another attempt.
+        if mine.pending is state:
+            mine.pending = None
+        mine.current = iterator._epoch if ours else None
         return iterator
 
     def _get_iterator(self) -> torch_dataloader._BaseDataLoaderIter:
@@ -222,60 +224,51 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     # --- resumption ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is: how many batches of the epoch were handed out, and what its order
+        """Where the loader is: how many batches of the epoch are done with, and what its order
         came from.
 
+        Of the iterator that ``iter()`` made last, whether it is still there or was dropped; from
+        its end on, and before the first, the state is one between two epochs. A batch is done with
+        when it was handed out, or when its error was raised; batches under way are not. The number
+        of threads or workers does not matter, nor, for datasets with indices, ``in_order``.
+
         Below 1 KB for torch's samplers, and 5 KB more for each generator of the user's (and for
-        ``SubsetRandomSampler`` and ``WeightedRandomSampler`` without one, which draw from the
-        global generator itself). Batches under way count as not handed out; the number of threads
-        or workers does not matter. Iterable datasets with ``state_dict`` and ``load_state_dict``
-        are asked for theirs where they are iterated in this process; others are replayed. Samplers
-        of the user's with these two methods get their state of the beginning of the epoch; others
-        must give the same order again.
+        samplers without one that draw from the global generator itself: ``SubsetRandomSampler``,
+        ``WeightedRandomSampler``, the user's). Samplers of the user's with ``state_dict`` and
+        ``load_state_dict`` get their state of the beginning of the epoch; others must give the same
+        order again, or draw it from torch's global generator when they start.
+
+        Datasets with these two methods are asked for theirs where they are used in this process:
+        an iterable one for its state after the last batch that is done with (none at the beginning
+        of an epoch and between two), a map-style one, where there are no ``threads``, for its state
+        now. Other iterable datasets are replayed.
         """
         mine = own(self)
-        iterator = mine.current() if mine.current is not None else None
-        if iterator is None and mine.pending is not None:
-            return dict(mine.pending)
-        state = None if iterator is None else iterator._state()
-        if state is None:
-            return {**EpochStart(self).as_dict(0), "between_epochs": True}
-        asks = self._dataset_kind == torch_dataloader._DatasetKind.Iterable and isinstance(
-            iterator, LocalIter
-        )
-        if asks and callable(getattr(self.dataset, "load_state_dict", None)):
-            state["dataset"] = self.dataset.state_dict()
-        return state
+        pending = mine.pending if mine.current is None else None
+        if pending is None:
+            return state_of(self, mine.current)
+        if pending.get("between_epochs"):
+            return state_of(self, None, pending.get("base_seed"))
+        return dict(pending)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next ``iter()`` goes on after the last batch that was handed out before ``state`` was
-        taken. Raises ValueError for a state of another format, or of a loader with other samplers.
+        """The next ``iter()`` goes on after the batches that were done with when ``state`` was
+        taken; an ``iter()`` that fails leaves the state for the next.
+
+        torch's global generator is left as it is. The numbers that were drawn from it are in the
+        state; for what is drawn later, as the order of the next epoch, restore it yourself
+        (``torch.set_rng_state``), before ``iter()``.
+
+        Raises ValueError for a state of another format, of a loader with other generators or
+        another number of samplers, and in the middle of an epoch for one of a loader with another
+        batch size, other kinds of samplers or a dataset of another length.
         """
         mine = own(self)
-        mine.pending = checked(state)
+        state = checked(self, state)
+        if state.get("between_epochs"):
+            put(self, state)
+        mine.pending = state
         mine.current = None
-
-
-def _resume(loader: Any, state: dict[str, Any], begin: Callable[[], Any]) -> Any:
-    """The iterator that goes on from `state`."""
-    yielded = state["yielded"]
-    epoch = restore(loader, state)
-    iterable = loader._dataset_kind == torch_dataloader._DatasetKind.Iterable
-    replay = yielded if iterable else 0
-    if "dataset" in state:
-        loader.dataset.load_state_dict(state["dataset"])
-        replay = 0
-    # The epoch's numbers were drawn when it began: nothing more is taken from the global generator,
-    # so that it may be restored before this or after.
-    rng = torch.get_rng_state()
-    try:
-        with begins(loader, epoch, yielded):
-            iterator = begin()
-    finally:
-        torch.set_rng_state(rng)
-    if replay:
-        iterator._replay(replay)
-    return iterator
 
 
 def _gather_source(loader: Any) -> GatherSource | None:
