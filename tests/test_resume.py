@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -808,3 +809,50 @@ def test_a_stream_with_a_state_takes_another_batch_size() -> None:
 def test_yielded_is_a_count(yielded: Any) -> None:
     with pytest.raises(ValueError, match="yielded: expected an integer >= 0, got"):
         DataLoader(Indices(), 2).load_state_dict({"format": 1, "yielded": yielded})
+
+
+# --- several threads of the user's ----------------------------------------------------------------
+
+
+def test_threads_of_the_users_share_an_iterator() -> None:
+    """Each batch goes to one of them, and at the end none waits for what another has."""
+
+    class Quick(Indices):
+        def __len__(self) -> int:
+            return 400
+
+        def __getitem__(self, i: int) -> int:
+            time.sleep(0.0005)
+            return i
+
+    begun = time.perf_counter()
+    for _ in range(3):
+        loader = DataLoader(Quick(), 2, threads=2)
+        iterator = iter(loader)
+        got: list[list[int]] = []
+
+        def run(iterator: Any = iterator, got: Any = got) -> None:
+            for batch in iterator:
+                got.append(batch.tolist())
+
+        runners = [threading.Thread(target=run) for _ in range(4)]
+        for runner in runners:
+            runner.start()
+        for runner in runners:
+            runner.join()
+        assert sorted(got) == [[i, i + 1] for i in range(0, 400, 2)]
+        assert loader.state_dict()["between_epochs"]
+    assert time.perf_counter() - begun < 4
+
+
+@pytest.mark.parametrize("threads", [np.int64(2), np.uint8(2), torch.tensor(2)], ids=repr)
+def test_threads_are_any_integer(threads: Any) -> None:
+    loader = DataLoader(Indices(), 2, threads=threads)
+    assert type(loader.threads) is int
+    assert len(values(loader)) == 12
+
+
+@pytest.mark.parametrize("threads", [True, np.True_, 2.0, "2", 0], ids=repr)
+def test_threads_are_nothing_else(threads: Any) -> None:
+    with pytest.raises(ValueError, match="threads: expected an integer >= 1, got "):
+        DataLoader(Indices(), 2, threads=threads)

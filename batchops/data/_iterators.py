@@ -568,6 +568,9 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
         self._exhausted = False
         self._indices: dict[int, Any] = {}  # of what was asked for and not handed out, in order
         self._last_request = time.perf_counter()
+        # Several threads of the user's may share the iterator. The one that is interrupted is the
+        # main thread, and a lock of its own does not keep it out.
+        self._one_at_a_time = threading.RLock()
         self._states: dict[int, Any] = {}  # of a stream that tells its own, by the batch drawn last
         fetch = _MapFetch(self) if self._is_map else _IterableFetch(self)
         init, timeout = loader.worker_init_fn, loader.timeout
@@ -595,6 +598,11 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
             first = next(iter(self._indices))
             return first if first in results else None
         return next((number for number in self._indices if number in results), None)
+
+    def __next__(self) -> Any:
+        self._crew.check_process()  # of the lock a fork has a copy that nobody releases
+        with self._one_at_a_time:
+            return super().__next__()
 
     def _next_data(self) -> Any:
         while True:

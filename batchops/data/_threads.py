@@ -153,13 +153,16 @@ class Crew:
     def put(self, number: int, task: Any) -> None:
         self._tasks.put((number, task))
 
-    def wait(self, wanted: Callable[[], int | None]) -> int:
-        """Waits until wanted() is the number of a task, and gives it; asked at each result."""
+    def check_process(self) -> None:
         if self._pid != os.getpid():
             raise RuntimeError(
                 "DataLoader: the threads of this iterator are in the process that made it, and "
                 "this is a fork of it: iterate over the loader anew"
             )
+
+    def wait(self, wanted: Callable[[], int | None]) -> int:
+        """Waits until wanted() is the number of a task, and gives it; asked at each result."""
+        self.check_process()
         deadline = time.monotonic() + self._timeout if self._timeout > 0 else None
         while (number := wanted()) is None:
             # In slices: a wait without an end would not see Ctrl-C on every system.

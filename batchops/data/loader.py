@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -141,8 +142,7 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         ring_bytes: int | None = None,
         checked: bool = False,
     ) -> None:
-        if threads is not None and (type(threads) is not int or threads < 1):
-            raise ValueError(f"DataLoader: threads: expected an integer >= 1, got {threads!r}")
+        threads = None if threads is None else _positive("threads", threads)
         if threads is not None and num_workers != 0:
             raise ValueError(
                 f"DataLoader: threads: expected num_workers=0 beside it, got {num_workers}"
@@ -269,6 +269,17 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             put(self, state)
         mine.pending = state
         mine.current = None
+
+
+def _positive(argument: str, value: Any) -> int:
+    """An integer of any kind, as torch takes them."""
+    try:
+        found = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"DataLoader: {argument}: expected an integer >= 1, got {value!r}")
+    return found
 
 
 def _gather_source(loader: Any) -> GatherSource | None:
