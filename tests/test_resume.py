@@ -6,6 +6,7 @@ state in which it leaves torch's global generator.
 
 from __future__ import annotations
 
+import functools
 import gc
 import pickle
 import threading
@@ -474,18 +475,20 @@ def test_a_time_limit_takes_no_batch_away() -> None:
         next(iterator)
     assert loader.state_dict()["yielded"] == 0
     may_go.set()
-    loader.timeout = 30
     again = DataLoader(Indices(), 2)
     again.load_state_dict(loader.state_dict())
     assert values(again)[0] == [0, 1]
 
 
-class Slow(Indices):
-    """The first index takes its time."""
+class Late(Indices):
+    """The first index takes as long as `wait`."""
+
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
 
     def __getitem__(self, i: int) -> int:
         if i == 0:
-            time.sleep(0.4)
+            self.wait()
         return i
 
 
@@ -514,42 +517,57 @@ class ToldStream(IterableDataset):
         (self.at,) = state["at"]
 
 
-def slowly(samples: list[int]) -> torch.Tensor:
-    if samples[0] == 0:
-        time.sleep(0.4)
-    return torch.tensor(samples)
+def late(wait: Callable[[], Any]) -> Callable[[list[int]], torch.Tensor]:
+    def collate(samples: list[int]) -> torch.Tensor:
+        if samples[0] == 0:
+            wait()
+        return torch.tensor(samples)
+
+    return collate
 
 
-OUT_OF_ORDER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "threads": (Slow, {"threads": 2}),
-    "processes": (Slow, {"num_workers": 2}),
+# The dataset and the arguments of a loader whose first batch comes late.
+OUT_OF_ORDER: dict[str, Callable[[Callable[[], Any]], tuple[Any, dict[str, Any]]]] = {
+    "threads": lambda wait: (Late(wait), {"threads": 2}),
+    "processes": lambda wait: (Late(wait), {"num_workers": 2}),
     # Drawn in turn, so that batches have numbers here too.
-    "a stream in threads": (Stream, {"threads": 2, "collate_fn": slowly}),
-    "its own state in threads": (ToldStream, {"threads": 2, "collate_fn": slowly}),
+    "a stream in threads": lambda wait: (Stream(), {"threads": 2, "collate_fn": late(wait)}),
+    "its own state in threads": lambda wait: (
+        ToldStream(),
+        {"threads": 2, "collate_fn": late(wait)},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OUT_OF_ORDER)
 def test_out_of_order_no_batch_is_lost_or_repeated(name: str) -> None:
-    make, arguments = OUT_OF_ORDER[name]
-    loader = DataLoader(make(), 2, in_order=False, **arguments)
+    go = threading.Event()
+    wait = functools.partial(time.sleep, 2) if name == "processes" else lambda: go.wait(30)
+    dataset, arguments = OUT_OF_ORDER[name](wait)
+    loader = DataLoader(dataset, 2, in_order=False, **arguments)
     iterator = iter(loader)
     had = values(next(iterator) for _ in range(3))
     assert [0, 1] not in had
     state = loader.state_dict()
+    go.set()
     del iterator
     assert state["yielded"] == 3
     assert len(pickle.dumps(state)) <= 1024
-    ways: list[dict[str, Any]] = [arguments, {**arguments, "in_order": False}]
-    if "num_workers" not in arguments:
-        ways.append({k: v for k, v in arguments.items() if k != "threads"})
-    for way in ways:
-        again = DataLoader(make(), 2, **way)
+
+    for way in ("in order", "out of order", "in this thread"):
+
+        def make(way: str = way) -> DataLoader:
+            dataset, arguments = OUT_OF_ORDER[name](lambda: None)
+            if way == "in this thread":
+                arguments.update(threads=None, num_workers=0)
+            return DataLoader(dataset, 2, in_order=way != "out of order", **arguments)
+
+        again = make()
         again.load_state_dict(state)
         iterator = iter(again)
-        # Once more, while some that came late are yet to be handed out.
+        # Once more, while what came late is yet to be handed out, or some of it.
         got = values([next(iterator)])
-        third = DataLoader(make(), 2, **way)
+        third = make()
         third.load_state_dict(again.state_dict())
         got += values(third)
         assert sorted(flat(had + got)) == list(range(N)), way
