@@ -24,6 +24,22 @@ def decay_against_quotient(sizes: tuple[int, ...]) -> Case:
     return states, options
 
 
+def decay_cancels(sizes: tuple[int, ...], left: float) -> Case:
+    """LAMB: u is `left` of either, in gradients of m's own size, so that float's sums do not leave
+    float's range. m stays as it is and v is exact: m has 10 binary digits, v a small multiple of
+    m², and both are averaged with g = m."""
+    options = {"lr": 1.0, "betas": (0.5, 0.5), "weight_decay": 0.5, "bias_correction": False}
+    options["max_grad_norm"] = None
+    states = []
+    for n in sizes:
+        m = torch.randint(512, 1024, (n,)) * (2.0 * torch.randint(0, 2, (n,)) - 1) / 1024
+        times = 2.0 * torch.randint(0, 8, (n,)) + 1
+        quotient = m.double() / ((times.double() + 1) / 2 * m.double() ** 2).sqrt()
+        p = -quotient / 0.5 * (1 + left * torch.randn(n, dtype=torch.float64))
+        states.append({"p": p.float(), "g": m.clone(), "m": m, "v": times * m**2})
+    return states, options
+
+
 def few_elements() -> Case:
     """LAMB: no error of an element averages out in the norm, and updates are as large as p."""
     states = []

@@ -252,6 +252,21 @@ def test_decay_against_the_quotient(device, fused, caution):
 
 
 @FUSED
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(0.3, id="little, near where sums in double begin"),
+        pytest.param(1e-3, id="the norm's last places"),
+        pytest.param(1e-6, id="all the places of a float"),
+    ],
+)
+def test_decay_that_cancels_the_quotient(device, fused, left):
+    assert_one_step(
+        stands_at(last_places.decay_cancels((300, 70001), left), device, eps=0.0, fused=fused)
+    )
+
+
+@FUSED
 def test_norms_of_few_elements_and_of_one_that_outweighs(device, fused):
     assert_one_step(stands_at(last_places.few_elements(), device, fused=fused))
 

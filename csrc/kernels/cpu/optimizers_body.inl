@@ -227,7 +227,12 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
   const double p_total = p_sq.total(), g_total = g_sq.total(), u_total = u_sq.total();
   const bool in_range =
       in_float_range(p_total) && in_float_range(g_total) && in_float_range(u_total);
-  if (caution || count < kFew || !in_range || u_sq.uneven(u_total)) {
+  // Where λ·p and the quotient all but cancel in most elements, u's norm has their rounding errors,
+  // as many times larger as the norms of the two are. Decay alone, without a gradient, has 1.
+  constexpr double kCancels = 2;
+  const double decay_total = double{factors.weight_decay[0]} * factors.weight_decay[0] * p_total;
+  const bool cancels = decay_total > kCancels * kCancels * u_total;
+  if (caution || count < kFew || !in_range || cancels || u_sq.uneven(u_total)) {
     return norms_in_double(p, g, m, v, count, c, caution, norms);
   }
   norms.p_sq += p_total;
