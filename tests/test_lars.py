@@ -208,6 +208,25 @@ def test_scales_far_from_one(device, fused, scale):
         assert_one_step(optimizer)
 
 
+@FUSED
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+@pytest.mark.parametrize(
+    ("scale", "clip"),
+    [
+        pytest.param(1e-43, None, id="λ_l above the largest float"),
+        pytest.param(1e38, None, id="λ_l below the smallest normal one"),
+        pytest.param(1e38, 1.0, id="the clip's power of two is in the scale already"),
+        pytest.param(1e-22, None, id="λ_l a float, and the squares not"),
+    ],
+)
+def test_gradients_at_the_ends_of_floats_range(fused, scale, clip, options):
+    p = torch.nn.Parameter(torch.randn(5000) * 0.1)
+    p.grad = ((torch.rand(5000, dtype=torch.float64) * 2 - 1) * scale).float()
+    optimizer = LARS([p], **options, always_adapt=True, eps=0.0, max_grad_norm=clip, fused=fused)
+    for _ in range(3):
+        assert_one_step(optimizer)
+
+
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "plain"])
 def test_layouts_meet_element_by_element(fused):
     formats = [torch.contiguous_format, torch.channels_last]

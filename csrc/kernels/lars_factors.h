@@ -1,5 +1,8 @@
 // What LARS' kernels make of a group's hyperparameters, a tensor's norms and the clip.
 #pragma once
+#include <algorithm>
+#include <cstdlib>
+
 #include "kernels/lars.h"
 #include "kernels/optimizer_factors.h"
 
@@ -28,6 +31,7 @@ struct LarsFactors {
 struct LarsOutcome {
   TensorStats stats;
   LarsFactors factors;
+  double g_scale, k_g, p_g;  // before they are rounded and split
 
   LarsOutcome() = default;
   BATCHOPS_HOST_DEVICE LarsOutcome(const LarsGroup& o, const OptimizerTensor& x,
@@ -63,13 +67,41 @@ struct LarsOutcome {
     const double p_to = inside * ratio * decay;      // of p in G
     const double weight = first ? 1 : 1 - o.dampening;
     const bool direct = o.momentum == 0 || o.nesterov;  // G goes to p itself
-    factors.g_scale = static_cast<float>(sign * divisor.inverse);
+    g_scale = sign * divisor.inverse;
+    k_g = weight * g_to;
+    p_g = direct ? -outside * g_to : 0;
+    set_gradient_factors();
     split_factor(factors.momentum, first ? 0 : o.momentum * o.momentum_factor);
-    split_factor(factors.k_g, weight * g_to);
     split_factor(factors.k_p, weight * p_to);
-    split_factor(factors.p_g, direct ? -outside * g_to : 0);
     split_factor(factors.p_p, direct ? -outside * p_to : 0);
     split_factor(factors.p_m, o.momentum == 0 ? 0 : o.nesterov ? -outside * o.momentum : -outside);
+  }
+
+  // The norm of a gradient near an end of float's range makes a λ_l that is outside of it, though
+  // λ_l·g is not: a power of two goes from the gradient's factors to its scale, which changes no
+  // other result. For who scales the gradient anew after the first sweep.
+  void keep_in_range() {
+    constexpr int kNear = 64;
+    int of_factor, of_scale;
+    const double factor = k_g != 0 ? k_g : p_g;
+    if (!(std::isfinite(factor) && std::isfinite(g_scale)) || factor == 0 || g_scale == 0) return;
+    std::frexp(factor, &of_factor);
+    std::frexp(g_scale, &of_scale);
+    if (std::abs(of_factor) <= kNear) return;
+    int shift = of_factor > 0 ? of_factor - kNear : of_factor + kNear;
+    // The scale stays a float, and a normal one.
+    shift = std::min(std::max(shift, -120 - of_scale), 120 - of_scale);
+    g_scale = std::ldexp(g_scale, shift);
+    k_g = std::ldexp(k_g, -shift);
+    p_g = std::ldexp(p_g, -shift);
+    set_gradient_factors();
+  }
+
+ private:
+  BATCHOPS_HOST_DEVICE void set_gradient_factors() {
+    factors.g_scale = static_cast<float>(g_scale);
+    split_factor(factors.k_g, k_g);
+    split_factor(factors.p_g, p_g);
   }
 };
 

@@ -98,7 +98,8 @@ struct Lars {
   }
   LarsFactors outcome(int32_t i, const LarsNorms& norms) const {
     const OptimizerTensor& x = tensors[i];
-    const LarsOutcome outcome(args.groups[x.group], x, norms, C, args.grad_scale);
+    LarsOutcome outcome(args.groups[x.group], x, norms, C, args.grad_scale);
+    outcome.keep_in_range();
     if (stats != nullptr) stats[i] = outcome.stats;
     return outcome.factors;
   }
