@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import pickle
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from torch.optim import Optimizer
 
 from . import _binding  # loads the operators
 from . import _optimizer_plain as plain
-from ._sharded import is_sharded
+from ._sharded import how_sharded
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NUMBER = (int, numbers.Real, Tensor)
 # What other optimizers leave in a checkpoint's groups and ours refuse or keep elsewhere.
 _FOREIGN = ("foreach", "differentiable", "step")
 # Of a group, made from its other options.
@@ -51,6 +53,7 @@ class FusedOptimizer(Optimizer):
     # Of a subclass: its name, its moments (the native table takes two at most), a moment and the
     # names of options that are flags, in the order of the kernels' structs.
     _kind: str
+    _numeric: tuple[str, ...]  # options that are numbers, with neither a tensor's nor None's rules
     _flags: tuple[str, ...]
     _rates: tuple[int, int]  # those of _numbers() that may be tensors
     _plan: _Plan | None = None
@@ -58,9 +61,18 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _sm_margin: int = 0
 
-    def __init__(self, params: Any, options: dict[str, Any], exclude: Any, sm_margin: int) -> None:
-        self._exclude = exclude
+    def __init__(
+        self,
+        params: Any,
+        options: dict[str, Any],
+        exclude: Any,
+        sm_margin: int,
+        foreach: bool | None,
+        differentiable: bool,
+    ) -> None:
+        self._exclude = self._rule(exclude)
         self.sm_margin = sm_margin
+        self._refuse_foreign({"foreach": foreach, "differentiable": differentiable})
         self._check(options)
         super().__init__(params, {**options, "exclude": None})
 
@@ -103,7 +115,7 @@ class FusedOptimizer(Optimizer):
                         f"expected {group['max_grad_norm']}, got {options['max_grad_norm']}"
                     )
             if param_group.get("exclude") is not None:
-                exclude = param_group["exclude"]
+                exclude = self._rule(param_group["exclude"])
             elif isinstance(exclude, _Lost):
                 raise ValueError(
                     f"{self._kind}.add_param_group: exclude was a function that a copy or a pickle "
@@ -122,6 +134,23 @@ class FusedOptimizer(Optimizer):
     def _complete(self, param_group: dict[str, Any], options: dict[str, Any]) -> None:
         """Options of a new group that follow from others."""
 
+    def _rule(self, exclude: Any) -> Any:
+        """An ``exclude`` that can be asked more than once, by every group."""
+        if exclude is None or isinstance(exclude, bool) or callable(exclude):
+            return exclude
+        try:
+            parts = [exclude] if isinstance(exclude, str) else list(exclude)
+        except TypeError:
+            parts = [None]
+        if not (
+            all(type(part) is int for part in parts) or all(isinstance(part, str) for part in parts)
+        ):
+            raise TypeError(
+                f"{self._kind}: exclude must be a bool, a function of name and parameter, or parts "
+                f"of names, got {exclude!r}"
+            )
+        return parts
+
     def _excluded(self, group: dict[str, Any], exclude: Any) -> list[int]:
         """Positions in the group: plain numbers, which a checkpoint and a pickle can hold."""
         params, names = group["params"], group.get("param_names")
@@ -132,16 +161,14 @@ class FusedOptimizer(Optimizer):
         if callable(exclude):
             named = zip(names or [None] * len(params), params, strict=True)
             return [i for i, (name, p) in enumerate(named) if exclude(name, p)]
-        if isinstance(exclude, str):
-            exclude = [exclude]
-        exclude = list(exclude)
         if all(type(part) is int for part in exclude):
+            for position in exclude:
+                if not 0 <= position < len(params):
+                    raise ValueError(
+                        f"{self._kind}: exclude by positions expects numbers from 0 to "
+                        f"{len(params) - 1}, got {position}"
+                    )
             return exclude
-        if not all(isinstance(part, str) for part in exclude):
-            raise TypeError(
-                f"{self._kind}: exclude must be a bool, a function of name and parameter, or parts "
-                f"of names, got {exclude!r}"
-            )
         if names is None:
             raise ValueError(
                 f"{self._kind}: exclude by parts of names expects named parameters "
@@ -243,6 +270,11 @@ class FusedOptimizer(Optimizer):
         max_grad_norm = self.param_groups[0]["max_grad_norm"]
         for group in self.param_groups:
             self._check(group)
+            if not isinstance(group["exclude"], (list, tuple)):
+                raise TypeError(
+                    f"{self._kind}.step: expected exclude of a group to be a list of positions, "
+                    f"got {group['exclude']!r}"
+                )
             if group["max_grad_norm"] != max_grad_norm:
                 raise ValueError(
                     f"{self._kind}.step: max_grad_norm is one number for the whole optimizer, got "
@@ -256,10 +288,11 @@ class FusedOptimizer(Optimizer):
             if float(skip):
                 return loss
             skip = None
-        # A second time only where a parameter has changed its dtype, device or layout.
+        # A second time only where objects are others, or a parameter has changed its dtype, device
+        # or layout.
         while True:
             plan = self._plan
-            if plan is None or not plan.holds(self):
+            if plan is None or not plan.fits(self):
                 plan = self._plan = _Plan(self)
             if plan.run(self, max_grad_norm, scale, skip):
                 break
@@ -317,6 +350,9 @@ class FusedOptimizer(Optimizer):
         # The value of a tensor elsewhere is not worth a synchronisation.
         if (not isinstance(lr, Tensor) or lr.is_cpu) and not lr >= 0.0:
             raise ValueError(f"{kind}: invalid learning rate: expected lr >= 0, got {lr}")
+        for name in self._numeric:
+            if type(options[name]) is not float:
+                self._check_number(name, options[name])
         if not options["eps"] >= 0.0:
             raise ValueError(f"{kind}: invalid epsilon: expected eps >= 0, got {options['eps']}")
         decay = options["weight_decay"]
@@ -325,34 +361,59 @@ class FusedOptimizer(Optimizer):
                 f"{kind}: invalid weight_decay: expected weight_decay >= 0, got {decay}"
             )
         bound = options["max_grad_norm"]
-        if bound is not None and not 0.0 < bound < math.inf:
-            raise ValueError(
-                f"{kind}: max_grad_norm must be positive and finite, or None, got {bound}"
-            )
-        for name in ("foreach", "differentiable"):
-            if options.get(name):
-                raise RuntimeError(f"{kind}: `{name}` is not supported, got {name}={options[name]}")
+        if bound is not None:
+            if type(bound) is not float:
+                self._check_number("max_grad_norm", bound)
+            if not 0.0 < bound < math.inf:
+                raise ValueError(
+                    f"{kind}: max_grad_norm must be positive and finite, or None, got {bound}"
+                )
+        if options.get("foreach") or options.get("differentiable"):
+            self._refuse_foreign(options)
         if options["fused"] not in (None, True, False):
             raise ValueError(f"{kind}: fused must be True, False or None, got {options['fused']!r}")
         self._check_own(options)
+
+    def _refuse_foreign(self, options: dict[str, Any]) -> None:
+        """Keywords of torch's optimizers that ours have no form of; None and False ask for none."""
+        for name in ("foreach", "differentiable"):
+            if options.get(name):
+                raise RuntimeError(
+                    f"{self._kind}: `{name}` is not supported, got {name}={options[name]}"
+                )
+
+    def _check_number(self, name: str, value: Any) -> None:
+        if not isinstance(value, _NUMBER):
+            raise TypeError(f"{self._kind}: expected {name} to be a number, got {value!r}")
+
+    def _check_pair(self, name: str, value: Any) -> None:
+        try:
+            for number in value:
+                if type(number) is not float and not isinstance(number, _NUMBER):
+                    raise TypeError
+        except TypeError:  # there or in iter()
+            raise TypeError(
+                f"{self._kind}: expected {name} to be two numbers, got {value!r}"
+            ) from None
 
 
 class _Plan:
     """The tensors of a step: native tables by device, and what takes the plain path.
 
     Made anew when groups, parameters or state tensors are other objects than before, and when a
-    parameter has its first gradient.
+    parameter has its first gradient. It holds positions and addresses, no tensor of the optimizer:
+    another reference would keep alive what has been replaced, and tables' would do more harm.
     """
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         groups, state, kind = optimizer.param_groups, optimizer.state, optimizer._kind
         self.key = self._key(optimizer)
-        self.stateless: list[Tensor] = []
-        chosen: list[tuple[Tensor, int, int, str, bool]] = []
+        self.stateless: list[tuple[int, int]] = []  # group, position
+        chosen: list[tuple[Tensor, int, int, int, str, bool]] = []
 
-        # All checks come before the first change to the state. Where two parameters are one memory,
+        # All checks come before the first change to the state. Where two parameters share memory,
         # the second must see the first one's step: not a thing for threads.
-        seen: set[int] = set()
+        taken = _Memory()
         row = -1
         for index, group in enumerate(groups):
             moments = optimizer._moments(group)
@@ -360,56 +421,62 @@ class _Plan:
                 row += 1
                 entry = state.get(p) or {}
                 if p.grad is None and not entry:
-                    self.stateless.append(p)  # which may have no size yet (nn.LazyLinear)
+                    # It may have no size yet (nn.LazyLinear).
+                    self.stateless.append((index, position))
                     continue
                 name = _name_of(p, group, index, position)
-                if is_sharded(p):
+                part = how_sharded(p)
+                if part:
                     raise TypeError(
-                        f"{kind}: expected whole parameters, got {name} as a DTensor: norms of "
+                        f"{kind}: expected whole parameters, got {name} as {part}: norms of "
                         "sharded parameters are not implemented"
                     )
+                _check_parameter(kind, p, name)
                 if p.grad is not None:
                     _check_gradient(kind, p, p.grad, name)
                 _check_state(kind, p, entry, moments, name)
                 reason = "" if group["fused"] is False else _why_not_native(optimizer, group, p)
                 if reason and group["fused"]:
                     raise RuntimeError(f"{kind}: fused=True cannot take {name}: {reason}")
-                repeated = p.numel() > 0 and type(p) in _PLAIN_TYPES and p.data_ptr() in seen
+                repeated = type(p) in _PLAIN_TYPES and taken.shares(p)
                 if repeated and group["fused"]:
                     raise RuntimeError(
-                        f"{kind}: fused=True cannot take {name}: an earlier parameter has its "
-                        "memory"
+                        f"{kind}: fused=True cannot take {name}: an earlier parameter has some of "
+                        "its memory"
                     )
-                if type(p) in _PLAIN_TYPES:
-                    seen.add(p.data_ptr())
                 native = not reason and not repeated and group["fused"] is not False
-                chosen.append((p, index, row, name, native))
+                chosen.append((p, index, position, row, name, native))
 
-        positions = [
-            {id(group["params"][i]) for i in group["exclude"] if i < len(group["params"])}
-            for group in groups
-        ]
         # By device, and whether step counts are there too.
-        tables: dict[tuple[torch.device, bool], list[tuple[Tensor, int, int, int, str]]]
-        tables = defaultdict(list)
+        tables: dict[tuple[torch.device, bool], list[_Native]] = defaultdict(list)
         self.plain: list[plain.Member] = []
-        for p, index, at, name, native in chosen:
+        without_ratio = [set(group["exclude"]) for group in groups]
+        for p, index, position, row, name, native in chosen:
             group = groups[index]
             _complete_state(p, state[p], group, optimizer._moments(group))
-            excluded = id(p) in positions[index]
+            excluded = position in without_ratio[index]
             if native:
                 counted_there = bool(group["capturable"]) and not p.is_cpu
-                tables[p.device, counted_there].append((p, index, at, excluded, name))
+                member = _Native(p, state[p], index, row, excluded, name)
+                tables[p.device, counted_there].append(member)
             else:
-                self.plain.append(plain.Member(p, state[p], index, at, excluded, name))
+                self.plain.append(plain.Member(index, position, row, excluded, name))
         self.tables = [
             _Table(
-                device, counted_there, _native_table(optimizer, members), [m[2] for m in members]
+                device,
+                counted_there,
+                _native_table(optimizer, members),
+                [member.row for member in members],
             )
             for (device, counted_there), members in tables.items()
         ]
-        lists = [group["params"] for group in groups]
-        self.handles = _binding.core.handles_of(lists, state)
+        # A table compares them itself, in less time.
+        self.addresses = None if self.tables else self._addresses(optimizer)
+
+    @staticmethod
+    def _addresses(optimizer: FusedOptimizer) -> list[int]:
+        """Of all that a plan rests on: parameters and, of states, keys, dicts and values."""
+        return [id(x) for x in _binding.core.handles_of(_lists(optimizer), optimizer.state)]
 
     @staticmethod
     def _key(optimizer: FusedOptimizer) -> list[Any]:
@@ -419,20 +486,18 @@ class _Plan:
                 group["fused"],
                 group["capturable"],
                 group["master_weights"],
-                group["exclude"],
+                tuple(group["exclude"]),
                 optimizer._moments(group),
             )
             for group in optimizer.param_groups
         ]
 
-    def holds(self, optimizer: FusedOptimizer) -> bool:
-        """Whether the optimizer still has the very objects that this plan was made of."""
-        if self.key != self._key(optimizer):
-            return False
-        lists = [group["params"] for group in optimizer.param_groups]
-        if not _binding.core.same_handles(self.handles, lists, optimizer.state):
-            return False
-        return all(p.grad is None for p in self.stateless)
+    def fits(self, optimizer: FusedOptimizer) -> bool:
+        """Whether what a table cannot tell is as it was when this plan was made."""
+        groups = optimizer.param_groups
+        return self.key == self._key(optimizer) and all(
+            groups[index]["params"][position].grad is None for index, position in self.stateless
+        )
 
     def run(
         self,
@@ -441,37 +506,53 @@ class _Plan:
         scale: Tensor | None,
         skip: Tensor | None,
     ) -> bool:
-        """One step; False, with nothing changed, if a table cannot serve its tensors any more."""
-        groups, kind = optimizer.param_groups, optimizer._kind
-        bound = 0.0 if max_grad_norm is None else float(max_grad_norm)
-        clip_eps = groups[0].get("clip_eps", 0.0)
-        alone = len(self.tables) == 1 and not self.plain
-        members = [member for member in self.plain if member.p.grad is not None]
-        for member in members:
-            group = groups[member.group]
-            _check_gradient(kind, member.p, member.p.grad, member.name)
-            _check_state(kind, member.p, member.state, optimizer._moments(group), member.name)
-        if not alone and any(table.native.prepare() >= 0 for table in self.tables):
+        """One step; False, with nothing changed, if the plan is of other objects or its tables
+        cannot serve them any more."""
+        if self.addresses is not None and self.addresses != self._addresses(optimizer):
             return False
+        kind = optimizer._kind
+        bound = 0.0 if max_grad_norm is None else float(max_grad_norm)
+        clip_eps = optimizer.param_groups[0].get("clip_eps", 0.0)
+        alone = len(self.tables) == 1 and not self.plain
+        # More than one native call needs them: from here they are held until the step is over.
+        lists, state = _lists(optimizer), optimizer.state
+        objects = None if alone else _binding.core.handles_of(lists, state)
+        where = (id(lists), id(state))
+        if objects is not None:
+            if not all(table.native.prepare(*where) for table in self.tables):
+                return False
+            where = (0, 0)
+        members: list[tuple[plain.Member, dict[str, Any], Tensor]] = []
+        for member in self.plain:
+            group = optimizer.param_groups[member.group]
+            p = group["params"][member.position]
+            if p.grad is None:
+                continue
+            _check_parameter(kind, p, member.name)
+            _check_gradient(kind, p, p.grad, member.name)
+            _check_state(kind, p, optimizer.state[p], optimizer._moments(group), member.name)
+            if _wants_master(p, group) and "master" not in optimizer.state[p]:
+                return False
+            members.append((member, group, p))
         sums: list[Tensor] = []
         if bound and not alone:
             sums = [table.native.grad_sum_sq() for table in self.tables]
-            sums += [plain.sum_of_squares(member.p.grad) for member in members]
+            sums += [plain.sum_of_squares(p.grad) for _, _, p in members]
         for table in self.tables:
             total = plain.total(sums, table.device, torch.float64)
-            if not table.step(optimizer, bound, clip_eps, scale, skip, total):
+            if not table.step(optimizer, where, bound, clip_eps, scale, skip, total):
                 return False
         for member in self.plain:
             member.stats = None
         divisors: dict[torch.device, Tensor] = {}
-        for member in members:
-            p = member.p
+        for member, group, p in members:
             if p.device not in divisors:
                 total = plain.total(sums, p.device, plain.wide(p))
                 divisors[p.device] = plain.divisor(p, total, bound, clip_eps, scale)
-            group = groups[member.group]
             step = plain.lamb_step if kind == "LAMB" else plain.lars_step
-            step(member, group, divisors[p.device], scale, optimizer._numbers(group), skip)
+            inputs = plain.Inputs(p, optimizer.state[p], group, member.excluded)
+            numbers = optimizer._numbers(group)
+            member.stats = step(inputs, divisors[p.device], scale, numbers, skip)
         return True
 
     def stats(self) -> list[tuple[list[int], Tensor]]:
@@ -492,6 +573,41 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
             begin = i
 
 
+class _Memory:
+    """The addresses that some tensors take, as stretches without a gap between them."""
+
+    def __init__(self) -> None:
+        self._begins: dict[torch.device, list[int]] = defaultdict(list)
+        self._ends: dict[torch.device, list[int]] = defaultdict(list)
+
+    def shares(self, t: Tensor) -> bool:
+        """Whether one that was asked about before has some of this one's memory."""
+        if t.numel() == 0 or t.layout is not torch.strided or t.is_meta:
+            return False
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        begin = t.data_ptr()
+        end = begin + (last + 1) * t.element_size()
+        begins, ends = self._begins[t.device], self._ends[t.device]
+        # Those from `first` to `past` touch or share it, and become one with it.
+        first, past = bisect_left(ends, begin), bisect_right(begins, end)
+        shared = any(ends[k] > begin and begins[k] < end for k in range(first, past))
+        if first < past:
+            begin, end = min(begin, begins[first]), max(end, ends[past - 1])
+        begins[first:past], ends[first:past] = [begin], [end]
+        return shared
+
+
+class _Native(NamedTuple):
+    """A parameter that a table is made of."""
+
+    p: Tensor
+    state: dict[str, Any]
+    group: int
+    row: int
+    excluded: bool
+    name: str
+
+
 class _Table(NamedTuple):
     """A native table of parameters on one device."""
 
@@ -503,13 +619,14 @@ class _Table(NamedTuple):
     def step(
         self,
         optimizer: FusedOptimizer,
+        where: tuple[int, int],
         bound: float,
         clip_eps: float,
         scale: Tensor | None,
         skip: Tensor | None,
         total: Tensor | None,
     ) -> bool:
-        """False, with nothing changed, if the table cannot serve its tensors any more."""
+        """False, with nothing changed, if the table cannot serve the objects there are."""
         groups = optimizer.param_groups
         numbers: list[float] = []
         rates: list[Tensor | None] = []
@@ -535,7 +652,7 @@ class _Table(NamedTuple):
             skip = skip.to(**there)
         margin = optimizer.sm_margin
         call = (numbers, flags, bound, clip_eps, host_scale, total, scale, skip, rates, margin)
-        return self.native.step(*call) < 0
+        return self.native.step(*where, *call)
 
     def _rates_there(self, numbers: list[Any], places: tuple[int, int]) -> Tensor | None:
         """The two of the numbers that may be tensors as one, where one of them is on a device; then
@@ -556,33 +673,39 @@ class _Table(NamedTuple):
         )
 
 
-def _native_table(
-    optimizer: FusedOptimizer, members: list[tuple[Tensor, int, int, int, str]]
-) -> Any:
-    params, groups, _, excluded, names = (list(c) for c in zip(*members, strict=True))
-    entries = [optimizer.state[p] for p in params]
-    moments = [optimizer._moments(optimizer.param_groups[index]) for index in groups]
+def _lists(optimizer: FusedOptimizer) -> list[Any]:
+    return [group["params"] for group in optimizer.param_groups]
 
-    def moment(k: int) -> list[Tensor | None]:
-        pairs = zip(entries, moments, strict=True)
-        return [entry[own[k]] if k < len(own) else None for entry, own in pairs]
+
+def _native_table(optimizer: FusedOptimizer, members: list[_Native]) -> Any:
+    lists = _lists(optimizer)
+    groups = [optimizer.param_groups[member.group] for member in members]
+    moments = [optimizer._moments(group) for group in groups]
+
+    def address(value: Tensor | None) -> int:
+        return 0 if value is None else id(value)
+
+    def moment(k: int) -> list[int]:
+        pairs = zip(members, moments, strict=True)
+        return [id(member.state[own[k]]) if k < len(own) else 0 for member, own in pairs]
 
     masters = [
-        entry.get("master") if optimizer.param_groups[index]["master_weights"] else None
-        for entry, index in zip(entries, groups, strict=True)
+        address(member.state.get("master") if group["master_weights"] else None)
+        for member, group in zip(members, groups, strict=True)
     ]
-    steps = [entry["step"] for entry in entries]
-    make = torch.classes.batchops.OptimizerTable
-    return make(
+    return torch.classes.batchops.OptimizerTable(
         optimizer._kind,
-        params,
+        id(lists),
+        id(optimizer.state),
+        [id(member.p) for member in members],
         moment(0),
         moment(1),
         masters,
-        steps,
-        groups,
-        [int(flag) for flag in excluded],
-        names,
+        [id(member.state["step"]) for member in members],
+        [int(bool(group["master_weights"])) for group in groups],
+        [member.group for member in members],
+        [int(member.excluded) for member in members],
+        [member.name for member in members],
     )
 
 
@@ -617,15 +740,22 @@ def _name_of(p: Tensor, group: dict[str, Any], index: int, position: int) -> str
     return f"parameter {position} of group {index}{called}, {p.dtype} of size {tuple(p.shape)}"
 
 
+def _check_parameter(kind: str, p: Tensor, name: str) -> None:
+    if p.is_complex():
+        raise RuntimeError(f"{kind}.step: {name} has a complex gradient; expected a real one")
+    if not p.is_floating_point():
+        raise RuntimeError(f"{kind}.step: expected floating-point parameters, got {name}")
+
+
 def _check_gradient(kind: str, p: Tensor, grad: Tensor, name: str) -> None:
     if grad.layout is not torch.strided:
         raise RuntimeError(f"{kind}.step: {name} has a sparse gradient; expected a dense one")
-    if grad.is_complex() or p.is_complex():
+    if grad.is_complex():
         raise RuntimeError(f"{kind}.step: {name} has a complex gradient; expected a real one")
-    if grad.shape != p.shape or grad.device != p.device:
+    if not grad.is_floating_point() or grad.shape != p.shape or grad.device != p.device:
         raise RuntimeError(
-            f"{kind}.step: {name} expects a gradient of its size on {p.device}, got "
-            f"{tuple(grad.shape)} on {grad.device}"
+            f"{kind}.step: {name} expects a floating-point gradient of its size on {p.device}, got "
+            f"{grad.dtype} of size {tuple(grad.shape)} on {grad.device}"
         )
 
 
@@ -671,6 +801,8 @@ def _why_not_native(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor)
     if type(p) not in _PLAIN_TYPES:
         return f"expected a torch.Tensor, got the subclass {type(p).__name__}"
     entry = optimizer.state.get(p) or {}
+    if not isinstance(entry, dict):  # a table looks for the tensors in dicts
+        return f"expected its state as a dict, got a {type(entry).__name__}"
     step = entry.get("step")
     home = p.device if group["capturable"] else torch.device("cpu")
     if step is not None and (
@@ -682,5 +814,9 @@ def _why_not_native(optimizer: FusedOptimizer, group: dict[str, Any], p: Tensor)
         )
     moments = [entry.get(name) for name in optimizer._moments(group)]
     first, second = [*moments, None, None][:2]
+    for name, value in entry.items():
+        # A table tells whether an object is a tensor by these two types.
+        if isinstance(value, Tensor) and type(value) not in _PLAIN_TYPES:
+            return f"expected state {name!r} as a torch.Tensor, got a {type(value).__name__}"
     master = entry.get("master") if _wants_master(p, group) else None
     return torch.ops.batchops.optimizer_unsupported(optimizer._kind, p, first, second, master)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +23,23 @@ Number = Any  # a float, or a 0-dim tensor on the parameter's device
 
 @dataclass
 class Member:
-    """A parameter that takes the plain path."""
+    """Where to find a parameter that takes the plain path, and what its last step has seen."""
 
-    p: Tensor
-    state: dict[str, Any]
     group: int
+    position: int
     row: int
     excluded: bool
     name: str
     stats: Tensor | None = None
+
+
+class Inputs(NamedTuple):
+    """What a step is taken of."""
+
+    p: Tensor
+    state: dict[str, Any]
+    group: dict[str, Any]
+    excluded: bool
 
 
 def wide(p: Tensor) -> torch.dtype:
@@ -78,11 +86,10 @@ def divisor(
 class _Step:
     """What both optimizers do around their formulas."""
 
-    def __init__(self, member: Member, group: dict[str, Any], skip: Tensor | None) -> None:
-        self.member, self.wide = member, wide(member.p)
-        self.home = member.p.device
-        step = member.state["step"]
-        self.on_device = group["capturable"] and not step.is_cpu
+    def __init__(self, inputs: Inputs, skip: Tensor | None) -> None:
+        self.wide, self.home = wide(inputs.p), inputs.p.device
+        step = inputs.state["step"]
+        self.on_device = inputs.group["capturable"] and not step.is_cpu
         self.skip = None if skip is None else skip.to(self.home).reshape(()) != 0
         if self.skip is not None and not self.on_device:
             step.add_(0.0 if bool(self.skip) else 1.0)
@@ -103,20 +110,21 @@ class _Step:
     def zero(self) -> Tensor:
         return torch.zeros((), dtype=self.wide, device=self.home)
 
-    def seen(self, *norms: Tensor) -> None:
-        self.member.stats = torch.stack([norm.to(torch.float32) for norm in norms])
+    def seen(self, *norms: Tensor) -> Tensor:
+        return torch.stack([norm.to(torch.float32) for norm in norms])
 
 
 def lamb_step(
-    member: Member,
-    group: dict[str, Any],
+    inputs: Inputs,
     by: Tensor,
     scale: Tensor | None,
     numbers: tuple[Number, ...],
     skip: Tensor | None,
-) -> None:
-    s = _Step(member, group, skip)
-    entry, p, grad = member.state, member.p, member.p.grad
+) -> Tensor:
+    """One step; ‖p‖, ‖g‖, ‖u‖ and the ratio."""
+    s = _Step(inputs, skip)
+    p, entry, group, excluded = inputs
+    grad = p.grad
     master = entry["master"] if group["master_weights"] and "master" in entry else p
     m, v = entry["exp_avg"], entry["exp_avg_sq"]
     lr, beta1, beta2, eps, decay, decay_lr, low, high = map(s.number, numbers)
@@ -164,7 +172,7 @@ def lamb_step(
         u_sq += (adam(m_i, v_i, g_i) * boost + p_wide * inner).square().sum()
     p_norm, u_norm = p_sq.sqrt() * abs(keep), u_sq.sqrt()
     ratio = torch.ones_like(p_norm)
-    if (decay != 0 or group["always_adapt"]) and not member.excluded:
+    if (decay != 0 or group["always_adapt"]) and not excluded:
         clamped = (p_norm / u_norm).clamp(min=low, max=high)
         ratio = torch.where((p_norm == 0) | (u_norm == 0), ratio, clamped)
     for p_i, g_i, m_i, v_i in swept():
@@ -174,23 +182,24 @@ def lamb_step(
     if master is not p:
         p.copy_(master)
     loss_scale = 1.0 if scale is None else scale.to(by).reshape(())
-    s.seen(p_sq.sqrt(), g_sq.sqrt() * by / loss_scale, u_norm, ratio)
+    return s.seen(p_sq.sqrt(), g_sq.sqrt() * by / loss_scale, u_norm, ratio)
 
 
 def lars_step(
-    member: Member,
-    group: dict[str, Any],
+    inputs: Inputs,
     by: Tensor,
     scale: Tensor | None,
     numbers: tuple[Number, ...],
     skip: Tensor | None,
-) -> None:
-    s = _Step(member, group, skip)
-    entry, p, grad = member.state, member.p, member.p.grad
+) -> Tensor:
+    """One step; ‖p‖, ‖g‖, ‖u‖ and the ratio."""
+    s = _Step(inputs, skip)
+    p, entry, group, excluded = inputs
+    grad = p.grad
     master = entry["master"] if group["master_weights"] and "master" in entry else p
     lr, momentum, dampening, decay, trust_coeff, eps, factor = map(s.number, numbers)
-    adapted = (decay != 0 or group["always_adapt"]) and not member.excluded
-    if member.excluded and group["exclude_decay"]:
+    adapted = (decay != 0 or group["always_adapt"]) and not excluded
+    if excluded and group["exclude_decay"]:
         decay = 0.0
     m = entry["momentum_buffer"] if group["momentum"] != 0 else master
 
@@ -237,4 +246,4 @@ def lars_step(
     if master is not p:
         p.copy_(master)
     loss_scale = 1.0 if scale is None else scale.to(by).reshape(())
-    s.seen(p_norm, g_norm * by / loss_scale, u_norm, ratio)
+    return s.seen(p_norm, g_norm * by / loss_scale, u_norm, ratio)

@@ -66,7 +66,7 @@ class LAMB(FusedOptimizer):
         eps_inside_sqrt: ``sqrt(v / bc2 + eps)``.
         exclude: parameters with ``r = 1``: a function of name (``None`` without names) and
             parameter, parts of names (with named parameters), or a bool. Resolved when a group is
-            added; the group then holds positions.
+            added; the group then holds a list of positions, which may be changed between steps.
         maximize: ascend instead of descend.
         capturable: all of a step on the device, without a synchronisation: ``step``, ``lr`` as a
             tensor, GradScaler's ``found_inf``; a captured CUDA graph may replay it.
@@ -80,6 +80,8 @@ class LAMB(FusedOptimizer):
         sm_margin: multiprocessors of a GPU that the step, one kernel of as many blocks as fit the
             device, leaves to kernels beside it (an all-reduce, say); at least one stays its own.
             Results are the same bits. An attribute too, which may change between steps.
+        foreach, differentiable: taken for callers that pass them to every optimizer, as ``None``
+            or ``False``; there is no such form.
 
     State of each parameter: ``step`` (float32, 0-dim, on the CPU, as torch's own unfused
     optimizers keep it; on the device with ``capturable``), ``exp_avg`` and ``exp_avg_sq`` (float32,
@@ -88,15 +90,18 @@ class LAMB(FusedOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or groups that differ in ``max_grad_norm``.
-        TypeError: ``lr`` or ``exclude`` of another kind.
-        RuntimeError: sparse or complex gradients, ``foreach`` or ``differentiable`` in a group,
-            and ``fused=True`` with a parameter the kernels cannot take. Parameters and state are
-            as before.
+        TypeError: a hyperparameter or ``exclude`` of another kind, and parameters of which this
+            process has a part (DTensors, FSDP's flat parameters).
+        RuntimeError: sparse, complex or integer gradients, complex or integer parameters,
+            ``foreach`` or ``differentiable``, and ``fused=True`` with a parameter the kernels
+            cannot take or that shares memory with an earlier one. Parameters and state are as
+            before.
 
     Source: You et al. 2020, arXiv:1904.00962, algorithm 2; names and defaults are timm's.
     """
 
     _kind = "LAMB"
+    _numeric = ("eps", "weight_decay", "clip_eps")
     _rates = (0, 5)  # lr, decay_lr
     _flags = (
         "bias_correction",
@@ -151,6 +156,8 @@ class LAMB(FusedOptimizer):
         master_weights: bool = False,
         fused: bool | None = None,
         sm_margin: int = 0,
+        foreach: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -174,7 +181,7 @@ class LAMB(FusedOptimizer):
             "master_weights": master_weights,
             "fused": fused,
         }
-        super().__init__(params, options, exclude, sm_margin)
+        super().__init__(params, options, exclude, sm_margin, foreach, differentiable)
 
     @classmethod
     def preset(cls, name: str, params: Any, **overrides: Any) -> LAMB:
@@ -206,13 +213,17 @@ class LAMB(FusedOptimizer):
 
     def _check_own(self, options: dict[str, Any]) -> None:
         betas = options["betas"]
+        self._check_pair("betas", betas)
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"LAMB: invalid betas: expected two numbers in [0, 1), got {betas}")
         clamp = options["ratio_clamp"]
-        if clamp is not None and not (len(clamp) == 2 and 0.0 <= clamp[0] <= clamp[1]):
-            raise ValueError(
-                f"LAMB: ratio_clamp must be None or (min, max) with 0 <= min <= max, got {clamp}"
-            )
+        if clamp is not None:
+            self._check_pair("ratio_clamp", clamp)
+            if not (len(clamp) == 2 and 0.0 <= clamp[0] <= clamp[1]):
+                raise ValueError(
+                    "LAMB: ratio_clamp must be None or (min, max) with 0 <= min <= max, got "
+                    f"{clamp}"
+                )
         if not 0.0 <= options["clip_eps"] < math.inf:
             raise ValueError(f"LAMB: expected clip_eps >= 0, got {options['clip_eps']}")
         if options["corrected_weight_decay"]:
@@ -245,7 +256,8 @@ class LARS(FusedOptimizer):
     needs a momentum. Results are the same bit for bit for any number of threads.
 
     Args:
-        params, lr, maximize, capturable, master_weights, fused, sm_margin: as in :class:`LAMB`.
+        params, lr, maximize, capturable, master_weights, fused, sm_margin, foreach, differentiable:
+            as in :class:`LAMB`.
         momentum: μ, at least 0.
         dampening: of the gradient in the buffer, but for the first step.
         weight_decay: λ; 0 also turns ``λ_l`` off.
@@ -276,6 +288,7 @@ class LARS(FusedOptimizer):
     """
 
     _kind = "LARS"
+    _numeric = ("eps", "weight_decay", "momentum", "dampening", "trust_coeff")
     _rates = (0, 6)  # lr, the factor of the momentum correction
     _flags = (
         "nesterov",
@@ -337,6 +350,8 @@ class LARS(FusedOptimizer):
         master_weights: bool = False,
         fused: bool | None = None,
         sm_margin: int = 0,
+        foreach: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         options = {
             "lr": lr,
@@ -358,7 +373,7 @@ class LARS(FusedOptimizer):
             "master_weights": master_weights,
             "fused": fused,
         }
-        super().__init__(params, options, exclude, sm_margin)
+        super().__init__(params, options, exclude, sm_margin, foreach, differentiable)
 
     @classmethod
     def preset(cls, name: str, params: Any, **overrides: Any) -> LARS:

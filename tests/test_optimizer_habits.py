@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import gc
 import io
 import math
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -332,3 +335,323 @@ def test_distributed_tensors():
         [sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+FLATTENED = """
+import os, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from batchops.optim import LAMB, LARS
+
+rank, world, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
+for original in (True, False):
+    for kind in (LAMB, LARS):
+        model = FSDP(torch.nn.Linear(6, 4), device_id=torch.device("cpu"), use_orig_params=original)
+        model(torch.randn(3, 6)).sum().backward()
+        try:
+            kind(model.parameters(), lr=0.1).step()
+            print("stepped")
+        except TypeError as error:
+            print(str(error))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_flattened_parameters(world, tmp_path):
+    """FSDP's: refused where they are stretches of a shard, or several parameters in one. A single
+    rank's own parameters are whole."""
+    command = [sys.executable, "-W", "ignore", "-c", FLATTENED]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    for process in started:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        original, flat = output.splitlines()[:2], output.splitlines()[2:]
+        for line in original:
+            if world == 1:
+                assert line == "stepped"
+            else:
+                assert "expected whole parameters, got" in line
+                assert "a stretch of FSDP's flat parameter" in line
+        assert len(flat) == 2
+        for line in flat:
+            assert "FSDP's FlatParameter, several tensors in one" in line
+
+
+OVERLAPS = {
+    "the end of one and the beginning of the next": [(0, 90), (80, 170)],
+    "one inside another": [(0, 100), (40, 60)],
+    "the later one begins before": [(50, 100), (0, 51)],
+    "with the second of two": [(0, 50), (100, 150), (149, 200)],
+    "with both of two": [(0, 50), (60, 100), (40, 70)],
+}
+
+
+@BOTH
+@pytest.mark.parametrize("stretches", OVERLAPS.values(), ids=OVERLAPS.keys())
+def test_parameters_that_overlap_step_one_after_the_other(kind, stretches):
+    """As AdamW's: each sees what the ones before have left."""
+    start, grad = torch.randn(200), torch.randn(200)
+
+    def made(memory: torch.Tensor, **options: object) -> torch.optim.Optimizer:
+        params = [torch.nn.Parameter(memory[begin:end]) for begin, end in stretches]
+        for p, (begin, end) in zip(params, stretches, strict=True):
+            p.grad = grad[begin:end]
+        return kind(params, lr=0.1, weight_decay=0.1, max_grad_norm=None, **options)
+
+    shared, plain_shared = start.clone(), start.clone()
+    optimizer = made(shared)
+    optimizer.step()
+    assert len(optimizer._plan.plain) == 1
+    made(plain_shared, fused=False).step()
+    torch.testing.assert_close(shared, plain_shared, rtol=1e-6, atol=1e-7)
+    with pytest.raises(RuntimeError, match="an earlier parameter has some of its memory"):
+        made(shared, fused=True).step()
+
+
+@BOTH
+def test_neighbours_in_one_buffer_do_not_overlap(kind):
+    memory = torch.randn(90)
+    parts = [memory[40:60], memory[:40].view(5, 8).t(), memory[60:], memory[10:10]]
+    params = [torch.nn.Parameter(part) for part in parts]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    kind(params, lr=0.1, fused=True).step()
+
+
+@BOTH
+@pytest.mark.parametrize("fused", [None, True, False])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_integers_are_refused(kind, fused, dtype):
+    p = torch.full((3,), 1, dtype=dtype)
+    p.grad = torch.ones(3, dtype=dtype)
+    with pytest.raises(RuntimeError, match=rf"expected floating-point parameters, got .*{dtype}"):
+        kind([p], lr=0.1, fused=fused).step()
+    low = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    low.grad_dtype = None
+    low.grad = torch.ones(3, dtype=dtype)
+    with pytest.raises(RuntimeError, match=rf"expects a floating-point gradient.* got {dtype}"):
+        kind([low], lr=0.1, fused=fused).step()
+    assert torch.equal(low, torch.ones_like(low))
+    assert torch.equal(p, torch.full((3,), 1, dtype=dtype))
+
+
+# ----------------------------------------------------------- whose the tensors are between steps
+
+
+def stepped(kind, params, **options):
+    optimizer = kind(params, **{"lr": 0.1, **options})
+    if kind is LARS:
+        optimizer.param_groups[0]["momentum"] = 0.9
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer
+
+
+MOMENT = {LAMB: "exp_avg", LARS: "momentum_buffer"}
+ANY_FORM = pytest.mark.parametrize("fused", [None, True, False])
+
+
+@BOTH
+@ANY_FORM
+def test_tensors_can_be_swapped_after_a_step(kind, fused):
+    p, other = parameter(4, grad=False), torch.nn.Parameter(torch.full((4,), 2.0))
+    optimizer = stepped(kind, [p], fused=fused)
+    torch.utils.swap_tensors(p, other)
+    assert torch.equal(p, torch.full((4,), 2.0))
+    p.grad = torch.ones(4)
+    left_alone = other.detach().clone()
+    optimizer.step()
+    assert not torch.equal(p, torch.full((4,), 2.0))
+    assert torch.equal(other, left_alone)
+
+
+@BOTH
+def test_modules_convert_by_swapping(kind):
+    module = torch.nn.Linear(3, 2)
+    optimizer = stepped(kind, list(module.parameters()))
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.double()
+        module.load_state_dict({k: torch.ones_like(v) for k, v in module.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    module(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert module.weight.dtype == torch.float64
+    assert not torch.equal(module.weight, torch.ones_like(module.weight))
+
+
+@BOTH
+@ANY_FORM
+def test_a_cycle_through_a_parameter_and_its_optimizer_is_collected(kind, fused):
+    p = parameter(4, grad=False)
+    p.optimizer = stepped(kind, [p], fused=fused)
+    gone = weakref.ref(p)
+    del p
+    gc.collect()
+    assert gone() is None
+
+
+@BOTH
+@ANY_FORM
+def test_replaced_and_cleared_states_are_freed_at_once(kind, fused):
+    params = [parameter(4, grad=False), parameter(3, grad=False)]
+    optimizer = stepped(kind, params, fused=fused)
+    entry = optimizer.state[params[0]]
+    gone = [weakref.ref(entry[MOMENT[kind]]), weakref.ref(params[1])]
+    kept = weakref.ref(optimizer.state[params[1]][MOMENT[kind]])
+    entry[MOMENT[kind]] = entry[MOMENT[kind]].clone()
+    assert gone[0]() is None
+    optimizer.state.clear()
+    assert kept() is None
+    optimizer.param_groups.clear()
+    del params, entry
+    gc.collect()
+    assert gone[1]() is None
+
+
+@BOTH
+def test_another_kind_of_object_at_a_known_address(kind):
+    class Subclass(torch.Tensor):
+        pass
+
+    p = parameter(4, grad=False)
+    optimizer = stepped(kind, [p])
+    optimizer.state[p][MOMENT[kind]].__class__ = Subclass
+    before = p.detach().clone()
+    optimizer.step()
+    assert not torch.equal(p, before)
+    assert not optimizer._plan.tables
+    optimizer.param_groups[0]["fused"] = True
+    with pytest.raises(RuntimeError, match=rf"expected state '{MOMENT[kind]}' as a torch.Tensor"):
+        optimizer.step()
+
+
+@BOTH
+def test_states_in_another_mapping_take_the_plain_form(kind):
+    """A table looks for tensors in dicts, before every step."""
+    params = [parameter(4, grad=False), parameter(3, grad=False)]
+    optimizer = stepped(kind, params)
+    optimizer.state[params[0]] = collections.UserDict(optimizer.state[params[0]])
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert len(optimizer._plan.plain) == 1
+    assert not any(torch.equal(p, was) for p, was in zip(params, before, strict=True))
+    optimizer.state = collections.UserDict(optimizer.state)
+    with pytest.raises(TypeError, match="dict"):
+        optimizer.step()
+
+
+@BOTH
+def test_masters_are_made_when_parameters_become_low(kind):
+    for fused in (None, True, False):
+        module = torch.nn.Linear(3, 2)
+        params = list(module.parameters())
+        optimizer = stepped(kind, params, master_weights=True, fused=fused)
+        assert "master" not in optimizer.state[module.weight]
+        module.bfloat16()
+        for p in params:
+            p.grad = None
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p in params:
+            assert torch.equal(p, optimizer.state[p]["master"].bfloat16())
+
+
+@BOTH
+def test_stats_after_a_skipped_step_are_each_ones_own(kind):
+    """The table has read the gradients of the skipped step, and no norms of it."""
+    params = [torch.nn.Parameter(torch.full((4,), float(i + 1))) for i in range(2)]
+    params.append(torch.nn.Parameter(torch.ones(4, dtype=torch.float64)))  # the plain form's
+    optimizer = stepped(kind, params, capturable=True, max_grad_norm=None)
+    params[0].grad = None
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    norms = optimizer.stats().values[:, 0].tolist()
+    assert norms[1] == pytest.approx(4.0)
+    assert norms[0] == pytest.approx(2.0)
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+@BOTH
+def test_excluded_parts_may_come_from_a_generator(kind):
+    groups = [{"params": [(f"{i}.bias", parameter(3))]} for i in range(2)]
+    optimizer = kind(groups, exclude=(part for part in ["bias"]))
+    assert [group["exclude"] for group in optimizer.param_groups] == [[0], [0]]
+
+
+@BOTH
+@ANY_FORM
+def test_excluded_positions_may_change_between_steps(kind, fused):
+    optimizer = stepped(kind, [parameter(4, grad=False)], weight_decay=0.1, fused=fused)
+    assert optimizer.stats().values[0, 3] != 1
+    optimizer.param_groups[0]["exclude"].append(0)
+    optimizer.step()
+    assert optimizer.stats().values[0, 3] == 1
+    optimizer.param_groups[0]["exclude"] = True
+    with pytest.raises(TypeError, match="expected exclude of a group to be a list of positions"):
+        optimizer.step()
+
+
+@BOTH
+@pytest.mark.parametrize("position", [99, 2, -1])
+def test_excluded_positions_are_in_the_group(kind, position):
+    with pytest.raises(ValueError, match=f"expects numbers from 0 to 1, got {position}"):
+        kind([{"params": [parameter(2), parameter(2)], "exclude": [position]}])
+
+
+@BOTH
+def test_keywords_that_ask_for_nothing_else_are_taken(kind):
+    """As callers give them to every optimizer of torch and timm."""
+    optimizer = kind([parameter(3)], foreach=None, differentiable=False)
+    kind([parameter(3)], foreach=False).step()
+    assert not {"foreach", "differentiable"} & optimizer.param_groups[0].keys()
+    for name in ("foreach", "differentiable"):
+        with pytest.raises(RuntimeError, match=f"`{name}` is not supported"):
+            kind([parameter(3)], **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *[
+            (kind, {name: value})
+            for kind in (LAMB, LARS)
+            for name, value in [
+                ("eps", None),
+                ("eps", "1"),
+                ("weight_decay", None),
+                ("max_grad_norm", "1"),
+                ("exclude", 3),
+                ("exclude", [None]),
+            ]
+        ],
+        (LAMB, {"betas": 0.9}),
+        (LAMB, {"betas": "ab"}),
+        (LAMB, {"betas": (0.9, None)}),
+        (LAMB, {"ratio_clamp": 1.0}),
+        (LAMB, {"ratio_clamp": ("0", "1")}),
+        (LAMB, {"clip_eps": None}),
+        (LARS, {"momentum": None}),
+        (LARS, {"dampening": "0"}),
+        (LARS, {"trust_coeff": None}),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind(kind, options):
+    (name,) = options
+    with pytest.raises(TypeError, match=rf"{kind.__name__}: .*{name}"):
+        kind([parameter(3)], **options)

@@ -1,7 +1,10 @@
 // torch.classes.batchops.OptimizerTable: the tensors of one LAMB or LARS on one device, and a step
-// over them as one call. It holds the tensors, not their addresses: .grad, storages, sizes and
-// strides are read anew in every step, so nothing in it can be out of date but the handles
-// themselves, which its Python owner compares.
+// over them as one call. Between steps it holds none of them, as torch's own optimizers hold none
+// but in their groups and states: another reference would keep replaced states alive, hide cycles
+// from Python's collector and forbid torch.utils.swap_tensors, which a weak one does too. It knows
+// the addresses of the Python objects, looks up in every step whether they are still where the
+// optimizer has its parameters and states, and then reads everything about them anew.
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -10,12 +13,14 @@
 #include <atomic>
 #include <cstring>
 #include <iterator>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "kernels/info.h"
 #include "kernels/lamb.h"
 #include "kernels/lars.h"
+#include "python/prefetch.h"
 #include "torch/common.h"
 
 namespace batchops::binding {
@@ -28,11 +33,11 @@ struct Kind {
   const char* op;
   bool lamb;
   size_t numbers;  // of a group
-  std::vector<std::string> states;
+  std::array<const char*, 2> states;
 };
 const Kind& kind_of(const std::string& name) {
   static const Kind lamb{"LAMB.step", true, 8, {"exp_avg", "exp_avg_sq"}};
-  static const Kind lars{"LARS.step", false, 7, {"momentum_buffer"}};
+  static const Kind lars{"LARS.step", false, 7, {"momentum_buffer", "second"}};
   TORCH_CHECK_VALUE(name == "LAMB" || name == "LARS", "OptimizerTable: expected LAMB or LARS, got ",
                     name);
   return name == "LAMB" ? lamb : lars;
@@ -52,19 +57,18 @@ bool kernel_dtype(const Tensor& t) {
          t.scalar_type() == at::kBFloat16;
 }
 
-// Why the kernels cannot serve these tensors; empty if they can. States that are not there yet are
-// none.
-using State = std::optional<Tensor>;
-std::string unsupported(const Kind& kind, const Tensor& p,
-                        std::initializer_list<const State*> states, const State& master) {
+// What of a parameter the kernels work on; states that it does not have are null.
+struct Row {
+  const Tensor *p = nullptr, *first = nullptr, *second = nullptr, *master = nullptr,
+               *step = nullptr;
+};
+
+// Why the kernels cannot serve these tensors, apart from their device; empty if they can.
+std::string unsupported(const Kind& kind, const Row& row) {
   const auto text = [](const auto&... parts) { return c10::str(parts...); };
+  const Tensor& p = *row.p;
   if (p.layout() != at::kStrided || p.unsafeGetTensorImpl()->is_python_dispatch()) {
     return "expected a plain strided tensor";
-  }
-  if (!p.is_cpu() && !p.is_cuda()) return text("expected a CPU or CUDA tensor, got ", p.device());
-  if (p.is_cuda()) {
-    const c10::DeviceGuard guard(p.device());
-    if (const char* problem = cuda_problem(p.device().index())) return problem;
   }
   if (!kernel_dtype(p)) {
     return text("expected float32, float16 or bfloat16, got ", p.scalar_type());
@@ -74,8 +78,8 @@ std::string unsupported(const Kind& kind, const Tensor& p,
                 p.strides());
   }
   if (p.is_conj() || p.is_neg()) return "expected a tensor without a lazy conjugate or minus";
-  const auto fits = [&](const State& state, const std::string& name) -> std::string {
-    if (!state) return "";
+  const auto fits = [&](const Tensor* state, const char* name) -> std::string {
+    if (state == nullptr) return "";
     if (state->scalar_type() != at::kFloat || state->layout() != at::kStrided ||
         state->unsafeGetTensorImpl()->is_python_dispatch()) {
       return text("expected ", name, " in float32, got ", state->scalar_type());
@@ -89,56 +93,148 @@ std::string unsupported(const Kind& kind, const Tensor& p,
     }
     return "";
   };
-  size_t k = 0;
-  for (const State* state : states) {
-    std::string reason = fits(*state, k < kind.states.size() ? kind.states[k] : "state");
-    if (!reason.empty()) return reason;
-    ++k;
-  }
-  return fits(master, "master");
+  std::string reason = fits(row.first, kind.states[0]);
+  if (reason.empty()) reason = fits(row.second, kind.states[1]);
+  return reason.empty() ? fits(row.master, "master") : reason;
 }
 
+// Why the kernels cannot run where the tensor is. Constant for the process, and not cheap to ask.
+std::string unsupported_device(const Tensor& p) {
+  if (!p.is_cpu() && !p.is_cuda()) {
+    return c10::str("expected a CPU or CUDA tensor, got ", p.device());
+  }
+  if (p.is_cuda()) {
+    const c10::DeviceGuard guard(p.device());
+    if (const char* problem = cuda_problem(p.device().index())) return problem;
+  }
+  return "";
+}
+
+using State = std::optional<Tensor>;  // none where it is not there
 using States = std::vector<State>;
+
+class WithGil {
+ public:
+  WithGil() : state_(PyGILState_Ensure()) {}
+  ~WithGil() { PyGILState_Release(state_); }
+  WithGil(const WithGil&) = delete;
+  WithGil& operator=(const WithGil&) = delete;
+
+ private:
+  const PyGILState_STATE state_;
+};
+
+// f(object) for each parameter in a list of lists, and for each non-empty dict in `state` its key,
+// the dict and its values; in order, until f returns false. With the GIL.
+template <class F>
+bool for_each_object(PyObject* lists, PyObject* state, F&& f) {
+  TORCH_CHECK_TYPE(PyDict_Check(state), "expected an optimizer's states to be a dict, got ",
+                   Py_TYPE(state)->tp_name);
+  const Py_ssize_t list_count = PyList_GET_SIZE(lists);
+  for (Py_ssize_t k = 0; k < list_count; ++k) {
+    PyObject* const list = PyList_GET_ITEM(lists, k);
+    TORCH_CHECK_TYPE(PyList_Check(list) || PyTuple_Check(list),
+                     "expected parameters to be a list or a tuple, got ", Py_TYPE(list)->tp_name);
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      if (!f(PySequence_Fast_GET_ITEM(list, i))) return false;
+    }
+  }
+  // Of dicts further on first the dict, then its keys.
+  struct {
+    Py_ssize_t at = 0;
+    PyObject *key, *value;
+  } here, dicts, keys;
+  const auto step = [&](auto& walk) {
+    return PyDict_Next(state, &walk.at, &walk.key, &walk.value) != 0;
+  };
+  const auto ask_for_dict = [&] {
+    if (step(dicts)) prefetch_dict(dicts.value);
+  };
+  const auto ask_for_keys = [&] {
+    if (step(keys)) prefetch_keys(keys.value);
+  };
+  for (int k = 0; k < 8; ++k) ask_for_dict();
+  for (int k = 0; k < 4; ++k) ask_for_keys();
+  while (step(here)) {
+    ask_for_dict();
+    ask_for_keys();
+    if (!PyDict_Check(here.value) || PyDict_GET_SIZE(here.value) == 0) continue;
+    if (!f(here.key) || !f(here.value)) return false;
+    Py_ssize_t at = 0;
+    PyObject *name, *held;
+    while (PyDict_Next(here.value, &at, &name, &held)) {
+      if (!f(held)) return false;
+    }
+  }
+  return true;
+}
 
 class OptimizerTable : public torch::CustomClassHolder {
  public:
-  // LARS: first the momentum buffers, none in groups without momentum; `seconds` are none.
-  OptimizerTable(const std::string& kind, std::vector<Tensor> params, States firsts, States seconds,
-                 States masters, std::vector<Tensor> steps, std::vector<int64_t> group_of,
-                 std::vector<int64_t> excluded, std::vector<std::string> names)
+  // `lists` and `state` are the addresses of a Python list of the groups' parameters, and of the
+  // optimizer's states. The vectors that follow are of addresses of tensors among them, 0 for those
+  // that are not there. LARS: first the momentum buffers, none in groups without momentum;
+  // `seconds` are none. `low_has_master`: a float16 or bfloat16 parameter is to have a master.
+  OptimizerTable(const std::string& kind, int64_t lists, int64_t state,
+                 const std::vector<int64_t>& params, const std::vector<int64_t>& firsts,
+                 const std::vector<int64_t>& seconds, const std::vector<int64_t>& masters,
+                 const std::vector<int64_t>& steps, std::vector<int64_t> low_has_master,
+                 std::vector<int64_t> group_of, std::vector<int64_t> excluded,
+                 std::vector<std::string> names)
       : kind_(kind_of(kind)),
-        params_(std::move(params)),
-        firsts_(std::move(firsts)),
-        seconds_(std::move(seconds)),
-        masters_(std::move(masters)),
-        steps_(std::move(steps)),
+        low_has_master_(std::move(low_has_master)),
         group_of_(std::move(group_of)),
         excluded_(std::move(excluded)),
         names_(std::move(names)) {
-    const size_t n = params_.size();
-    for (size_t length : {firsts_.size(), seconds_.size(), masters_.size(), steps_.size(),
-                          group_of_.size(), excluded_.size(), names_.size()}) {
+    const size_t n = params.size();
+    for (size_t length :
+         {firsts.size(), seconds.size(), masters.size(), steps.size(), low_has_master_.size(),
+          group_of_.size(), excluded_.size(), names_.size()}) {
       TORCH_CHECK_VALUE(n > 0 && length == n,
                         "OptimizerTable: expected lists of one length, at least 1, got ", n,
                         " and ", length);
     }
-    for (size_t i = 0; i < n && kind_.lamb; ++i) {
-      TORCH_CHECK_VALUE(firsts_[i] && seconds_[i], "OptimizerTable: LAMB needs both moments");
+    for (size_t i = 0; i < n; ++i) {
+      TORCH_CHECK_VALUE(params[i] && steps[i], "OptimizerTable: expected parameters and counts");
+      TORCH_CHECK_VALUE(!kind_.lamb || (firsts[i] && seconds[i]),
+                        "OptimizerTable: LAMB needs both moments");
+      objects_of_.push_back({object(params[i]), object(firsts[i]), object(seconds[i]),
+                             object(masters[i]), object(steps[i])});
     }
-    device_ = params_[0].device();
-    counts_home_ = steps_[0].device();
+    const WithGil gil;
+    for_each_object(object(lists), object(state), [&](PyObject* object) {
+      all_objects_.push_back(object);
+      return true;
+    });
+    const std::unordered_set<PyObject*> looked_up(all_objects_.begin(), all_objects_.end());
+    for (const Handles& x : objects_of_) {
+      for (PyObject* object : {x.p, x.first, x.second, x.master, x.step}) {
+        if (object == nullptr) continue;
+        // Of any other nobody would know whether it is still there.
+        TORCH_CHECK_VALUE(looked_up.count(object) != 0,
+                          "OptimizerTable: expected tensors in `lists` and `state`");
+        if (tensor_at(object) == nullptr) types_.push_back(Py_TYPE(object));
+      }
+    }
+    device_ = tensor_at(objects_of_[0].p)->device();
+    counts_home_ = tensor_at(objects_of_[0].step)->device();
     TORCH_CHECK_VALUE(counts_home_.is_cpu() || counts_home_ == device_,
                       "OptimizerTable: expected step counts on the CPU or on ", device_, ", got ",
                       counts_home_);
     group_count_ = static_cast<int32_t>(1 + *std::max_element(group_of_.begin(), group_of_.end()));
   }
 
-  // Reads .grad of every parameter and checks what the step will touch. -1, or the index of a
-  // parameter that these kernels cannot serve any more, since its dtype, device or strides changed.
-  int64_t prepare() {
+  // Reads .grad of every parameter and checks what the step will touch. Whether these kernels can
+  // serve them: at `lists` and `state` there may be other objects than before, or dtypes, devices
+  // or layouts have changed. The objects are looked up under the GIL and then read without it, as
+  // gradients are, and the step works on them without it: Python must not change the optimizer's
+  // states meanwhile. Addresses of 0: who calls holds the objects that were looked up before.
+  bool prepare(int64_t lists, int64_t state) {
+    if (lists != 0 && !has_objects(lists, state)) return false;
     // Tensors that lie all over memory are waited for rather than computed with: by all threads.
     constexpr size_t kPart = 256;
-    const size_t count = params_.size();
+    const size_t count = objects_of_.size();
     const size_t parts =
         std::min(static_cast<size_t>(at::get_num_threads()), std::max(count / kPart, size_t{1}));
     std::vector<Found> found(parts);
@@ -151,7 +247,7 @@ class OptimizerTable : public torch::CustomClassHolder {
       at::parallel_for(0, static_cast<int64_t>(parts), 1, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
           try {
-            if (read_part(static_cast<size_t>(k), false) >= 0) complete = false;
+            if (!read_part(static_cast<size_t>(k), false)) complete = false;
           } catch (...) {
             complete = false;
           }
@@ -162,11 +258,11 @@ class OptimizerTable : public torch::CustomClassHolder {
     // One after the other it is the first one that is told of.
     for (size_t k = 0; k < parts && !whole; ++k) {
       found[k] = {};
-      if (const int64_t stale = read_part(k, true); stale >= 0) return stale;
+      if (!read_part(k, true)) return false;
     }
     found_ = std::move(found[0]);
     for (size_t k = 1; k < parts; ++k) found_.append(std::move(found[k]));
-    return -1;
+    return true;
   }
 
   // Σ grad², a 0-dim float64 tensor on the device; of what prepare() has read.
@@ -189,25 +285,25 @@ class OptimizerTable : public torch::CustomClassHolder {
     return sum;
   }
 
-  // prepare(), then the step. `numbers` and `flags` hold the fields of LambGroup or LarsGroup, each
-  // group's in their order, the flags as bits. max_grad_norm 0 is no clip; grad_sum_sq counts
-  // gradients that other tables hold as well. What follows it is on the device of a GPU, and none
-  // elsewhere: the loss scale in place of grad_scale and, with step counts there, found_inf, and
-  // for each group two numbers in place of its own or none (DeviceNumbers, device_rates); and how
-  // many of its multiprocessors the step leaves to other kernels.
-  int64_t step(const std::vector<double>& numbers, const std::vector<int64_t>& flags,
-               double max_grad_norm, double clip_eps, double grad_scale,
-               const std::optional<Tensor>& grad_sum_sq, const State& device_grad_scale,
-               const State& found_inf, const States& rates, int64_t sm_margin) {
-    const int64_t stale = prepare();
-    if (stale >= 0) return stale;
+  // prepare(), and where that is true the step. `numbers` and `flags` hold the fields of LambGroup
+  // or LarsGroup, each group's in their order, the flags as bits. max_grad_norm 0 is no clip;
+  // grad_sum_sq counts gradients that other tables hold as well. What follows it is on the device
+  // of a GPU, and none elsewhere: the loss scale in place of grad_scale and, with step counts
+  // there, found_inf, and for each group two numbers in place of its own or none (DeviceNumbers,
+  // device_rates); and how many of its multiprocessors the step leaves to other kernels.
+  bool step(int64_t lists, int64_t state, const std::vector<double>& numbers,
+            const std::vector<int64_t>& flags, double max_grad_norm, double clip_eps,
+            double grad_scale, const State& grad_sum_sq, const State& device_grad_scale,
+            const State& found_inf, const States& rates, int64_t sm_margin) {
+    if (!prepare(lists, state)) return false;
     set_groups(numbers, flags);
     numbers_on_device(device_grad_scale, found_inf, rates);
     max_grad_norm_ = max_grad_norm;
     clip_eps_ = clip_eps;
     grad_scale_ = grad_scale;
     sm_margin_ = static_cast<int32_t>(std::min<int64_t>(sm_margin, 1 << 30));
-    if (found_.tensors.empty()) return -1;
+    seen_.clear();
+    if (found_.tensors.empty()) return true;
 
     stats_ = at::empty({static_cast<int64_t>(found_.tensors.size()), 4},
                        at::TensorOptions().dtype(at::kFloat).device(device_));
@@ -221,32 +317,47 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
     for (size_t k = 0; k < found_.counts.size(); ++k)
       *found_.counts[k] = static_cast<float>(found_.tensors[k].step);
+    seen_ = found_.active;
     // Autograd must notice that what it may have saved has changed.
-    std::vector<c10::TensorImpl*> written;
-    written.reserve(4 * found_.active.size());
-    for (size_t i : found_.active) {
-      written.push_back(params_[i].unsafeGetTensorImpl());
-      for (const State* state : {&firsts_[i], &seconds_[i], &masters_[i]}) {
-        if (*state) written.push_back((*state)->unsafeGetTensorImpl());
-      }
-      if (!counts_home_.is_cpu()) written.push_back(steps_[i].unsafeGetTensorImpl());
-    }
-    at::parallel_for(0, static_cast<int64_t>(written.size()), 2048,
-                     [&](int64_t begin, int64_t end) {
-                       raise_versions(written.data() + begin, static_cast<size_t>(end - begin));
-                     });
+    at::parallel_for(
+        0, static_cast<int64_t>(found_.written.size()), 2048, [&](int64_t begin, int64_t end) {
+          raise_versions(found_.written.data() + begin, static_cast<size_t>(end - begin));
+        });
     found_.kept.clear();
-    return -1;
+    return true;
   }
 
-  // Of the last step: the indices of the tensors that had a gradient, and for each ‖p‖, ‖g‖, ‖u‖
-  // and ratio, on the device.
+  // Of the last step, whatever prepare() has read since: the indices of the tensors that had a
+  // gradient, and for each ‖p‖, ‖g‖, ‖u‖ and ratio, on the device.
   std::tuple<std::vector<int64_t>, Tensor> stats() const {
-    return {std::vector<int64_t>(found_.active.begin(), found_.active.end()),
+    return {std::vector<int64_t>(seen_.begin(), seen_.end()),
             stats_.defined() ? stats_ : at::empty({0, 4}, at::TensorOptions().dtype(at::kFloat))};
   }
 
  private:
+  // Of a parameter; null for what it does not have.
+  struct Handles {
+    PyObject *p, *first, *second, *master, *step;
+  };
+  static PyObject* object(int64_t address) { return reinterpret_cast<PyObject*>(address); }
+
+  bool has_objects(int64_t lists, int64_t state) const {
+    const WithGil gil;
+    auto at = all_objects_.begin();
+    const bool all = for_each_object(object(lists), object(state), [&](PyObject* object) {
+      return at != all_objects_.end() && *at++ == object;
+    });
+    return all && at == all_objects_.end();
+  }
+  // At an address there may be another object than before, of any kind; null if it is no tensor of
+  // the types there were.
+  const Tensor* tensor_at(PyObject* object) const {
+    for (PyTypeObject* type : types_) {
+      if (Py_TYPE(object) == type) return &THPVariable_Unpack(object);
+    }
+    return nullptr;
+  }
+
   void raise_on(const char* message) const {
     TORCH_CHECK(message == nullptr, kind_.op, ": ", message);
   }
@@ -286,24 +397,32 @@ class OptimizerTable : public torch::CustomClassHolder {
     }
   }
   void ask_ahead(size_t i) const {
+    const size_t count = objects_of_.size();
     const auto each = [&](size_t k, auto&& f) {
-      if (k >= params_.size()) return;
-      f(params_[k].unsafeGetTensorImpl());
-      f(steps_[k].unsafeGetTensorImpl());
-      for (const State* state : {&firsts_[k], &seconds_[k], &masters_[k]}) {
-        if (*state) f((*state)->unsafeGetTensorImpl());
+      if (k >= count) return;
+      const Handles& x = objects_of_[k];
+      for (PyObject* object : {x.p, x.step, x.first, x.second, x.master}) {
+        if (object != nullptr) f(object);
       }
     };
-    each(i + 12, [](const c10::TensorImpl* impl) { ask_for(impl); });
-    each(i + 9, [](const c10::TensorImpl* impl) { ask_for_storage(impl); });
-    if (i + 9 < params_.size()) {
-      const auto* meta =
-          reinterpret_cast<const char*>(params_[i + 9].unsafeGetTensorImpl()->autograd_meta());
+    const auto with_impl = [&](auto&& f) {
+      return [this, f](PyObject* object) {
+        if (const Tensor* t = tensor_at(object)) f(t->unsafeGetTensorImpl());
+      };
+    };
+    each(i + 15, [](const PyObject* object) { __builtin_prefetch(object); });
+    each(i + 12, with_impl([](const c10::TensorImpl* impl) { ask_for(impl); }));
+    each(i + 9, with_impl([](const c10::TensorImpl* impl) { ask_for_storage(impl); }));
+    const auto parameter = [&](size_t k) {
+      return k < count ? tensor_at(objects_of_[k].p) : nullptr;
+    };
+    if (const Tensor* p = parameter(i + 9)) {
+      const auto* meta = reinterpret_cast<const char*>(p->unsafeGetTensorImpl()->autograd_meta());
       __builtin_prefetch(meta);
       __builtin_prefetch(meta + 64);
     }
-    if (i + 6 < params_.size()) ask_for(params_[i + 6].grad().unsafeGetTensorImpl());
-    if (i + 3 < params_.size()) ask_for_storage(params_[i + 3].grad().unsafeGetTensorImpl());
+    if (const Tensor* p = parameter(i + 6)) ask_for(p->grad().unsafeGetTensorImpl());
+    if (const Tensor* p = parameter(i + 3)) ask_for_storage(p->grad().unsafeGetTensorImpl());
   }
 
   void check_grad(const Tensor& p, const Tensor& grad, const std::string& name) const {
@@ -340,6 +459,7 @@ class OptimizerTable : public torch::CustomClassHolder {
     std::vector<size_t> active;  // their indices
     std::vector<float*> counts;  // their step counts, where those are on the CPU
     std::vector<Tensor> kept;    // copies of gradients, for the duration of a step
+    std::vector<c10::TensorImpl*> written;
 
     void append(Found&& more) {
       const auto to = [](auto& all, auto& part) {
@@ -350,58 +470,79 @@ class OptimizerTable : public torch::CustomClassHolder {
       to(active, more.active);
       to(counts, more.counts);
       to(kept, more.kept);
+      to(written, more.written);
     }
   };
 
-  // Parameters [begin, end). The index of one that cannot be served, or has a gradient to copy
-  // where none may be; else -1.
-  int64_t read(size_t begin, size_t end, bool may_copy, Found& found) const {
+  // Parameters [begin, end). False if one cannot be served, or has a gradient to copy where none
+  // may be.
+  bool read(size_t begin, size_t end, bool may_copy, Found& found) const {
     found.tensors.reserve(end - begin);
     found.active.reserve(end - begin);
+    found.written.reserve(4 * (end - begin));
     if (counts_home_.is_cpu()) found.counts.reserve(end - begin);
     for (size_t i = begin; i < end; ++i) {
       ask_ahead(i);
-      const Tensor& p = params_[i];
+      Row row;
+      if (!row_of(objects_of_[i], row)) return false;
+      const Tensor& p = *row.p;
       const Tensor& grad = p.grad();
       if (!grad.defined()) continue;
-      if (p.device() != device_ ||
-          !unsupported(kind_, p, {&firsts_[i], &seconds_[i]}, masters_[i]).empty() ||
-          steps_[i].device() != counts_home_ || steps_[i].scalar_type() != at::kFloat ||
-          steps_[i].numel() != 1) {
-        return static_cast<int64_t>(i);
+      // That the kernels run on the device, the owner has asked.
+      if (p.device() != device_ || !unsupported(kind_, row).empty() ||
+          (low_has_master_[i] != 0 && row.master == nullptr && p.scalar_type() != at::kFloat) ||
+          row.step->device() != counts_home_ || row.step->scalar_type() != at::kFloat ||
+          row.step->numel() != 1) {
+        return false;
       }
       check_grad(p, grad, names_[i]);
-      if (!add(i, p, grad, may_copy, found)) return static_cast<int64_t>(i);
+      if (!add(i, row, grad, may_copy, found)) return false;
     }
-    return -1;
+    return true;
   }
 
-  bool add(size_t i, const Tensor& p, const Tensor& grad, bool may_copy, Found& found) const {
-    Tensor g = grad;
-    if (g.is_neg() || g._is_zerotensor() || !kernel_dtype(g) || !same_layout(g, p)) {
+  bool row_of(const Handles& x, Row& row) const {
+    const auto get = [&](PyObject* object, const Tensor*& t) {
+      t = object == nullptr ? nullptr : tensor_at(object);
+      return object == nullptr || t != nullptr;
+    };
+    return get(x.p, row.p) && get(x.first, row.first) && get(x.second, row.second) &&
+           get(x.master, row.master) && get(x.step, row.step);
+  }
+
+  bool add(size_t i, const Row& row, const Tensor& grad, bool may_copy, Found& found) const {
+    const Tensor& p = *row.p;
+    const Tensor* g = &grad;
+    if (g->is_neg() || g->_is_zerotensor() || !kernel_dtype(*g) || !same_layout(*g, p)) {
       // Rare: a layout of its own, or a dtype no kernel takes. One copy in the parameter's layout.
       if (!may_copy) return false;
-      const auto type = kernel_dtype(g) ? g.scalar_type() : at::kFloat;
-      g = at::empty_strided(p.sizes(), p.strides(), g.options().dtype(type)).copy_(g);
-      found.kept.push_back(g);
+      const auto type = kernel_dtype(*g) ? g->scalar_type() : at::kFloat;
+      found.kept.push_back(
+          at::empty_strided(p.sizes(), p.strides(), g->options().dtype(type)).copy_(*g));
+      g = &found.kept.back();
     }
-    const auto data = [](const State& t) { return t ? t->mutable_data_ptr<float>() : nullptr; };
+    const auto data = [&](const Tensor* state) -> float* {
+      if (state == nullptr) return nullptr;
+      found.written.push_back(state->unsafeGetTensorImpl());
+      return state->mutable_data_ptr<float>();
+    };
     OptimizerTensor x;
     x.p = p.mutable_data_ptr();
-    x.g = g.const_data_ptr();
-    x.m = data(firsts_[i]);
-    x.v = data(seconds_[i]);
-    x.master = data(masters_[i]);
+    found.written.push_back(p.unsafeGetTensorImpl());
+    x.g = g->const_data_ptr();
+    x.m = data(row.first);
+    x.v = data(row.second);
+    x.master = data(row.master);
     x.excluded = excluded_[i] != 0;
     x.numel = p.numel();
     x.p_dtype = *dtype_of(p.scalar_type());
-    x.g_dtype = *dtype_of(g.scalar_type());
+    x.g_dtype = *dtype_of(g->scalar_type());
     x.group = static_cast<int32_t>(group_of_[i]);
     if (counts_home_.is_cpu()) {
-      found.counts.push_back(steps_[i].mutable_data_ptr<float>());
+      found.counts.push_back(row.step->mutable_data_ptr<float>());
       x.step = static_cast<double>(*found.counts.back()) + 1;
     } else {
-      x.device_step = steps_[i].mutable_data_ptr<float>();
+      x.device_step = data(row.step);
     }
     found.tensors.push_back(x);
     found.active.push_back(i);
@@ -533,10 +674,10 @@ class OptimizerTable : public torch::CustomClassHolder {
   }
 
   const Kind& kind_;
-  std::vector<Tensor> params_;
-  States firsts_, seconds_, masters_;
-  std::vector<Tensor> steps_;
-  std::vector<int64_t> group_of_, excluded_;
+  std::vector<PyObject*> all_objects_;
+  std::vector<PyTypeObject*> types_;  // of the tensors among them: torch.Tensor, Parameter
+  std::vector<Handles> objects_of_;
+  std::vector<int64_t> low_has_master_, group_of_, excluded_;
   std::vector<std::string> names_;
   c10::Device device_ = c10::Device(c10::kCPU);
   c10::Device counts_home_ = c10::Device(c10::kCPU);  // where the step counts are
@@ -548,6 +689,7 @@ class OptimizerTable : public torch::CustomClassHolder {
   double max_grad_norm_ = 0, clip_eps_ = 0, grad_scale_ = 1;
   int32_t sm_margin_ = 0;
   DeviceNumbers device_numbers_;
+  std::vector<size_t> seen_;  // what the rows of stats_ are of
   Tensor stats_;
 
   std::vector<uint8_t> entries_, next_entries_;  // of the table
@@ -564,10 +706,17 @@ TORCH_LIBRARY_FRAGMENT(batchops, m) {
       "optimizer_unsupported(str kind, Tensor p, Tensor? first, Tensor? second, Tensor? master) -> "
       "str",
       [](const std::string& kind, const Tensor& p, const State& first, const State& second,
-         const State& master) { return unsupported(kind_of(kind), p, {&first, &second}, master); });
+         const State& master) {
+        const auto get = [](const State& t) { return t ? &*t : nullptr; };
+        const std::string reason = unsupported_device(p);
+        if (!reason.empty()) return reason;
+        return unsupported(kind_of(kind), {&p, get(first), get(second), get(master)});
+      });
   m.class_<OptimizerTable>("OptimizerTable")
-      .def(torch::init<const std::string&, std::vector<Tensor>, States, States, States,
-                       std::vector<Tensor>, std::vector<int64_t>, std::vector<int64_t>,
+      .def(torch::init<const std::string&, int64_t, int64_t, const std::vector<int64_t>&,
+                       const std::vector<int64_t>&, const std::vector<int64_t>&,
+                       const std::vector<int64_t>&, const std::vector<int64_t>&,
+                       std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>,
                        std::vector<std::string>>())
       .def("prepare", &OptimizerTable::prepare)
       .def("grad_sum_sq", &OptimizerTable::grad_sum_sq)
