@@ -341,14 +341,21 @@ class FusedOptimizer(Optimizer):
 
     def _check(self, options: dict[str, Any]) -> None:
         kind, lr = self._kind, options["lr"]
-        if not isinstance(lr, (numbers.Real, Tensor)):
-            raise TypeError(
-                f"{kind}: expected lr to be a number or a tensor, got {type(lr).__name__}"
-            )
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"{kind}: Tensor lr must be 1-element, got {lr.numel()} elements")
-        # The value of a tensor elsewhere is not worth a synchronisation.
-        if (not isinstance(lr, Tensor) or lr.is_cpu) and not lr >= 0.0:
+        # Mostly it is a float, and asking for more takes longer than all other checks.
+        on_host = True
+        if type(lr) is not float:
+            if not isinstance(lr, (numbers.Real, Tensor)):
+                raise TypeError(
+                    f"{kind}: expected lr to be a number or a tensor, got {type(lr).__name__}"
+                )
+            if isinstance(lr, Tensor):
+                if lr.numel() != 1:
+                    raise ValueError(
+                        f"{kind}: Tensor lr must be 1-element, got {lr.numel()} elements"
+                    )
+                # The value of one elsewhere is not worth a synchronisation.
+                on_host = lr.is_cpu
+        if on_host and not lr >= 0.0:
             raise ValueError(f"{kind}: invalid learning rate: expected lr >= 0, got {lr}")
         for name in self._numeric:
             if type(options[name]) is not float:
@@ -494,10 +501,13 @@ class _Plan:
 
     def fits(self, optimizer: FusedOptimizer) -> bool:
         """Whether what a table cannot tell is as it was when this plan was made."""
+        if self.key != self._key(optimizer):
+            return False
         groups = optimizer.param_groups
-        return self.key == self._key(optimizer) and all(
-            groups[index]["params"][position].grad is None for index, position in self.stateless
-        )
+        for index, position in self.stateless:
+            if groups[index]["params"][position].grad is not None:
+                return False
+        return True
 
     def run(
         self,
@@ -516,8 +526,8 @@ class _Plan:
         alone = len(self.tables) == 1 and not self.plain
         # More than one native call needs them: from here they are held until the step is over.
         lists, state = _lists(optimizer), optimizer.state
-        objects = None if alone else _binding.core.handles_of(lists, state)
         where = (id(lists), id(state))
+        objects = None if alone else _binding.core.handles_of(lists, state)
         if objects is not None:
             if not all(table.native.prepare(*where) for table in self.tables):
                 return False
