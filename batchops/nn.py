@@ -34,12 +34,16 @@ def _checked(activation: BF.Activation) -> BF.Activation:
 class _Activated(nn.Module):
     """What all fused norms add to torch's modules."""
 
-    # Class attribute, so that a stock module turned into this class (convert) has one too.
+    # Class attributes, so that a stock module turned into this class (convert) has them too.
     activation: BF.Activation = None
+    fused_with: BF.Activation = None  # what convert() found behind the norm, for people to see
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        for name in ("activation", "fused_with"):
+            value = getattr(self, name)
+            text = text if value is None else f"{text}, {name}={value!r}"
+        return text
 
 
 class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
@@ -96,7 +100,13 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
         size = self.ghost_batch_size
         return text if size is None else f"{text}, ghost_batch_size={size}"
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: BF.Activation = None,
+    ) -> Tensor:
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
         training = self.training
@@ -120,7 +130,7 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
             training,
             factor,
             self.eps,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
             ghost_batch_size=self.ghost_batch_size,
         )
@@ -135,8 +145,8 @@ def _document(name: str, shape: str, stock: type, form: str = "batch_norm") -> s
 
     A subclass of ``torch.nn.{stock.__name__}`` with its arguments, buffers and state_dict.
     ``activation`` is ``None``, a name (``"relu"``, ``"silu"``, ...) or ``("leaky_relu", slope)``.
-    Call it as ``{name}(...)(x)`` or ``{name}(...)(x, residual=z)``. Formula, dtypes and errors:
-    :func:`batchops.functional.{form}`.
+    Call it as ``{name}(...)(x)`` or ``{name}(...)(x, residual=z)``; an ``activation`` in the call
+    holds for that call. Formula, dtypes and errors: :func:`batchops.functional.{form}`.
     {ghosts if form == "batch_norm" else ""}
     """
 
@@ -171,14 +181,20 @@ class GroupNorm(_Activated, nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
         self.activation = _checked(activation)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: BF.Activation = None,
+    ) -> Tensor:
         return BF.group_norm(
             input,
             self.num_groups,
             self.weight,
             self.bias,
             self.eps,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
         )
 
@@ -200,14 +216,20 @@ class LayerNorm(_Activated, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.activation = _checked(activation)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: BF.Activation = None,
+    ) -> Tensor:
         return BF.layer_norm(
             input,
             self.normalized_shape,
             self.weight,
             self.bias,
             self.eps,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
         )
 
@@ -231,7 +253,13 @@ class _FusedInstanceNorm(_Activated, nn.modules.instancenorm._InstanceNorm):
         )
         self.activation = _checked(activation)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: BF.Activation = None,
+    ) -> Tensor:
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         dim = 0 if unbatched else 1
@@ -259,7 +287,7 @@ class _FusedInstanceNorm(_Activated, nn.modules.instancenorm._InstanceNorm):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
         )
         return output.squeeze(0) if unbatched else output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 import warnings
@@ -14,10 +15,10 @@ from torch import nn
 import batchops
 from batchops import nn as bnn
 from batchops._convert.blocks import ResidualForward
-from batchops._convert.tables import STOCK, FusedActivation
+from batchops._convert.tables import STOCK
 
 from . import models
-from .test_convert import assert_same_behaviour, unfused
+from .test_convert import assert_same_behaviour, fused_calls, unfused
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -78,17 +79,19 @@ def test_timm_resnet(name):
     ours = copy.deepcopy(stock)
     keys, parameters = list(ours.state_dict()), list(ours.parameters())
     assert batchops.convert(ours) is ours
-    norms = fused_norms(ours)
-    with_activation = [m for m in norms if m.activation == "relu"]
-    assert (len(norms), len(with_activation), residual_blocks(ours)) == COUNTS[name]
-    assert not any(type(m) in (nn.BatchNorm2d, nn.ReLU) for m in ours.modules())
-    assert [type(m) for m in ours.children()] == [
-        {nn.BatchNorm2d: bnn.BatchNorm2d, nn.ReLU: FusedActivation}.get(type(m), type(m))
-        for m in stock.children()
+    x = torch.randn(4, 3, 32, 32)
+    calls = fused_calls(ours, x)
+    assert len(set(calls)) == len(calls)
+    assert (len(fused_norms(ours)), len(calls), residual_blocks(ours)) == COUNTS[name]
+    assert fused_calls(ours, x, method="forward_features") == calls
+    assert [n for n, m in ours.named_modules() if getattr(m, "fused_with", None)] == sorted(
+        calls, key=[n for n, _ in ours.named_modules()].index
+    )
+    assert [type(m) for m in ours.modules()] == [
+        {nn.BatchNorm2d: bnn.BatchNorm2d}.get(type(m), type(m)) for m in stock.modules()
     ]
     assert list(ours.state_dict()) == keys
     assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
-    x = torch.randn(4, 3, 32, 32)
     assert_same_as_stock(ours, stock, x)
 
     batchops.revert(ours)
@@ -110,8 +113,8 @@ def test_timm_blocks_with_something_between_norm_and_sum_keep_their_forward(opti
     # 8 first norms, the stem's, and under drop_path the first block, whose rate is 0
     blocks = 1 if "drop_path_rate" in option else 0
     assert residual_blocks(ours) == blocks
-    assert sum(m.activation is not None for m in fused_norms(ours)) == 9 + blocks
     x = torch.randn(2, 3, 64, 64)
+    assert len(fused_calls(ours, x)) == 9 + blocks
     results = []
     for model in (ours, stock):
         torch.manual_seed(3)  # both draw the same paths
@@ -136,17 +139,17 @@ def test_torchvision_blocks(monkeypatch, name, norms):
     stock = randomize(residual_net(kind))
     ours = batchops.convert(copy.deepcopy(stock))
     assert residual_blocks(ours) == 2
-    assert sum(m.activation == "relu" for m in fused_norms(ours)) == 1 + 2 * norms
-    assert ours[4].downsample[1].activation is None
-    assert type(ours[3]) is kind
     x = torch.randn(4, 3, 16, 16)
+    assert len(fused_calls(ours, x)) == 1 + 2 * norms
+    assert ours[4].downsample[1].fused_with is None
+    assert type(ours[3]) is kind
     assert_same_as_stock(ours, stock, x)
     before = repr(ours)
     assert repr(batchops.convert(ours)) == before
 
     expected = run(ours, [x], True)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert other[3].forward.block is other[3]
+        assert other[3].forward.module is other[3]
         assert all(torch.equal(a, b) for a, b in zip(run(other, [x], True), expected, strict=True))
         batchops.revert(other)
         assert [type(m) for m in other.modules()] == [type(m) for m in stock.modules()]
@@ -158,7 +161,7 @@ def test_torchvision_blocks(monkeypatch, name, norms):
 def test_blocks_of_the_same_class_by_another_name_stay():
     ours = batchops.convert(residual_net(models.BasicBlock))
     assert residual_blocks(ours) == 0
-    assert sum(m.activation is not None for m in fused_norms(ours)) == 1
+    assert fused_calls(ours, torch.randn(2, 3, 8, 8)) == ["1", "3.bn1", "4.bn1"]
 
 
 class OtherForward(models.BasicBlock):
@@ -182,6 +185,18 @@ class KeepsState(models.BasicBlock):
         return super().forward(x)
 
 
+class KeepsElsewhere(models.BasicBlock):
+    """The known name and output, and something done on the way that no graph shows."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept = collections.deque()
+
+    def forward(self, x):
+        self.kept.append(x.mean())
+        return super().forward(x)
+
+
 @pytest.mark.parametrize("kind", [OtherForward, KeepsState])
 def test_a_known_name_with_another_forward_stays(monkeypatch, kind):
     stock = residual_net(as_torchvision(monkeypatch, kind))
@@ -190,17 +205,43 @@ def test_a_known_name_with_another_forward_stays(monkeypatch, kind):
     assert_same_behaviour(ours, stock, torch.randn(4, 3, 16, 16))
 
 
+def test_looking_at_a_known_block_leaves_no_traces(monkeypatch):
+    ours = batchops.convert(residual_net(as_torchvision(monkeypatch, KeepsElsewhere)))
+    assert not ours[3].kept
+    assert "forward" not in vars(ours[3].bn1)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before convert", "after convert"])
 @pytest.mark.parametrize("name", ["bn1", "bn2", "relu"])
-def test_a_block_with_a_hook_inside_stays(monkeypatch, name):
-    stock = residual_net(as_torchvision(monkeypatch, models.BasicBlock))
-    ours = copy.deepcopy(stock)
-    seen = []
-    getattr(ours[3], name).register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
-    batchops.convert(ours)
-    assert "forward" not in ours[3].__dict__
-    assert "forward" in ours[4].__dict__
-    assert_same_behaviour(ours, stock, torch.randn(4, 3, 16, 16))
-    assert seen
+def test_a_hook_inside_a_block_sees_what_it_saw(monkeypatch, name, before):
+    stock = randomize(residual_net(as_torchvision(monkeypatch, models.BasicBlock)))
+    ours, x = copy.deepcopy(stock), torch.randn(4, 3, 16, 16)
+    if not before:
+        batchops.convert(ours)
+    seen = {}
+    for model in (ours, stock):
+        seen[model] = []
+        model[3].get_submodule(name).register_forward_hook(
+            lambda m, i, o, into=seen[model]: into.append(o.detach().clone())
+        )
+    if before:
+        batchops.convert(ours)
+    ours(x), stock(x)
+    torch.testing.assert_close(seen[ours], seen[stock])
+    assert seen[ours]
+    # the block's other norm and the other block's are fused as before
+    other = {"bn1": ["3.bn2"], "bn2": ["3.bn1"], "relu": []}[name]
+    assert fused_calls(ours, x) == ["1", *other, "4.bn1", "4.bn2"]
+
+
+def test_what_a_block_must_not_have_may_come_later():
+    stock = models.timm().create_model("resnet18", num_classes=10)
+    ours = batchops.convert(copy.deepcopy(stock))
+    assert residual_blocks(ours) == 8
+    for model in (ours, stock):
+        model.layer1[0].se = nn.Sigmoid()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), stock(x))
 
 
 def test_a_block_in_a_hooked_model_fuses_and_its_own_hooks_see_the_output(monkeypatch):
@@ -212,15 +253,9 @@ def test_a_block_in_a_hooked_model_fuses_and_its_own_hooks_see_the_output(monkey
     y = ours(torch.randn(2, 3, 8, 8))
     assert len(seen) == 2
     assert seen[1] is y
-    # put on afterwards: the activation's place still is where the block's output passes
-    late = []
-    ours[4].relu.register_forward_hook(lambda m, i, o: late.append(o))
-    assert late == []
-    y = ours(torch.randn(2, 3, 8, 8))
-    assert late[-1] is y
 
 
-def test_a_norm_of_a_block_used_from_outside_keeps_the_block(monkeypatch):
+def test_a_norm_of_a_block_used_from_outside_does_what_it_did(monkeypatch):
     kind = as_torchvision(monkeypatch, models.BasicBlock)
 
     class Peeks(nn.Module):
@@ -233,7 +268,7 @@ def test_a_norm_of_a_block_used_from_outside_keeps_the_block(monkeypatch):
 
     stock = Peeks()
     ours = batchops.convert(copy.deepcopy(stock))
-    assert residual_blocks(ours) == 0
+    assert residual_blocks(ours) == 1
     assert_same_behaviour(ours, stock, torch.randn(4, 4, 8, 8))
 
 
@@ -345,10 +380,10 @@ def test_timm_norms_that_do_what_torchs_do(fuse):
     keys = list(ours.state_dict())
     batchops.convert(ours, fuse=fuse)
     assert [type(m) for m in ours] == [
-        *(nn.Conv2d, bnn.GroupNorm, FusedActivation if fuse else nn.SiLU, bnn.GroupNorm),
+        *(nn.Conv2d, bnn.GroupNorm, nn.SiLU, bnn.GroupNorm),
         *(LayerNorm2d, bnn.LayerNorm, Mine, LayerNorm),
     ]
-    assert ours[1].activation == ("silu" if fuse else None)
+    assert ours[1].fused_with == ("silu" if fuse else None)
     assert list(ours.state_dict()) == keys
     x = torch.randn(4, 3, 10, 10)
     assert_same_behaviour(ours, stock, x)
@@ -399,9 +434,11 @@ def test_unet_blocks(norm, act, name):
     for block in ours.blocks:
         for fused, place in ((block.norm1, block.act1), (block.norm2, block.act2)):
             assert type(fused) is getattr(bnn, norm.__name__)
-            assert fused.activation == name
-            assert isinstance(place, FusedActivation)
-        assert type(block.embed[0]) is nn.SiLU
+            assert fused.fused_with == name
+            assert type(place) is act
+        assert block.embed[0] is not block.act1
+    inputs = torch.randn(3, 8, 6, 6), torch.randn(3, 6)
+    assert fused_calls(ours, *inputs) == [f"blocks.{b}.norm{n}" for b in (0, 1) for n in (1, 2)]
     # dropout included: both draw the same numbers
     assert_same_as_stock(ours, stock, torch.randn(3, 8, 6, 6), torch.randn(3, 6))
     assert unfused(batchops.revert(ours))
@@ -422,8 +459,14 @@ def test_a_block_that_is_given_another_class():
 def test_sync_batch_norm_takes_no_activation_away():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
     batchops.convert(model)
+    # the ReLU is a module of its own still
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert [type(m) for m in synced[1:]] == [nn.SyncBatchNorm, nn.ReLU, nn.SyncBatchNorm]
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(synced.eval()(x), copy.deepcopy(model).eval()(x))
+    built = nn.Sequential(bnn.BatchNorm2d(4, activation="relu"))
     with pytest.raises(RuntimeError, match=r"call batchops\.revert"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(built)
     alone = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model[3]))
     assert type(alone) is nn.SyncBatchNorm
     assert not hasattr(model[1], "qconfig")

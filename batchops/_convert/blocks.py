@@ -3,6 +3,9 @@ structure."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -10,19 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from .trace import FRAME, trace
+from .chains import run_chain, run_sum
+from .methods import InstanceMethod
+from .trace import trace
 
-__all__ = ["Block", "ResidualForward", "is_add", "is_same_computation", "known_block"]
+__all__ = ["ResidualForward", "known_block"]
 
-_Join = Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]
-
-
-def _fused_join(norm: nn.Module, act: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
-    # act is an identity by now; called, so that hooks that were put on it later see the output
-    return act(norm(x, residual=shortcut))
+# Of modules, an input, and a shortcut: run_sum, or the same in steps.
+_Join = Callable[[tuple[nn.Module, nn.Module], Tensor, Tensor], Tensor]
 
 
-def _plain_join(norm: nn.Module, act: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+def _join_in_steps(modules: tuple[nn.Module, nn.Module], x: Tensor, shortcut: Tensor) -> Tensor:
+    act, norm = modules
     return act(norm(x) + shortcut)
 
 
@@ -31,86 +33,92 @@ def _shortcut(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _torchvision_basic_block(block: nn.Module, x: Tensor, join: _Join) -> Tensor:
-    h = block.relu(block.bn1(block.conv1(x)))
-    return join(block.bn2, block.relu, block.conv2(h), _shortcut(block, x))
+    h = run_chain((block.relu, block.bn1), block.conv1(x))
+    return join((block.relu, block.bn2), block.conv2(h), _shortcut(block, x))
 
 
 def _torchvision_bottleneck(block: nn.Module, x: Tensor, join: _Join) -> Tensor:
-    h = block.relu(block.bn1(block.conv1(x)))
-    h = block.relu(block.bn2(block.conv2(h)))
-    return join(block.bn3, block.relu, block.conv3(h), _shortcut(block, x))
+    h = run_chain((block.relu, block.bn1), block.conv1(x))
+    h = run_chain((block.relu, block.bn2), block.conv2(h))
+    return join((block.relu, block.bn3), block.conv3(h), _shortcut(block, x))
 
 
 def _timm_basic_block(block: nn.Module, x: Tensor, join: _Join) -> Tensor:
-    h = block.aa(block.act1(block.drop_block(block.bn1(block.conv1(x)))))
-    return join(block.bn2, block.act2, block.conv2(h), _shortcut(block, x))
+    h = block.aa(run_chain((block.act1, block.drop_block, block.bn1), block.conv1(x)))
+    return join((block.act2, block.bn2), block.conv2(h), _shortcut(block, x))
 
 
 def _timm_bottleneck(block: nn.Module, x: Tensor, join: _Join) -> Tensor:
-    h = block.act1(block.bn1(block.conv1(x)))
-    h = block.aa(block.act2(block.drop_block(block.bn2(block.conv2(h)))))
-    return join(block.bn3, block.act3, block.conv3(h), _shortcut(block, x))
+    h = run_chain((block.act1, block.bn1), block.conv1(x))
+    h = block.aa(run_chain((block.act2, block.drop_block, block.bn2), block.conv2(h)))
+    return join((block.act3, block.bn3), block.conv3(h), _shortcut(block, x))
 
 
 @dataclass(frozen=True)
 class Block:
-    """The forward of a residual block, and which of its norms and activations become one.
+    """The forward of a residual block.
 
-    ``join`` are the names of the norm that is added to the shortcut and of the activation after the
-    sum. ``direct`` are pairs that must be fused with it, because they share that activation.
-    Blocks in which one of ``absent`` is not None are left alone.
+    ``chains`` are the names of the activations and norms in it, and of what stands between; those
+    of the last join the shortcut. Blocks in which one of ``absent`` is not None have another.
     """
 
     forward: Callable[[nn.Module, Tensor, _Join], Tensor]
-    join: tuple[str, str]
-    direct: tuple[tuple[str, str], ...] = ()
+    chains: tuple[tuple[str, ...], ...]
     absent: tuple[str, ...] = ()
 
 
 _BLOCKS = {
     ("torchvision.models.resnet", "BasicBlock"): Block(
-        _torchvision_basic_block, ("bn2", "relu"), (("bn1", "relu"),)
+        _torchvision_basic_block, (("relu", "bn1"), ("relu", "bn2"))
     ),
     ("torchvision.models.resnet", "Bottleneck"): Block(
-        _torchvision_bottleneck, ("bn3", "relu"), (("bn1", "relu"), ("bn2", "relu"))
+        _torchvision_bottleneck, (("relu", "bn1"), ("relu", "bn2"), ("relu", "bn3"))
     ),
     ("timm.models.resnet", "BasicBlock"): Block(
-        _timm_basic_block, ("bn2", "act2"), absent=("se", "drop_path")
+        _timm_basic_block,
+        (("act1", "drop_block", "bn1"), ("act2", "bn2")),
+        absent=("se", "drop_path"),
     ),
     ("timm.models.resnet", "Bottleneck"): Block(
-        _timm_bottleneck, ("bn3", "act3"), absent=("se", "drop_path")
+        _timm_bottleneck,
+        (("act1", "bn1"), ("act2", "drop_block", "bn2"), ("act3", "bn3")),
+        absent=("se", "drop_path"),
     ),
 }
 
 
-class ResidualForward:
-    """The forward of one block, with add and activation inside its last norm.
-
-    It sits on the instance, so that the block keeps its class; pickle and deepcopy of the block
-    bind it to the copy.
-    """
+class ResidualForward(InstanceMethod):
+    """The forward of one block, with add and activation inside its last norm."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
         self.place = _place(block)  # what shards a block gives it another class
+        super().__init__(block)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return _BLOCKS[self.place].forward(self.block, x, _fused_join)
+    def _find(self) -> Callable[..., Tensor] | None:
+        return functools.partial(_run, _BLOCKS[self.place], self.original)
+
+
+def _run(
+    known: Block, original: Callable[[nn.Module, Tensor], Tensor], block: nn.Module, x: Tensor
+) -> Tensor:
+    if any(getattr(block, name, None) is not None for name in known.absent):
+        return original(block, x)
+    return known.forward(block, x, run_sum)
 
 
 def _place(block: nn.Module) -> tuple[str, str]:
     return type(block).__module__, type(block).__qualname__
 
 
-def known_block(module: nn.Module) -> Block | None:
-    """What to look for in ``module``, if its class is one of the known blocks."""
+def known_block(module: nn.Module) -> list[tuple[nn.Module, ...]] | None:
+    """The chains of ``module``, if it is one of the known blocks and does what they do."""
     block = _BLOCKS.get(_place(module))
-    if block is None or "forward" in module.__dict__:
+    if block is None or any(getattr(module, name, None) is not None for name in block.absent):
         return None
-    if any(getattr(module, name, None) is not None for name in block.absent):
+    names = {name for chain in block.chains for name in chain}
+    if not names <= set(module._modules) or not _is_same_computation(module, block, names):
         return None
-    names = {name for pair in (block.join, *block.direct) for name in pair}
-    return block if names <= set(module._modules) else None
+    return [tuple(module._modules[name] for name in chain) for chain in block.chains]
 
 
 class _Alone(nn.Module):
@@ -125,17 +133,19 @@ class _Alone(nn.Module):
         return self.run(self.block, x)
 
 
-def is_same_computation(module: nn.Module, block: Block, candidates: list[nn.Module]) -> bool:
-    """Whether the class's forward and ours, without fusing, are one graph in training and eval: a
-    version of the class that does something else is left alone."""
-    runs = (type(module).forward, lambda m, x: block.forward(m, x, _plain_join))
-    inside = {id(m) for m in module.modules()}
-    inner = [m for m in candidates if id(m) in inside]
+def _is_same_computation(module: nn.Module, block: Block, names: set[str]) -> bool:
+    """Whether the class's forward and ours, in steps, are one graph in training and eval: a version
+    of the class that does something else is left alone."""
+    runs = (type(module).forward, lambda m, x: block.forward(m, x, _join_in_steps))
     numbers: dict[Hashable, int] = {}
     try:
+        # Traces run on a copy: what a forward does to its module must not be seen.
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        alone = copy.deepcopy(module, {id(t): t for t in tensors})
+        inner = [alone._modules[name] for name in names]
         for training in (True, False):
             theirs, ours = (
-                _numbered(trace(_Alone(module, run), inner, training), numbers) for run in runs
+                _numbered(trace(_Alone(alone, run), inner, training), numbers) for run in runs
             )
             if theirs != ours:
                 return False
@@ -148,11 +158,10 @@ def _numbered(graph: fx.Graph, numbers: dict[Hashable, int]) -> list[int]:
     """A number for each node; equal computations have equal numbers in all graphs."""
     number_of: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        target = "add" if is_add(node) else node.target
+        target = "add" if _is_add(node) else node.target
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: number_of[n])
         key = (node.op if target != "add" else "add", str(target), repr(arguments))
         number_of[node] = numbers.setdefault(key, len(numbers))
-        node.meta.pop(FRAME, None)
     return sorted(number_of.values())
 
 
@@ -160,7 +169,7 @@ _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_", "__add__", "__iadd__")
 
 
-def is_add(node: fx.Node) -> bool:
+def _is_add(node: fx.Node) -> bool:
     """A sum of two nodes, in place or not."""
     if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
         return False

@@ -8,6 +8,17 @@ from torch import nn
 
 from .. import nn as bnn
 
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "STOCK",
+    "Activation",
+    "fused_norm",
+    "fused_norm_act",
+    "is_plain",
+    "is_transparent",
+]
+
 # A name, or a name and its parameter, as the norms take it.
 Activation = str | tuple[str, float]
 
@@ -28,12 +39,25 @@ NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 STOCK = {fused: stock for stock, fused in NORMS.items()}
 
+# What our classes read that torch's do not know: a module that has one of these has it from
+# somebody else, who means something else by it.
+_OURS = ("activation", "ghost_batch_size", "fused_with")
+
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-_ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], Activation]] = {
+
+
+def _leaky(module: nn.Module) -> Activation | None:
+    slope = module.negative_slope
+    # a tensor would lose its gradient
+    return ("leaky_relu", float(slope)) if isinstance(slope, int | float) else None
+
+
+# What a norm is told to do in the place of each; None where a module's settings are not known.
+ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], Activation | None]] = {
     nn.ReLU: lambda module: "relu",
-    nn.LeakyReLU: lambda module: ("leaky_relu", float(module.negative_slope)),
+    nn.LeakyReLU: _leaky,
     nn.SiLU: lambda module: "silu",
-    nn.GELU: lambda module: _GELU[module.approximate],
+    nn.GELU: lambda module: _GELU.get(module.approximate),
     nn.Hardswish: lambda module: "hardswish",
 }
 
@@ -51,39 +75,10 @@ _TIMM_NORM = ("timm.layers.norm", "timm.models.layers.norm")
 _RENAMED = {"GroupNorm": nn.GroupNorm, "GroupNorm1": nn.GroupNorm, "LayerNorm": nn.LayerNorm}
 
 
-class FusedActivation(nn.Identity):
-    """Stands where an activation module was whose work the norms before it now do."""
-
-    def __init__(self, original: nn.Module, norms: int) -> None:
-        super().__init__()
-        self.training = original.training
-        # in __dict__, so that it does not become a submodule
-        self.__dict__["original"] = original
-        self.__dict__["norms"] = norms  # how many norms do its work
-
-    def extra_repr(self) -> str:
-        return f"{self.original}"
-
-
-def activation_of(module: nn.Module | None) -> Activation | None:
-    """What a norm would be told to do in the place of ``module``; None for any other module."""
-    of = _ACTIVATIONS.get(type(module))
-    if of is None:
-        return None
-    activation = of(module)
-    return activation if _has_kernel(activation) else None
-
-
-def _has_kernel(activation: Activation) -> bool:
-    try:
-        bnn.BatchNorm1d(1, activation=activation)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True
-
-
 def fused_norm(module: nn.Module) -> type[nn.Module] | None:
     """The class by which a stock norm becomes ours: torch's, or one of timm's that is no more."""
+    if _has_ours(module):
+        return None
     kind = type(module)
     stock = _stock_of_timm(kind, _TIMM_NORM, _RENAMED)
     if stock is None:
@@ -104,20 +99,20 @@ def _computes_as_stock(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not getattr(module, "_fast_norm", False)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """A stock norm to swap, or a fused one that has no activation yet."""
-    fused_without = type(module) in STOCK and module.activation is None
-    return fused_norm(module) is not None or fused_without
-
-
-def has_hooks(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in names)
+def _has_ours(module: nn.Module) -> bool:
+    own = (module.__dict__, module._modules, module._parameters, module._buffers)
+    return any(name in names for names in own for name in _OURS)
 
 
 def is_plain(module: nn.Module) -> bool:
     """No hooks, and the forward of its class."""
-    return not has_hooks(module) and "forward" not in module.__dict__
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def is_transparent(module: nn.Module) -> bool:
@@ -129,37 +124,17 @@ def is_transparent(module: nn.Module) -> bool:
     return type(module) is nn.Identity
 
 
-def stock_of_norm_act(module: nn.Module) -> type[nn.Module] | None:
-    """torch's norm inside one of timm's norms with an activation."""
-    return _stock_of_timm(type(module), _TIMM_NORM_ACT, _NORM_ACTS)
-
-
 def fused_norm_act(module: nn.Module) -> tuple[type[nn.Module], Activation | None] | None:
     """The class and the activation by which a norm of timm's becomes ours, where it can."""
-    stock = stock_of_norm_act(module)
-    if stock is None or not _computes_as_stock(module) or set(module._modules) != {"drop", "act"}:
+    stock = _stock_of_timm(type(module), _TIMM_NORM_ACT, _NORM_ACTS)
+    if stock is None or _has_ours(module) or not _computes_as_stock(module):
+        return None
+    if set(module._modules) != {"drop", "act"}:
         return None
     if not is_transparent(module.drop):
         return None
     if is_transparent(module.act):
         return NORMS[stock], None
-    activation = activation_of(module.act)
-    if activation is None or not is_plain(module.act):
-        return None
-    return NORMS[stock], activation
-
-
-__all__ = [
-    "NORMS",
-    "STOCK",
-    "Activation",
-    "FusedActivation",
-    "activation_of",
-    "fused_norm",
-    "fused_norm_act",
-    "has_hooks",
-    "is_norm",
-    "is_plain",
-    "is_transparent",
-    "stock_of_norm_act",
-]
+    of = ACTIVATIONS.get(type(module.act))
+    activation = of(module.act) if of and is_plain(module.act) else None
+    return None if activation is None else (NORMS[stock], activation)

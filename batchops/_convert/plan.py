@@ -1,0 +1,121 @@
+"""Where a model calls an activation on a norm's output, and what goes there."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import ResidualForward, known_block
+from .chains import activation_of_chain
+from .methods import InstanceMethod, RewrittenMethod, SequentialForward, is_sequential
+from .source import SourceError, find, mentions
+from .tables import ACTIVATIONS, STOCK, is_transparent
+
+__all__ = ["fuse", "unfuse"]
+
+
+def fuse(model: nn.Module) -> None:
+    """Puts methods that run chains on the modules of ``model``, whose norms are fused ones. One
+    warning where a forward cannot be read."""
+    unfuse(model)
+    unread: list[str] = []
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        inside = list(module.modules())
+        if not any(map(_is_norm, inside)) or not any(map(_is_activation, inside)):
+            continue
+        for method, chains in _methods(module, unread):
+            module.__dict__[method.name] = method
+            for chain in chains:
+                activation = activation_of_chain(chain)
+                if activation is not None:
+                    chain[-1].__dict__["fused_with"] = activation
+    if unread:
+        warnings.warn(
+            f"batchops.convert: {unread[0]}, so the norms that it calls are swapped but not fused "
+            "with their activations",
+            stacklevel=3,
+        )
+
+
+def unfuse(model: nn.Module) -> None:
+    """Takes off what fuse() put on."""
+    for module in model.modules():
+        own = module.__dict__
+        for name in [name for name, value in own.items() if isinstance(value, InstanceMethod)]:
+            del own[name]
+        if type(module) in STOCK:
+            own.pop("fused_with", None)
+
+
+_Chains = list[Any]
+
+
+def _methods(module: nn.Module, unread: list[str]) -> Iterator[tuple[InstanceMethod, _Chains]]:
+    """The methods to put on ``module``, and the chains of which it is known that they run."""
+    own = module.__dict__
+    taken = set(own)
+    if "forward" not in own and is_sequential(module):
+        sequential = SequentialForward(module)
+        if sequential.chains():
+            yield sequential, sequential.chains()
+    elif "forward" not in own:
+        chains = known_block(module)
+        if chains:
+            taken.add("forward")
+            yield ResidualForward(module), chains
+    for name, method in _written(type(module)).items():
+        if name in taken:
+            continue
+        if not isinstance(method, types.FunctionType):
+            if name == "forward" and _calls_both(module, None):
+                unread.append(f"{_name(module)}.forward is not a function of Python's")
+            continue
+        try:
+            digest, found = find(method, module, _is_norm, _is_activation, is_transparent)
+        except SourceError as error:
+            if _calls_both(module, mentions(method)):
+                unread.append(f"the source of {_name(module)}.{name} cannot be read ({error})")
+            continue
+        if found:
+            sites = tuple(f.site for f in found)
+            chains = [f.modules for f in found if f.modules is not None]
+            yield RewrittenMethod(module, name, digest, sites), chains
+
+
+def _written(kind: type[nn.Module]) -> dict[str, Any]:
+    """The methods of a module's class that are not torch's own."""
+    methods: dict[str, Any] = {}
+    for base in kind.__mro__:
+        own = base.__module__ == "torch.nn" or base.__module__.startswith("torch.nn.")
+        for name, value in vars(base).items():
+            methods.setdefault(name, None if own else value)
+    return {
+        name: value
+        for name, value in methods.items()
+        if hasattr(value, "__get__") and not isinstance(value, type) and not name.startswith("__")
+    }
+
+
+def _calls_both(module: nn.Module, words: set[str] | None) -> bool:
+    """Whether there are a norm and an activation among the children that ``words`` name."""
+    children = [c for n, c in module._modules.items() if words is None or n in words]
+    return any(map(_is_norm, children)) and any(map(_is_activation, children))
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__qualname__
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) in STOCK and module.activation is None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module) in ACTIVATIONS

@@ -1,0 +1,531 @@
+"""Where a method calls an activation on a norm's output, and the same method with one call there.
+
+    self.act(self.norm(x))                        run_chain((self.act, self.norm), x)
+
+    x = self.norm(x)                              x = run_chain((self.act, self.norm), x)
+    x = self.act(x)                               x = x
+
+Nothing that the method does otherwise is touched, and nothing outside of it: what else calls the
+norm gets the norm's output. The source counts only where it compiles to the method's own code.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import linecache
+import operator
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .chains import run_chain
+
+__all__ = ["Found", "Site", "SourceError", "find", "mentions", "rewritten"]
+
+_RUN = "_batchops_run_chain"
+
+# Numbers of calls in the order of ast.walk: the activation's, those of identities, the norm's.
+Site = tuple[int, ...]
+
+
+class SourceError(Exception):
+    """The source of a function is not to be had, or is another one by now."""
+
+
+@dataclass
+class Found:
+    """A place in a method, and the modules called there, where they are the same at each run."""
+
+    site: Site
+    modules: tuple[nn.Module, ...] | None
+
+
+# ------------------------------------------------------------------------------------ the source
+
+
+@dataclass
+class _Source:
+    """A function's definition, what to know it by, and what its file imports."""
+
+    definition: ast.FunctionDef
+    digest: str
+    imported: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(code: types.CodeType, owner: str | None, free: tuple[str, ...]) -> _Source:
+    """What ``code`` was compiled from."""
+    try:
+        lines, first = inspect.getsourcelines(code)
+        # in a block of its own, so that it may stay indented: what a string in it says counts
+        text = "if True:\n" + "".join(lines) if lines[0][:1].isspace() else "".join(lines)
+        tree = ast.parse(text)
+        imported = _imported("".join(linecache.getlines(code.co_filename)))
+    except (OSError, TypeError, SyntaxError) as error:
+        raise SourceError(f"{type(error).__name__}: {error}") from error
+    definition = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or definition.name != code.co_name:
+        raise SourceError(f"there is no def {code.co_name} at its place")
+    ast.increment_lineno(definition, first - (2 if definition is not tree.body[0] else 1))
+    definition.decorator_list, definition.returns = [], None
+    arguments = definition.args
+    arguments.defaults = [ast.copy_location(ast.Constant(None), a) for a in arguments.defaults]
+    arguments.kw_defaults = [
+        a and ast.copy_location(ast.Constant(None), a) for a in arguments.kw_defaults
+    ]
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    try:
+        same = _same(_compiled(definition, code, owner, free, imported), code)
+    except (SyntaxError, ValueError):  # of variables around it that are not there
+        same = False
+    if not same:
+        raise SourceError("it compiles to other code: the file may have changed")
+    digest = hashlib.sha256(ast.dump(definition).encode()).hexdigest()
+    return _Source(definition, digest, imported)
+
+
+def _compiled(
+    definition: ast.FunctionDef,
+    code: types.CodeType,
+    owner: str | None,
+    free: tuple[str, ...],
+    imported: tuple[str, ...],
+) -> types.CodeType:
+    """The function's code, in a class of the same name (private names take it in), with the same
+    variables around it, and the file's imports (calls of what was imported are other code)."""
+    body: list[ast.stmt] = [definition]
+    path = ["outer", code.co_name]
+    if owner is not None:
+        path.insert(1, owner)
+        body = [_made(ast.ClassDef, name=owner, bases=[], keywords=[], body=body)]
+        if owner not in free:
+            body.insert(0, ast.Global([owner]))  # as the class's name is to its methods
+    names = [ast.arg(name) for name in free if name != "__class__"]
+    arguments = ast.arguments(
+        posonlyargs=[], args=names, kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    outer = _made(ast.FunctionDef, name="outer", args=arguments, body=body)
+    imports = [ast.Import([ast.alias(name) for name in imported])] if imported else []
+    module = ast.fix_missing_locations(ast.Module(body=[*imports, outer], type_ignores=[]))
+    flags = code.co_flags & _FUTURES
+    inner = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
+    for name in path:
+        codes = (c for c in inner.co_consts if isinstance(c, types.CodeType))
+        inner = next(c for c in codes if c.co_name == name)
+    return inner
+
+
+@functools.lru_cache(maxsize=256)
+def _imported(text: str) -> tuple[str, ...]:
+    """The names that are imported at the top of a file."""
+    names: list[str] = []
+    nodes: list[ast.AST] = [ast.parse(text)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names += [(a.asname or a.name).split(".")[0] for a in node.names if a.name != "*"]
+        elif not isinstance(node, (*_FUNCTIONS, ast.expr)):
+            nodes.extend(ast.iter_child_nodes(node))
+    return tuple(sorted(set(names)))
+
+
+def _made(kind: type[Any], **fields: Any) -> Any:
+    more = {"type_params": []} if "type_params" in kind._fields else {}
+    return kind(decorator_list=[], **fields, **more)
+
+
+_FUTURES = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
+_NESTED = inspect.CO_NESTED  # whether it was compiled inside a function, as _compiled does
+_ALIKE = (
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_name"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount"),
+)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two codes do the same, or two constants of them are one."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, types.CodeType):
+        return (
+            all(getattr(a, name) == getattr(b, name) for name in _ALIKE)
+            and a.co_flags | _NESTED == b.co_flags | _NESTED
+            and _same(a.co_consts, b.co_consts)
+        )
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, str) and "<locals>" in a and "<locals>" in b:  # names of inner functions
+        return a.rpartition(".")[2] == b.rpartition(".")[2]
+    # -0.0 is equal to 0.0, and a frozenset has its elements in any order
+    return a == b if isinstance(a, frozenset) else repr(a) == repr(b)
+
+
+def _owner(function: types.FunctionType) -> str | None:
+    """The class whose body a function was written in."""
+    path = function.__qualname__.split(".")
+    return path[-2] if len(path) > 1 and path[-2] != "<locals>" else None
+
+
+def _wrapped(function: Any) -> tuple[types.FunctionType, int] | None:
+    """What a decorator's function calls, and the number of its variable that holds it."""
+    inner = getattr(function, "__wrapped__", None)
+    if not isinstance(inner, types.FunctionType) or not isinstance(function, types.FunctionType):
+        return None
+    for number, cell in enumerate(function.__closure__ or ()):
+        try:
+            if cell.cell_contents is inner:
+                return inner, number
+        except ValueError:  # an empty cell
+            continue
+    return None
+
+
+def mentions(function: Any) -> set[str]:
+    """The names in a function, and in those within it."""
+    while (wrapped := _wrapped(function)) is not None:
+        function = wrapped[0]
+    names: set[str] = set()
+    codes = [getattr(function, "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, types.CodeType):
+            names.update(code.co_names)
+            codes.extend(code.co_consts)
+    return names
+
+
+# ------------------------------------------------------------------------------------- rewriting
+
+
+def rewritten(function: Any, digest: str, sites: tuple[Site, ...]) -> Callable[..., Any] | None:
+    """``function`` with a chain at each of ``sites``; None where its source is
+    not the one of ``digest``."""
+    wrapped = _wrapped(function)
+    if wrapped is not None:
+        inner = rewritten(wrapped[0], digest, sites)
+        if inner is None:
+            return None
+        cells = list(function.__closure__)
+        cells[wrapped[1]] = types.CellType(inner)
+        return _remade(function, function.__code__, tuple(cells))
+    try:
+        code = _rewritten_code(function.__code__, _owner(function), digest, sites)
+    except (SourceError, AttributeError):  # not there, or no function of Python's
+        return None
+    cells_of = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    cells_of[_RUN] = types.CellType(run_chain)
+    return _remade(function, code, tuple(cells_of[name] for name in code.co_freevars))
+
+
+def _remade(
+    function: types.FunctionType, code: types.CodeType, closure: tuple[types.CellType, ...]
+) -> types.FunctionType:
+    made = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__qualname__ = function.__qualname__
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _rewritten_code(
+    code: types.CodeType, owner: str | None, digest: str, sites: tuple[Site, ...]
+) -> types.CodeType:
+    read = _read(code, owner, code.co_freevars)
+    if digest != read.digest:
+        raise SourceError("it is another one than the sites were found in")
+    definition = copy.deepcopy(read.definition)
+    nodes = list(ast.walk(definition))
+    rewrite = _Rewrite()
+    for site in sites:
+        calls = [nodes[number] for number in site]
+        rewrite.callees[id(calls[-1])] = [call.func for call in calls]
+        rewrite.dropped.update(id(call) for call in calls[:-1])
+    free = (*code.co_freevars, _RUN)
+    return _compiled(rewrite.visit(definition), code, owner, free, read.imported)
+
+
+class _Rewrite(ast.NodeTransformer):
+    """Puts a chain where the norm was called, and its result where the others were."""
+
+    def __init__(self) -> None:
+        self.callees: dict[int, list[ast.expr]] = {}
+        self.dropped: set[int] = set()
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        callees = self.callees.get(id(node))
+        if callees is not None:
+            modules = ast.Tuple([self.visit(callee) for callee in callees], ast.Load())
+            run = ast.Name(_RUN, ast.Load())
+            new = ast.Call(run, [modules, self.visit(node.args[0])], [])
+            for made in (modules, run, new):
+                ast.copy_location(made, node)
+            return new
+        if id(node) in self.dropped:
+            return self.visit(node.args[0])
+        self.generic_visit(node)
+        return node
+
+
+def _takes_one(node: ast.AST) -> bool:
+    """A call with one argument, by position."""
+    return (
+        isinstance(node, ast.Call)
+        and len(node.args) == 1
+        and not node.keywords
+        and not isinstance(node.args[0], ast.Starred)
+    )
+
+
+# --------------------------------------------------------------------------------------- finding
+
+
+def find(
+    function: Any,
+    module: nn.Module,
+    is_norm: Callable[[nn.Module], bool],
+    is_activation: Callable[[nn.Module], bool],
+    is_transparent: Callable[[nn.Module], bool],
+) -> tuple[str, list[Found]]:
+    """What to know the source of a method of ``module``'s class by, and the chains in it.
+
+    Raises SourceError.
+    """
+    while (wrapped := _wrapped(function)) is not None:
+        function = wrapped[0]
+    code = function.__code__
+    source = _read(code, _owner(function), code.co_freevars)
+    finder = _Finder(code, source.definition, module)
+    found: list[Found] = []
+    for call in finder.calls:
+        if not any(map(is_norm, finder.callees(call))):
+            continue
+        chain = finder.chain(call, is_activation, is_transparent)
+        if chain is not None:
+            each = [finder.callees(c) for c in chain]
+            fixed = all(len(modules) == 1 for modules in each)
+            modules = tuple(modules[0] for modules in each) if fixed else None
+            found.append(Found(tuple(finder.number[id(c)] for c in chain), modules))
+    return source.digest, found
+
+
+# Between a statement and a call in it that is made whenever the statement runs.
+_ALWAYS = (
+    *(ast.Call, ast.keyword, ast.Starred, ast.Attribute, ast.Subscript, ast.Tuple, ast.List),
+    *(ast.BinOp, ast.UnaryOp, ast.Assign, ast.AugAssign, ast.Return, ast.Expr),
+)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+# What looks at a function's variables from inside.
+_LOOKS = {"locals", "vars", "eval", "exec"}
+
+
+class _Finder:
+    """One method, read for one instance."""
+
+    def __init__(
+        self, code: types.CodeType, definition: ast.FunctionDef, module: nn.Module
+    ) -> None:
+        self.code = code
+        self.module = module
+        self.nodes = list(ast.walk(definition))
+        self.number = {id(node): n for n, node in enumerate(self.nodes)}
+        self.parent = {
+            id(child): node for node in self.nodes for child in ast.iter_child_nodes(node)
+        }
+        self.calls = [node for node in self.nodes if _takes_one(node)]
+        self.next: dict[int, ast.stmt] = {}
+        for block in _blocks(self.nodes):
+            self.next.update({id(a): b for a, b in itertools.pairwise(block)})
+        self.definition = definition
+        self.every = list(module.modules())
+        first = code.co_varnames[0] if code.co_argcount else None
+        bound = [
+            *(n.id for n in self.nodes if isinstance(n, ast.Name) and not _is_load(n)),
+            *(n.arg for n in self.nodes if isinstance(n, ast.arg)),
+        ]
+        # the name of the instance, as long as it means nothing else anywhere
+        self.own = first if bound.count(first) == 1 else None
+        names = {n.id for n in self.nodes if isinstance(n, ast.Name)}
+        self.can_split = not names & _LOOKS and not any(
+            isinstance(n, ast.NamedExpr) for n in self.nodes
+        )
+        self.has_try = any(type(n).__name__ in ("Try", "TryStar") for n in self.nodes)
+
+    def callees(self, call: ast.Call) -> list[nn.Module]:
+        """The modules that a call may be one of, as far as the names say."""
+        return self._modules(call.func)
+
+    def _modules(self, node: ast.expr) -> list[nn.Module]:
+        if isinstance(node, ast.Name):
+            if node.id == self.own:
+                return [self.module]
+            return self.every if node.id in self.code.co_varnames else []
+        if isinstance(node, ast.Attribute):
+            return _children(self._modules_of_path(node.value), node.attr)
+        if isinstance(node, ast.Subscript):
+            index = node.slice
+            constant = isinstance(index, ast.Constant) and isinstance(index.value, int | str)
+            return _children(
+                self._modules_of_path(node.value), str(index.value) if constant else None
+            )
+        if isinstance(node, ast.IfExp):
+            return [*self._modules(node.body), *self._modules(node.orelse)]
+        if isinstance(node, ast.Call) and _names(node.func) == {"getattr"} and node.args:
+            return _children(self._modules_of_path(node.args[0]), None)
+        return []
+
+    def _modules_of_path(self, node: ast.expr) -> list[nn.Module]:
+        """As above, for what is only a step on the way: local names are too many."""
+        return [] if isinstance(node, ast.Name) and node.id != self.own else self._modules(node)
+
+    def chain(
+        self,
+        norm: ast.Call,
+        is_activation: Callable[[nn.Module], bool],
+        is_transparent: Callable[[nn.Module], bool],
+    ) -> list[ast.Call] | None:
+        """The calls from the activation's to the norm's, if such follow and nothing else does."""
+        chain = [norm]
+        name = None  # the variable that the output went into
+        while True:
+            outer = self.parent[id(chain[-1])]
+            if outer in self.calls and outer.args[0] is chain[-1]:
+                user = outer
+            else:
+                step = self._by_name(outer, chain[-1])
+                if step is None:
+                    return None
+                name, user = step
+            callees = self.callees(user)
+            if any(map(is_activation, callees)):
+                chain.append(user)
+                break
+            if not callees or not all(map(is_transparent, callees)):
+                return None
+            chain.append(user)
+        if name is not None and not self._may_split(chain, name):
+            return None
+        return chain[::-1]
+
+    def _by_name(self, statement: ast.AST, value: ast.Call) -> tuple[str, ast.Call] | None:
+        """``name = value`` and the call in the next statement that alone uses ``name``."""
+        name = _target(statement)
+        following = self.next.get(id(statement))
+        if name is None or statement.value is not value or following is None:
+            return None
+        loads = self._loads(following, name)
+        user = self.parent[id(loads[0])] if len(loads) == 1 else None
+        if user not in self.calls or user.args[0] is not loads[0]:
+            return None
+        node: ast.AST = user
+        while node is not following:
+            node = self.parent[id(node)]
+            if not isinstance(node, _ALWAYS):
+                return None
+        if isinstance(following, ast.AugAssign) and name in _names(following.target):
+            return None
+        return name, user
+
+    def _may_split(self, chain: list[ast.Call], name: str) -> bool:
+        """Whether ``name`` may hold the activation's output from the norm on, and what is called
+        may be looked up ahead."""
+        code = self.code
+        if not self.can_split or name not in code.co_varnames:
+            return False
+        if name in code.co_cellvars or name in code.co_freevars:
+            return False
+        statements = [self._statement(call) for call in chain]
+        if any(self._is_inside_function(s) for s in statements):
+            return False
+        for call in chain[1:]:
+            if not _is_lookup(call.func):
+                return False
+            if _names(call.func) - {self.own} & {name, *code.co_cellvars, *code.co_freevars}:
+                return False
+        # one variable all along, and in between nothing but `name = identity(name)`
+        used = []
+        for before, after in itertools.pairwise(statements):
+            if after is before:
+                continue
+            if _target(before) != name:
+                return False
+            used += self._loads(after, name)
+        last = statements[-1]
+        if _target(last) == name:
+            return True
+        if isinstance(last, ast.Return) and not self.has_try:
+            return True
+        return len(self._loads(self.definition, name)) == len(used)
+
+    def _statement(self, node: ast.AST) -> ast.stmt:
+        while not isinstance(node, ast.stmt):
+            node = self.parent[id(node)]
+        return node
+
+    def _is_inside_function(self, node: ast.AST) -> bool:
+        while node is not self.definition:
+            node = self.parent[id(node)]
+            if isinstance(node, _FUNCTIONS) and node is not self.definition:
+                return True
+        return False
+
+    def _loads(self, node: ast.AST, name: str) -> list[ast.Name]:
+        return [
+            n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name and _is_load(n)
+        ]
+
+
+def _children(modules: list[nn.Module], name: str | None) -> list[nn.Module]:
+    """The children of that name, or all."""
+    if name is None:
+        return [child for m in modules for child in m._modules.values() if child is not None]
+    return [m._modules[name] for m in modules if m._modules.get(name) is not None]
+
+
+def _blocks(nodes: list[ast.AST]) -> Iterator[list[ast.stmt]]:
+    for node in nodes:
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                yield block
+
+
+def _is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
+
+
+def _target(statement: ast.AST) -> str | None:
+    """The only variable that a plain assignment writes."""
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    target = statement.targets[0]
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def _is_lookup(node: ast.expr) -> bool:
+    """Names, attributes and items: nothing is called on the way."""
+    if isinstance(node, ast.Name):
+        return True
+    if isinstance(node, ast.Attribute):
+        return _is_lookup(node.value)
+    if isinstance(node, ast.Subscript):
+        return _is_lookup(node.value) and isinstance(node.slice, ast.Name | ast.Constant)
+    return False
