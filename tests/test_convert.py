@@ -423,6 +423,16 @@ class AddsTo(KeepsOutput):
         return h
 
 
+class ChangesInPlace(KeepsOutput):
+    """The name is not read again, and yet what it stands for changes."""
+
+    def forward(self, x):
+        h = self.bn(x)
+        y = self.relu(h)
+        h += 1
+        return y
+
+
 class OnlySometimes(KeepsOutput):
     def forward(self, x):
         h = self.bn(x)
@@ -478,6 +488,7 @@ def kept(model):
         NextRound,
         InPlace,
         AddsTo,
+        ChangesInPlace,
         AnotherModule,  # what is looked up early is another module later
         RegisteredByNumber,  # one call in the source, of all layers
     ],
@@ -663,6 +674,19 @@ def test_fused_where_one_call_follows_the_other(kind, calls):
     assert inspect.signature(model.forward) == inspect.signature(reference.forward)
     batchops.revert(model)
     assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in reference.modules()]
+
+
+def test_a_graph_module_of_torch_fx():
+    """Its source is text in memory, with statements that drop what is not needed any more."""
+    stock = nn.Sequential(Block(), nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())).eval()
+    model = batchops.convert(torch.fx.symbolic_trace(stock))
+    x = torch.randn(2, 4, 8, 8)
+    with recorded() as seen:
+        torch.testing.assert_close(model(x), stock(x))
+    assert len(seen) == 2
+    model.graph.output_node().args[0].replace_all_uses_with(next(iter(model.graph.nodes)))
+    model.recompile()
+    assert torch.equal(model(x), x)
 
 
 def test_errors_name_the_line_they_come_from():

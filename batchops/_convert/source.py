@@ -377,15 +377,11 @@ class _Finder:
         if isinstance(node, ast.Attribute):
             return _children(self._modules_of_path(node.value), node.attr)
         if isinstance(node, ast.Subscript):
-            index = node.slice
-            constant = isinstance(index, ast.Constant) and isinstance(index.value, int | str)
-            return _children(
-                self._modules_of_path(node.value), str(index.value) if constant else None
-            )
+            return _children(self._modules_of_path(node.value), _constant(node.slice))
         if isinstance(node, ast.IfExp):
             return [*self._modules(node.body), *self._modules(node.orelse)]
-        if isinstance(node, ast.Call) and _names(node.func) == {"getattr"} and node.args:
-            return _children(self._modules_of_path(node.args[0]), None)
+        if _is_getattr(node):
+            return _children(self._modules_of_path(node.args[0]), _constant(node.args[1]))
         return []
 
     def _modules_of_path(self, node: ast.expr) -> list[nn.Module]:
@@ -424,8 +420,14 @@ class _Finder:
     def _by_name(self, statement: ast.AST, value: ast.Call) -> tuple[str, ast.Call] | None:
         """``name = value`` and the call in the next statement that alone uses ``name``."""
         name = _target(statement)
+        if name is None or statement.value is not value:
+            return None
         following = self.next.get(id(statement))
-        if name is None or statement.value is not value or following is None:
+        while (
+            _sets_constant(following) and _target(following) != name
+        ):  # torch.fx writes `x = None`
+            following = self.next.get(id(following))
+        if following is None:
             return None
         loads = self._loads(following, name)
         user = self.parent[id(loads[0])] if len(loads) == 1 else None
@@ -436,8 +438,6 @@ class _Finder:
             node = self.parent[id(node)]
             if not isinstance(node, _ALWAYS):
                 return None
-        if isinstance(following, ast.AugAssign) and name in _names(following.target):
-            return None
         return name, user
 
     def _may_split(self, chain: list[ast.Call], name: str) -> bool:
@@ -484,8 +484,13 @@ class _Finder:
         return False
 
     def _loads(self, node: ast.AST, name: str) -> list[ast.Name]:
+        """Where the name is read, by ``name += 1`` as well."""
         return [
-            n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == name and _is_load(n)
+            n
+            for n in ast.walk(node)
+            if isinstance(n, ast.Name)
+            and n.id == name
+            and (_is_load(n) or isinstance(self.parent[id(n)], ast.AugAssign))
         ]
 
 
@@ -516,12 +521,34 @@ def _target(statement: ast.AST) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
+def _sets_constant(statement: ast.AST | None) -> bool:
+    return isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+
+
 def _names(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
+def _constant(node: ast.expr) -> str | None:
+    """The name of the child that an index or getattr's argument stands for, where it is written."""
+    known = isinstance(node, ast.Constant) and isinstance(node.value, int | str)
+    return str(node.value) if known else None
+
+
+def _is_getattr(node: ast.expr) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "getattr"
+        and len(node.args) == 2
+        and not node.keywords
+    )
+
+
 def _is_lookup(node: ast.expr) -> bool:
     """Names, attributes and items: nothing is called on the way."""
+    if _is_getattr(node):
+        return _is_lookup(node.args[0]) and isinstance(node.args[1], ast.Constant)
     if isinstance(node, ast.Name):
         return True
     if isinstance(node, ast.Attribute):
