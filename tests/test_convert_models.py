@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -232,6 +233,27 @@ def test_a_hook_inside_a_block_sees_what_it_saw(monkeypatch, name, before):
     # the block's other norm and the other block's are fused as before
     other = {"bn1": ["3.bn2"], "bn2": ["3.bn1"], "relu": []}[name]
     assert fused_calls(ours, x) == ["1", *other, "4.bn1", "4.bn2"]
+
+
+def test_other_threads_run_their_models_while_a_block_is_traced(monkeypatch):
+    kind = as_torchvision(monkeypatch, models.BasicBlock)
+    other, x = models.BasicBlock(4, 4), torch.randn(1, 4, 4, 4)
+    errors, stop = [], threading.Event()
+
+    def work():
+        try:
+            while not stop.is_set():
+                other(x)
+        except Exception as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    for _ in range(20):
+        assert residual_blocks(batchops.convert(residual_net(kind))) == 2
+    stop.set()
+    worker.join()
+    assert not errors
 
 
 def test_what_a_block_must_not_have_may_come_later():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import collections
 import copy
 import functools
 import hashlib
@@ -65,17 +66,27 @@ class _Source:
 def _read(code: types.CodeType, owner: str | None, free: tuple[str, ...]) -> _Source:
     """What ``code`` was compiled from."""
     try:
-        lines, first = inspect.getsourcelines(code)
-        # in a block of its own, so that it may stay indented: what a string in it says counts
-        text = "if True:\n" + "".join(lines) if lines[0][:1].isspace() else "".join(lines)
-        tree = ast.parse(text)
+        definition = _parsed(code)
         imported = _imported("".join(linecache.getlines(code.co_filename)))
-    except (OSError, TypeError, SyntaxError) as error:
+        same = _same(_compiled(definition, code, owner, free, imported), code)
+    except Exception as error:  # of inspect, of the parser, of the compiler: it does not count then
         raise SourceError(f"{type(error).__name__}: {error}") from error
-    definition = tree.body[0].body[0] if isinstance(tree.body[0], ast.If) else tree.body[0]
+    if not same:
+        raise SourceError("it compiles to other code: the file may have changed")
+    digest = hashlib.sha256(ast.dump(definition).encode()).hexdigest()
+    return _Source(definition, digest, imported)
+
+
+def _parsed(code: types.CodeType) -> ast.FunctionDef:
+    """The definition at the place that ``code`` names, without what is not in the code."""
+    lines, first = inspect.getsourcelines(code)
+    # in a block of its own, so that it may stay indented: what a string in it says counts
+    inside = lines[0][:1].isspace()
+    tree: Any = ast.parse("".join(["if True:\n", *lines] if inside else lines))
+    definition = tree.body[0].body[0] if inside else tree.body[0]
     if not isinstance(definition, ast.FunctionDef) or definition.name != code.co_name:
-        raise SourceError(f"there is no def {code.co_name} at its place")
-    ast.increment_lineno(definition, first - (2 if definition is not tree.body[0] else 1))
+        raise LookupError(f"there is no def {code.co_name} at its place")
+    ast.increment_lineno(definition, first - (2 if inside else 1))
     definition.decorator_list, definition.returns = [], None
     arguments = definition.args
     arguments.defaults = [ast.copy_location(ast.Constant(None), a) for a in arguments.defaults]
@@ -85,14 +96,7 @@ def _read(code: types.CodeType, owner: str | None, free: tuple[str, ...]) -> _So
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
             argument.annotation = None
-    try:
-        same = _same(_compiled(definition, code, owner, free, imported), code)
-    except (SyntaxError, ValueError):  # of variables around it that are not there
-        same = False
-    if not same:
-        raise SourceError("it compiles to other code: the file may have changed")
-    digest = hashlib.sha256(ast.dump(definition).encode()).hexdigest()
-    return _Source(definition, digest, imported)
+    return definition
 
 
 def _compiled(
@@ -253,6 +257,8 @@ def _rewritten_code(
     rewrite = _Rewrite()
     for site in sites:
         calls = [nodes[number] for number in site]
+        if any(id(c) in rewrite.dropped or id(c) in rewrite.callees for c in calls):
+            raise SourceError("two chains share a call")
         rewrite.callees[id(calls[-1])] = [call.func for call in calls]
         rewrite.dropped.update(id(call) for call in calls[:-1])
     free = (*code.co_freevars, _RUN)
@@ -311,6 +317,7 @@ def find(
     source = _read(code, _owner(function), code.co_freevars)
     finder = _Finder(code, source.definition, module)
     found: list[Found] = []
+    uses: collections.Counter[int] = collections.Counter()
     for call in finder.calls:
         if not any(map(is_norm, finder.callees(call))):
             continue
@@ -320,7 +327,9 @@ def find(
             fixed = all(len(modules) == 1 for modules in each)
             modules = tuple(modules[0] for modules in each) if fixed else None
             found.append(Found(tuple(finder.number[id(c)] for c in chain), modules))
-    return source.digest, found
+            uses.update(found[-1].site)
+    # a call whose name says little may be the end of one chain and the start of the next
+    return source.digest, [f for f in found if all(uses[number] == 1 for number in f.site)]
 
 
 # Between a statement and a call in it that is made whenever the statement runs.
@@ -359,11 +368,31 @@ class _Finder:
         ]
         # the name of the instance, as long as it means nothing else anywhere
         self.own = first if bound.count(first) == 1 else None
+        self.bound: dict[str, list[nn.Module]] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.For | ast.comprehension):
+                for name, modules in self._bind(node.target, node.iter):
+                    if modules and bound.count(name) == 1:
+                        self.bound[name] = modules
         names = {n.id for n in self.nodes if isinstance(n, ast.Name)}
         self.can_split = not names & _LOOKS and not any(
             isinstance(n, ast.NamedExpr) for n in self.nodes
         )
         self.has_try = any(type(n).__name__ in ("Try", "TryStar") for n in self.nodes)
+
+    def _bind(self, target: ast.expr, over: ast.expr) -> Iterator[tuple[str, list[nn.Module]]]:
+        """The names in a loop's ``target``, and the modules that they go over."""
+        targets = target.elts if isinstance(target, ast.Tuple) else []
+        if isinstance(target, ast.Name):
+            if isinstance(over, ast.Call) and isinstance(over.func, ast.Attribute):
+                over = over.func.value if over.func.attr == "values" else over
+            yield target.id, _children(self._modules_of_path(over), None)
+        elif isinstance(over, ast.Call) and isinstance(over.func, ast.Name):
+            if over.func.id == "zip":
+                for inner, each in zip(targets, over.args, strict=False):
+                    yield from self._bind(inner, each)
+            elif over.func.id == "enumerate" and len(targets) == 2 and over.args:
+                yield from self._bind(targets[1], over.args[0])
 
     def callees(self, call: ast.Call) -> list[nn.Module]:
         """The modules that a call may be one of, as far as the names say."""
@@ -373,7 +402,8 @@ class _Finder:
         if isinstance(node, ast.Name):
             if node.id == self.own:
                 return [self.module]
-            return self.every if node.id in self.code.co_varnames else []
+            every = self.every if node.id in self.code.co_varnames else []
+            return self.bound.get(node.id, every)
         if isinstance(node, ast.Attribute):
             return _children(self._modules_of_path(node.value), node.attr)
         if isinstance(node, ast.Subscript):
