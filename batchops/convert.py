@@ -47,10 +47,10 @@ def convert(model: _Model, *, fuse: bool = True) -> _Model:
     called by different functions, and functions that are not methods of a module or whose source
     is not at hand; there is one warning if such a method calls norms and activations of its module.
 
-    :func:`revert` undoes all of it. Revert before TorchScript, ONNX, torch.fx, and what copies
-    modules without their contents (``nn.DataParallel``, ``copy.copy``): a copy would run the method
-    of the original. ``torch.compile`` and ``torch.export`` take converted models. A norm that
-    another model holds too becomes a fused norm there as well.
+    :func:`revert` undoes all of it. Revert before TorchScript, ONNX, torch.fx, and ``copy.copy`` of
+    a module: such a copy would run the method of the original. ``torch.compile``, ``torch.export``,
+    ``copy.deepcopy``, pickle and ``nn.DataParallel`` take converted models. A norm that another
+    model holds too becomes a fused norm there as well.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.

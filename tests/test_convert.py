@@ -1277,3 +1277,37 @@ def test_a_norm_alone_is_swapped():
     norm = batchops.convert(nn.BatchNorm2d(4))
     assert type(norm) is bnn.BatchNorm2d
     assert type(batchops.revert(norm)) is nn.BatchNorm2d
+
+
+def test_replicas_run_their_own_modules():
+    """As nn.DataParallel makes them: copies of modules with other parameters."""
+
+    def replica_of(module):
+        made = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            made._modules[name] = replica_of(child)
+            setattr(made, name, made._modules[name])
+        for name, p in module._parameters.items():
+            setattr(made, name, None if p is None else p.detach() * 2)
+        return made
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        collections.OrderedDict(
+            stem=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), act=nn.ReLU(), block=Block()
+        )
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = replica_of(copy.deepcopy(model))(x)
+    original = model(x)
+    batchops.convert(model)
+    replica = replica_of(model)
+    with recorded() as seen:
+        actual = replica(x)
+    assert len(seen) == 2
+    assert not set(map(id, seen)) & set(map(id, model.modules()))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(model(x), original)
+    torch.testing.assert_close(
+        replica_of(replica)(x), replica_of(replica_of(batchops.revert(model)))(x)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import types
@@ -14,7 +15,7 @@ from .chains import run_chain
 from .source import Site, rewritten
 from .tables import ACTIVATIONS, STOCK, is_transparent
 
-__all__ = ["InstanceMethod", "RewrittenMethod", "SequentialForward", "is_sequential"]
+__all__ = ["InstanceMethod", "Replicate", "RewrittenMethod", "SequentialForward", "is_sequential"]
 
 
 class InstanceMethod:
@@ -44,6 +45,13 @@ class InstanceMethod:
         run = self.run if method is self.original else method
         return run(self.module, *args, **kwargs)
 
+    def of(self, module: nn.Module) -> InstanceMethod:
+        """The same for a module that is as this one is."""
+        made = copy.copy(self)
+        made.module = module
+        made._bind()
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("original", "run")}
 
@@ -71,6 +79,23 @@ class InstanceMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original.__get__(self.module))
+
+
+class Replicate(InstanceMethod):
+    """What ``nn.DataParallel`` calls on each module, for a copy without its contents: so that the
+    copy's methods are of the copy."""
+
+    name = "_replicate_for_data_parallel"
+
+    def _find(self) -> Callable[..., Any]:
+        return self._replicate
+
+    def _replicate(self, module: nn.Module) -> nn.Module:
+        replica: nn.Module = self.original(module)
+        for name, method in replica.__dict__.items():
+            if isinstance(method, InstanceMethod):
+                replica.__dict__[name] = method.of(replica)
+        return replica
 
 
 class SequentialForward(InstanceMethod):

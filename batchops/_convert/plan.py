@@ -12,7 +12,13 @@ from torch import nn
 
 from .blocks import ResidualForward, known_block
 from .chains import activation_of_chain
-from .methods import InstanceMethod, RewrittenMethod, SequentialForward, is_sequential
+from .methods import (
+    InstanceMethod,
+    Replicate,
+    RewrittenMethod,
+    SequentialForward,
+    is_sequential,
+)
 from .source import SourceError, find, mentions
 from .tables import ACTIVATIONS, STOCK, is_transparent
 
@@ -32,6 +38,7 @@ def fuse(model: nn.Module) -> None:
             continue
         for method, chains in _methods(module, unread):
             module.__dict__[method.name] = method
+            module.__dict__.setdefault(Replicate.name, Replicate(module))
             for chain in chains:
                 activation = activation_of_chain(chain)
                 if activation is not None:
