@@ -36,6 +36,7 @@ from batchops import functional as BF
 from batchops.optim import LAMB, LARS
 
 SMALL = [(8, 32, 16, 16), (2, 8, 4, 4)]
+ROWS = [(8192, 1024), (8192, 4096), (8, 256)]
 REPLAYS = 5
 STEPS = 5
 CAPTURED_SECONDS = 4e-4  # of calls in a graph, at least
@@ -69,7 +70,7 @@ class Row:
 
 
 def norms(batch: int | None) -> Iterator[Norm]:
-    """`batch`: in the place of each shape's own."""
+    """`batch`: in the place of each shape's own, but for rows."""
 
     def sizes(shapes: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
         for shape in [*shapes, *SMALL]:
@@ -122,6 +123,18 @@ def norms(batch: int | None) -> Iterator[Norm]:
             _name("batch_norm", variant, phase, shape, dtype, layout),
             elements * dtype.itemsize * passes + (elements // 8 if added else 0),
             _maker(batch_norm, shape, dtype, torch.float32, layouts[layout], phase, added),
+        )
+
+    for shape, dtype, phase in itertools.product(ROWS, dtypes, ("forward", "backward")):
+
+        def layer_norm(side, x, weight, bias, residual, width=shape[1]):
+            norm = BF.layer_norm if side == "batchops" else F.layer_norm
+            return norm(x, (width,), weight, bias)
+
+        yield Norm(
+            _name("layer_norm", "plain", phase, shape, dtype, "contiguous"),
+            torch.Size(shape).numel() * dtype.itemsize * (2 if phase == "forward" else 3),
+            _maker(layer_norm, shape, dtype, dtype, torch.contiguous_format, phase, residual=False),
         )
 
 
