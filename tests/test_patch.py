@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 import batchops
 from batchops import functional as BF
@@ -133,6 +136,133 @@ def test_what_ours_do_not_take_behaves_as_stock(case):
     expected = outcome(F.batch_norm)
     with batchops.patch():
         assert outcome(F.batch_norm) == expected
+
+
+def left_to_torch():
+    """Calls that torch refuses, or judges by rules of its own: (norm, arguments, keywords)."""
+    x, row, channel = torch.randn(4, 3, 8), torch.rand(8), torch.rand(3)
+    mean, var = torch.zeros(3), torch.ones(3)
+    low, wide = x.bfloat16(), x.double()
+    layer, group, batch, instance = "layer_norm", "group_norm", "batch_norm", "instance_norm"
+    return {
+        # signatures
+        "layer, too few": (layer, (x,), {}),
+        "group, too few": (group, (x,), {}),
+        "batch, too few": (batch, (x,), {}),
+        "instance, none": (instance, (), {}),
+        "layer, too many": (layer, (x, (8,), row, row, 1e-5, True), {}),
+        "layer, twice": (layer, (x, (8,)), {"input": x}),
+        "a keyword of ours, activation": (group, (x, 3), {"activation": "relu"}),
+        "a keyword of ours, residual": (layer, (x, (8,)), {"residual": x}),
+        "a keyword of ours, cast_output": (layer, (x, (8,)), {"cast_output": True}),
+        "a keyword of ours, ghost_batch_size": (batch, (x, mean, var), {"ghost_batch_size": 2}),
+        # types
+        "normalized_shape as a number": (layer, (x, 8), {}),
+        "normalized_shape as a set": (layer, (x, {8}), {}),
+        "normalized_shape as an array": (layer, (x, np.array([8])), {}),
+        "normalized_shape as a tensor": (layer, (x, torch.tensor([8])), {}),
+        "normalized_shape of floats": (layer, (x, (8.0,)), {}),
+        "normalized_shape of nothing": (layer, (x, ()), {}),
+        "normalized_shape that is longer": (layer, (x, (1, 4, 3, 8)), {}),
+        "num_groups as a bool": (group, (x, True), {}),
+        "num_groups as a float": (group, (x, 3.0), {}),
+        "num_groups as a string": (group, (x, "3"), {}),
+        "num_groups of 0": (group, (x, 0), {}),
+        "weight as a list": (batch, (x, mean, var, [1.0] * 3), {"training": True}),
+        "statistics as lists": (batch, (x, [0.0] * 3, [1.0] * 3), {"training": True}),
+        "input as a list": (layer, ([1.0, 2.0], (2,)), {}),
+        "training as a number": (batch, (x, mean, var), {"training": 1}),
+        "use_input_stats as None": (instance, (x,), {"use_input_stats": None}),
+        "momentum as a string, of no use": (
+            batch,
+            (x, None, None),
+            {"training": True, "momentum": "a"},
+        ),
+        "momentum as None, of no use": (instance, (x,), {"momentum": None}),
+        "eps as None": (layer, (x, (8,)), {"eps": None}),
+        "eps as a bool": (layer, (x, (8,)), {"eps": True}),
+        "eps as a string": (batch, (x, mean, var), {"eps": "a"}),
+        # values
+        "eps that is NaN": (batch, (x, mean, var), {"training": True, "eps": float("nan")}),
+        "eps of 0": (batch, (x, mean, var), {"training": True, "eps": 0.0}),
+        "eps below 0": (group, (x, 3), {"eps": -1.0}),
+        "groups that do not divide": (group, (x, 2, torch.ones(4)), {}),
+        "a running_mean that requires a gradient": (
+            batch,
+            (x, mean.clone().requires_grad_(), var),
+            {"training": True},
+        ),
+        # dtypes
+        "float32 weight for float64": (layer, (wide, (8,), row), {}),
+        "float32 statistics for float64": (batch, (wide, mean, var), {}),
+        "bfloat16 weight for float32": (group, (x, 3, channel.bfloat16()), {}),
+        "bfloat16 weight, float32 bias": (
+            batch,
+            (low, None, None, channel.bfloat16(), mean, True),
+            {},
+        ),
+        "bfloat16 weight, float32 statistics": (batch, (low, mean, var, channel.bfloat16()), {}),
+    }
+
+
+@pytest.mark.parametrize("case", left_to_torch())
+def test_calls_that_are_left_to_torch(case):
+    """The same result to the last bit, or the same error to the last character."""
+
+    def outcome():
+        torch.manual_seed(0)
+        name, arguments, keywords = left_to_torch()[case]
+        try:
+            y = getattr(F, name)(*arguments, **keywords)
+        except Exception as error:
+            return type(error), str(error), arguments
+        return y, arguments
+
+    def equal(a, b):
+        if torch.is_tensor(a):
+            return torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and a.dtype == b.dtype
+        return str(a) == str(b)
+
+    expected = outcome()
+    with batchops.patch():
+        got = outcome()
+        assert not ran_ours(outcome)
+    assert len(got) == len(expected)
+    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True):
+        assert equal(a, b)
+
+
+SERVED = {
+    # what is not left to torch of the dtypes and types above
+    "bfloat16, float32 parameters": lambda x: F.batch_norm(
+        x.bfloat16(), torch.zeros(3), torch.ones(3), torch.ones(3), training=True
+    ),
+    "bfloat16, all of them": lambda x: F.layer_norm(x.bfloat16(), [8], torch.ones(8).bfloat16()),
+    "float64, all of them": lambda x: F.group_norm(x.double(), 3, torch.ones(3).double()),
+    "keywords alone": lambda x: F.instance_norm(weight=torch.ones(3), input=x, eps=1),
+    "a size": lambda x: F.layer_norm(x, x.shape[1:]),
+    "a parameter": lambda x: F.group_norm(nn.Parameter(x), 1, nn.Parameter(torch.ones(3))),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_calls_that_are_ours(case):
+    x = torch.randn(4, 3, 8)
+    expected = SERVED[case](x)
+    with batchops.patch():
+        assert ran_ours(lambda: SERVED[case](x))
+        torch.testing.assert_close(SERVED[case](x), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_torchs(name):
+    with batchops.patch():
+        ours = getattr(F, name)
+        parameters = inspect.signature(ours, follow_wrapped=False).parameters.values()
+    stock = inspect.signature(STOCK[name]).parameters.values()
+    assert [(p.name, p.default, p.kind) for p in parameters] == [
+        (p.name, p.default, p.kind) for p in stock
+    ]
 
 
 def test_forward_mode_takes_the_stock_path():
