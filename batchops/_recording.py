@@ -101,14 +101,17 @@ def _names(op: Any) -> tuple[str, ...]:
 
 def _again(op: Any, args: tuple[Any, ...], stats: Tensor) -> tuple[Any, tuple[Any, ...]] | None:
     """The operator that makes y from the input and ``stats``, and its arguments after the input;
-    None with a residual, which would have to be kept."""
+    None with a residual, which would have to be kept, and where other kernels than those of such an
+    operator have made y."""
     named = dict(zip(_names(op), args, strict=False))
-    if named["residual"] is not None:
+    if named["residual"] is not None or op is _ops.instance_norm_update.default:
         return None
     weight, bias = named["weight"], named["bias"]
     activation = named["activation"], named["slope"]
     if op is _ops.group_norm.default:
         return _apply_group, (stats, named["num_groups"], weight, bias, None, *activation)
+    if op is _ops.instance_norm.default:
+        return _apply_group, (stats, args[0].size(1), weight, bias, None, *activation)
     if op is _ops.layer_norm.default:
         flat = (t if t is None else t.flatten() for t in (weight, bias))
         return _apply_group, (stats, 1, *flat, None, *activation)

@@ -66,6 +66,8 @@ def register() -> None:
         _ops.group_norm,
         _ops.group_norm_apply,
         _ops.group_norm_backward,
+        _ops.instance_norm,
+        _ops.instance_norm_update,
         _ops.layer_norm,
         _ops.activation,
     ):

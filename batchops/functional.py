@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,7 +26,12 @@ _update = torch.ops.batchops.batch_norm_update.default
 _eval = torch.ops.batchops.batch_norm_eval.default
 _group = torch.ops.batchops.group_norm.default
 _layer = torch.ops.batchops.layer_norm.default
+_instance = torch.ops.batchops.instance_norm.default
+_instance_update = torch.ops.batchops.instance_norm_update.default
 _activation = torch.ops.batchops.activation.default
+
+# torch's own in patch() as well, whose functions may come here
+_stock_batch, _stock_instance = F.batch_norm, F.instance_norm
 
 # None, a name, or a name and its parameter.
 Activation = str | tuple[str, float] | None
@@ -41,7 +48,7 @@ def _has_kernel(input: Tensor, residual: Tensor | None = None) -> bool:
     """Whether there is a kernel of ours for device and dtypes; else the stock op serves."""
     if residual is not None and residual.dtype != input.dtype:
         return False
-    if input.layout is not torch.strided:
+    if input.layout is not torch.strided or input.is_nested:
         return False
     if type(input) is not Tensor and is_sharded(input):
         return False
@@ -85,16 +92,94 @@ def _activation_of(activation: Activation) -> tuple[str, float]:
     )
 
 
-def _call(op: Callable[..., Any], *args: Any) -> Tensor:
+def _call(op: Any, *args: Any) -> Tensor:
     """A norm's operator; inside recompute(), its output can be rebuilt."""
-    if _recording.open_anywhere and not torch.compiler.is_compiling():
-        return _recording.record(op, args)
-    return op(*args)[0]
+    try:
+        if _recording.open_anywhere and not torch.compiler.is_compiling():
+            return _recording.record(op, args)
+        return op(*args)[0]
+    except RuntimeError as error:
+        return _after(error, op, args)
+
+
+def _after(error: RuntimeError, op: Any, args: tuple[Any, ...]) -> Tensor:
+    """What is looked at once an operator has raised, and costs the calls that succeed no time."""
+    named = dict(zip((a.name for a in op._schema.arguments), args, strict=False))
+    # For a type that is not the schema's, operators that are not torch's have a RuntimeError.
+    full_name = op._schema.name
+    expected = rf"{full_name}\(\) Expected a value of type '(.+?)' for argument '(\w+)'"
+    wrong = re.match(expected, str(error))
+    if wrong is not None:
+        kind, name = wrong.groups()
+        norm = full_name.removeprefix("batchops::")
+        raise TypeError(
+            f"{norm.removesuffix('_update').removesuffix('_eval')}: expected {name} to be {kind}, "
+            f"got {reprlib.repr(named[name])} of type {type(named[name]).__name__}"
+        ) from None
+    if "momentum" in named and any(map(torch._is_functional_tensor, args[:3])):
+        return _functionalized(op, named)
+    raise error
+
+
+def _functionalized(op: Any, named: dict[str, Any]) -> Tensor:
+    """In torch.func.functionalize, which follows what torch's own operators write to running
+    statistics, and refuses ours. A rule of ours for it would be torch.compile's as well, in the
+    place of its own, which needs no copy of them."""
+    statistics = named["running_mean"], named["running_var"]
+    affine = named["weight"], named["bias"]
+    rest = named["momentum"], named["eps"]
+    end = named["residual"], named["activation"], named["slope"]
+    if op is _instance_update:
+        _check_sum("instance_norm", named["input"], *end)
+        y = _stock_instance(named["input"], *statistics, *affine, True, *rest)
+    else:
+        _check_sum("batch_norm", named["input"], *end)
+        ghost = named.get("ghost_batch_size", 0)
+        y = _stock_with_ghosts(named["input"], *statistics, *affine, True, *rest, ghost)
+    return _finish(y, *end)
+
+
+def _check_tensor(op: str, residual: Any) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(
+            f"{op}: expected residual to be a Tensor or None, got {type(residual).__name__}"
+        )
+
+
+def _check_sum(op: str, input: Tensor, residual: Tensor | None, name: str, slope: float) -> None:
+    """What _finish() adds to torch's norms, before those have written to running statistics."""
+    _activation(torch.empty(0, dtype=input.dtype, device="cpu"), name, slope)
+    if residual is None or input.is_nested or residual.is_nested:
+        return
+    if residual.device != input.device:
+        raise RuntimeError(
+            f"{op}: expected residual on {input.device}, where input is, but got it on "
+            f"{residual.device}"
+        )
+    if residual.shape != input.shape:
+        raise RuntimeError(
+            f"{op}: expected residual of input's size {list(input.shape)}, but got "
+            f"{list(residual.shape)}"
+        )
 
 
 def _finish(y: Tensor, residual: Tensor | None, name: str, slope: float) -> Tensor:
     """What a norm of torch's own lacks: the residual and the activation."""
-    return _activation(y if residual is None else y + residual, name, slope)
+    z = y if residual is None else y + residual
+    if z.is_nested and name != "none":
+        return _ON_NESTED[name](z, slope)
+    return _activation(z, name, slope)
+
+
+# The activation operator is made of what has no kernel for them.
+_ON_NESTED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, _: F.relu(z),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda z, _: F.silu(z),
+    "gelu": lambda z, _: F.gelu(z),
+    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
+    "hardswish": lambda z, _: F.hardswish(z),
+}
 
 
 def _cast(
@@ -143,15 +228,22 @@ def _of_arrays(op: Callable[..., Tensor], arguments: dict[str, Any]) -> Any:
         return cupy.from_dlpack(op(**tensors))
 
 
-def _one_running_statistic(
-    op: str, running_mean: Tensor | None, running_var: Tensor | None, alternative: str
-) -> RuntimeError:
+def _missing_statistic(
+    op: str, running_mean: Tensor | None, running_var: Tensor | None, needed: str | None = None
+) -> Exception:
+    """``needed``: the reason why None for both is not enough."""
+
     def given(t: Tensor | None) -> str:
         return "None" if t is None else "a tensor"
 
-    return RuntimeError(
-        f"{op}: expected running_mean and running_var both given{alternative}, but got "
-        f"running_mean={given(running_mean)} and running_var={given(running_var)}"
+    got = f"got running_mean={given(running_mean)} and running_var={given(running_var)}"
+    if needed is not None:
+        return RuntimeError(
+            f"{op}: expected running_mean and running_var both given, since {needed}, but {got}"
+        )
+    # torch's words, so that what matches on them goes on working
+    return ValueError(
+        f"{op}: running_mean and running_var must either both be None or neither be None, but {got}"
     )
 
 
@@ -172,24 +264,27 @@ def _ghost_size(ghost_batch_size: int | None) -> int:
     return min(ghost_batch_size, _WHOLE)
 
 
-def _stock_ghosts(
+def _stock_with_ghosts(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    training: bool,
     momentum: float,
     eps: float,
     ghost: int,
 ) -> Tensor:
-    """Ghost batches by torch's operators, where there is no kernel."""
+    """torch's batch norm, and ghost batches by its operators, where there is no kernel."""
+    if input.dim() < 2 or not 0 < ghost < input.size(0) or input.numel() == 0:
+        return _stock_batch(input, running_mean, running_var, weight, bias, training, momentum, eps)
     ends = list(range(ghost, input.size(0), ghost))
     values = math.prod(input.shape[2:])
     if ends and (input.size(0) - ends[-1]) * values == 1:
         ends.pop()
     y = torch.cat(
         [
-            F.batch_norm(part, None, None, weight, bias, True, momentum, eps)
+            _stock_batch(part, None, None, weight, bias, True, momentum, eps)
             for part in input.tensor_split(ends)
         ]
     )
@@ -252,8 +347,11 @@ def batch_norm(
 
     Raises:
         ValueError: one value per channel (of a ghost batch) when training; unknown ``activation``;
-            ``eps`` or ``ghost_batch_size`` out of range.
-        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
+            ``eps`` or ``ghost_batch_size`` out of range; one running statistic without the other
+            when ``training``.
+        TypeError: an argument of another kind, naming it.
+        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument; a running
+            statistic that requires a gradient.
 
     A device or dtype without a kernel here (CUDA float64, MPS, ...) takes torch's operators.
 
@@ -280,18 +378,17 @@ def batch_norm(
         return _of_arrays(batch_norm, locals())
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a float, got None")
-    name, slope = _activation_of(activation)
-    ghost = _ghost_size(ghost_batch_size)
+    if residual is not None:
+        _check_tensor("batch_norm", residual)
+    # most calls have none of the two, and a call of a function costs a hundredth of theirs
+    name, slope = ("none", _SLOPE) if activation is None else _activation_of(activation)
+    ghost = 0 if ghost_batch_size is None else _ghost_size(ghost_batch_size)
     if not training:
         ghost = 0
     if not _has_kernel(input, residual):
-        if input.dim() > 1 and 0 < ghost < input.size(0) and input.numel() != 0:
-            stats = running_mean, running_var
-            y = _stock_ghosts(input, *stats, weight, bias, momentum, eps, ghost)
-        else:
-            y = F.batch_norm(
-                input, running_mean, running_var, weight, bias, training, momentum, eps
-            )
+        _check_sum("batch_norm", input, residual, name, slope)
+        stats = running_mean, running_var
+        y = _stock_with_ghosts(input, *stats, weight, bias, training, momentum, eps, ghost)
         return _finish(y, residual, name, slope)
     # left out where it is 0: every argument costs time
     ghosts = (False, ghost) if ghost else ()
@@ -308,8 +405,8 @@ def batch_norm(
         return _call(
             _eval, input, running_mean, running_var, weight, bias, residual, eps, name, slope
         )
-    alternative = " or both None when training" if training else ", since training is False"
-    raise _one_running_statistic("batch_norm", running_mean, running_var, alternative)
+    needed = None if training else "training is False"
+    raise _missing_statistic("batch_norm", running_mean, running_var, needed)
 
 
 def group_norm(
@@ -350,6 +447,7 @@ def group_norm(
 
     Raises:
         ValueError: one value per group; unknown ``activation``.
+        TypeError: an argument of another kind, naming it.
         RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
 
     A device or dtype without a kernel here (CUDA float64, MPS, ...) takes torch's operators.
@@ -371,12 +469,17 @@ def group_norm(
         )
     if not isinstance(input, Tensor):
         return _of_arrays(group_norm, locals())
+    if residual is not None:
+        _check_tensor("group_norm", residual)
     if input.dim() < 2:
         raise RuntimeError(
             f"Expected at least 2 dimensions for input tensor but received {input.dim()}"
         )
     if num_groups <= 0:
-        raise RuntimeError(f"group_norm: expected num_groups to be positive, got {num_groups}")
+        # torch's words, so that what matches on them goes on working
+        raise RuntimeError(
+            f"group_norm: Expected num groups to be greater than 0, got {num_groups}"
+        )
     size = input.size()
     # torch's own check, which counts the values of a group over the whole batch
     F._verify_batch_size([size[0] * size[1] // num_groups, num_groups, *size[2:]])
@@ -384,6 +487,7 @@ def group_norm(
     input, residual = _cast(cast_output, input, residual)
     weight, bias = _cast_parameters(input, weight, bias)
     if not _has_kernel(input, residual):
+        _check_sum("group_norm", input, residual, name, slope)
         return _finish(F.group_norm(input, num_groups, weight, bias, eps), residual, name, slope)
     return _call(_group, input, num_groups, weight, bias, residual, eps, name, slope)
 
@@ -418,6 +522,7 @@ def layer_norm(
 
     Raises:
         ValueError: unknown ``activation``.
+        TypeError: an argument of another kind, naming it.
         RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
 
     Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
@@ -437,10 +542,13 @@ def layer_norm(
         )
     if not isinstance(input, Tensor):
         return _of_arrays(layer_norm, locals())
+    if residual is not None:
+        _check_tensor("layer_norm", residual)
     name, slope = _activation_of(activation)
     input, residual = _cast(cast_output, input, residual)
     weight, bias = _cast_parameters(input, weight, bias)
     if not _has_kernel(input, residual):
+        _check_sum("layer_norm", input, residual, name, slope)
         y = F.layer_norm(input, normalized_shape, weight, bias, eps)
         return _finish(y, residual, name, slope)
     return _call(_layer, input, normalized_shape, weight, bias, residual, eps, name, slope)
@@ -471,7 +579,8 @@ def instance_norm(
     Args:
         input: ``(N, C, *)`` with more than one position; dtypes, layouts and kinds of array as for
             :func:`group_norm`.
-        running_mean, running_var: ``(C,)``, of ``input``'s dtype or float32; both or none.
+        running_mean, running_var: ``(C,)``; both or none. Of any floating dtype where they are
+            updated, of ``input``'s dtype or float32 where they are used.
         weight, bias: ``(C,)``, of ``input``'s dtype or float32; or ``None`` for 1 and 0.
         momentum: weight of the new batch in the running statistics, no unit, 0 to 1.
         eps: added to the variance, in squared units of ``input``.
@@ -482,8 +591,11 @@ def instance_norm(
         Tensor of ``input``'s size, dtype and layout. Differentiable as :func:`group_norm` is.
 
     Raises:
-        ValueError: one position only; unknown ``activation``.
-        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument.
+        ValueError: one position only; unknown ``activation``; one running statistic without the
+            other with ``use_input_stats``.
+        TypeError: an argument of another kind, naming it.
+        RuntimeError: sizes, dtypes or devices that do not fit, naming the argument; a running
+            statistic that requires a gradient.
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022.
     """
@@ -505,50 +617,27 @@ def instance_norm(
         )
     if not isinstance(input, Tensor):
         return _of_arrays(instance_norm, locals())
-    if (running_mean is None) != (running_var is None) or (
-        running_mean is None and not use_input_stats
-    ):
-        alternative = " or both None" if use_input_stats else ", since use_input_stats is False"
-        raise _one_running_statistic("instance_norm", running_mean, running_var, alternative)
-    if use_input_stats:
-        F._verify_spatial_size(input.size())
+    if residual is not None:
+        _check_tensor("instance_norm", residual)
+    if momentum is None:
+        raise TypeError("instance_norm: expected momentum to be a float, got None")
+    if not use_input_stats and (running_mean is None or running_var is None):
+        needed = "use_input_stats is False"
+        raise _missing_statistic("instance_norm", running_mean, running_var, needed)
     name, slope = _activation_of(activation)
     if not _has_kernel(input, residual):
-        y = F.instance_norm(
+        _check_sum("instance_norm", input, residual, name, slope)
+        y = _stock_instance(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
         return _finish(y, residual, name, slope)
+    end = eps, name, slope
     if not use_input_stats:
-        return batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            False,
-            momentum,
-            eps,
-            activation=activation,
-            residual=residual,
-        )
-    channels = input.size(1)
+        stats = running_mean, running_var
+        return _call(_eval, input, *stats, weight, bias, residual, *end)
+    if running_mean is None and running_var is None:
+        return _call(_instance, input, weight, bias, residual, *end)
     if running_mean is None or running_var is None:
-        return _call(_group, input, channels, weight, bias, residual, eps, name, slope)
-    for what, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running.shape != (channels,):
-            raise RuntimeError(
-                f"instance_norm: expected {what} of size [{channels}], one element for each "
-                f"channel of the input, got {list(running.shape)}"
-            )
-    y, stats, _ = _group(input, channels, weight, bias, residual, eps, name, slope)
-    if input.numel() != 0:
-        with torch.no_grad():
-            positions = input.numel() // (input.size(0) * channels)
-            high, low, rstd = stats.double().view(3, -1, channels)
-            var = (rstd.pow(-2) - eps).clamp_min(0) * (positions / (positions - 1))
-            for running, batch in (
-                (running_mean, (high + low).mean(0)),
-                (running_var, var.mean(0)),
-            ):
-                running.copy_(running.double().lerp(batch, momentum))
-    return y
+        raise _missing_statistic("instance_norm", running_mean, running_var)
+    stats = running_mean, running_var
+    return _call(_instance_update, input, *stats, weight, bias, residual, momentum, *end)

@@ -51,7 +51,11 @@ CASES = {
         RuntimeError,
         "running_var should contain 3",
     ),
-    "weight dtype": ({"weight": torch.ones(3).half()}, RuntimeError, "weight to be Float"),
+    "weight dtype": (
+        {"weight": torch.ones(3).half()},
+        RuntimeError,
+        "weight to be Float, like input, but got Half",
+    ),
     "weight and bias differ": (
         {"input": torch.randn(4, 3, 5, 5).bfloat16(), "weight": torch.ones(3).bfloat16()},
         RuntimeError,
@@ -75,7 +79,7 @@ CASES = {
         r"Expected more than 1 value per channel when training, got input size "
         r"torch.Size\(\[1, 3, 1, 1\]\)",
     ),
-    "eps when training": ({"eps": 0.0}, ValueError, "eps must be positive"),
+    "eps when training": ({"eps": 0.0}, ValueError, r"eps must be positive .* but got 0\.0$"),
     "eps in eval": ({"eps": -1.0, "training": False}, ValueError, "eps must be non-negative"),
     "4-D weight": ({"weight": torch.ones(1, 3, 1, 1)}, RuntimeError, "weight to be 1-D"),
     "2-D running_mean": (
@@ -84,6 +88,29 @@ CASES = {
         "running_mean to be 1-D",
     ),
     "list input": ({"input": [1.0]}, TypeError, "Tensor or a cupy.ndarray, got list"),
+    "running_mean before weight": (
+        {"running_mean": torch.zeros(4), "weight": torch.ones(4)},
+        RuntimeError,
+        "running_mean should contain 3 elements not 4",
+    ),
+    "list weight": ({"weight": [1.0] * 3}, TypeError, r"weight to be .*Tensor.*got \[1.0, .* list"),
+    "no eps": ({"eps": None}, TypeError, "eps"),
+    "number residual": ({"residual": 3.0}, TypeError, "batch_norm: expected residual .*got float"),
+    "running_mean with a gradient": (
+        {"running_mean": torch.zeros(3, requires_grad=True)},
+        RuntimeError,
+        "not differentiable with respect to argument 'running_mean'",
+    ),
+    "running_var with a gradient": (
+        {"running_var": torch.ones(3, requires_grad=True)},
+        RuntimeError,
+        "not differentiable with respect to argument 'running_var'",
+    ),
+    "running_mean with a gradient in eval": (
+        {"running_mean": torch.zeros(3, requires_grad=True), "training": False},
+        RuntimeError,
+        "not differentiable with respect to argument 'running_mean'",
+    ),
     "no momentum": ({"momentum": None}, TypeError, "momentum to be a float"),
     "activation": ({"activation": "selu"}, ValueError, "'relu', .*'hardswish', got 'selu'"),
     "no statistics in eval": (
@@ -91,7 +118,11 @@ CASES = {
         RuntimeError,
         "running_mean",
     ),
-    "one statistic": ({"running_var": None}, RuntimeError, "running_var=None"),
+    "one statistic": (
+        {"running_var": None},
+        ValueError,
+        "must either both be None or neither be None, .* running_var=None",
+    ),
 }
 
 
@@ -118,10 +149,72 @@ DIFFERS = {
     "weight device": "torch computes a meta result",
     "4-D weight": "torch fails in the backward, and not everywhere",
     "list input": "torch: AttributeError when training, TypeError in eval",
-    "one statistic": "torch updates the one that is given",
+    "one statistic": "torch 2.11 updates the one that is given",
     "eps when training": "torch 2.11 takes 0",
     "eps in eval": "torch 2.11 takes negative values",
 }
+
+
+def test_nan_for_eps_is_nan_in_the_output():
+    y, expected = (f(**good(), eps=float("nan")) for f in (BF.batch_norm, F.batch_norm))
+    assert y.isnan().all()
+    assert expected.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_no_gradient_of_running_statistics(name):
+    """Neither by zeros, as torch.func would give, nor where no gradient is asked for an error."""
+    norm, x = getattr(BF, name), torch.randn(4, 3, 5)
+    for stats in (True, False):  # from the batch, as given
+        mean, var = torch.zeros(3), torch.ones(3)
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument"):
+            torch.func.grad(lambda m, var=var, s=stats: norm(x, m, var, None, None, s).sum())(mean)
+        mean.requires_grad_()
+        with torch.no_grad():
+            y = norm(x, mean, var, None, None, stats)
+        expected = getattr(F, name)(x, torch.zeros(3), torch.ones(3), None, None, stats)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+STOCK_REFUSALS = {
+    "activation": ({"activation": "selu"}, ValueError, "'hardswish', got 'selu'"),
+    "residual that is larger": (
+        {"residual": torch.randn(2, 4, 3, 5, 5)},
+        RuntimeError,
+        r"residual of input's size \[4, 3, 5, 5\], but got \[2, 4, 3, 5, 5\]",
+    ),
+    "residual that is smaller": (
+        {"residual": torch.randn(3, 1, 1)},
+        RuntimeError,
+        r"residual of input's size",
+    ),
+    "residual elsewhere": (
+        {"residual": torch.empty(4, 3, 5, 5, device="meta")},
+        RuntimeError,
+        "residual on cpu",
+    ),
+    "residual that is a number": ({"residual": 3.0}, TypeError, "residual to be a Tensor or None"),
+}
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm", "layer_norm", "instance_norm"])
+@pytest.mark.parametrize("case", STOCK_REFUSALS)
+def test_refused_before_torchs_operators_run(name, case):
+    """A residual of another dtype than the input's takes those. They know nothing of what follows
+    them, and would have moved the running statistics."""
+    changed, error, text = STOCK_REFUSALS[case]
+    x = torch.randn(4, 3, 5, 5).bfloat16()
+    mean, var = torch.zeros(3), torch.ones(3)
+    norm = {
+        "batch_norm": lambda **k: BF.batch_norm(x, mean, var, training=True, **k),
+        "group_norm": lambda **k: BF.group_norm(x, 3, **k),
+        "layer_norm": lambda **k: BF.layer_norm(x, (5,), **k),
+        "instance_norm": lambda **k: BF.instance_norm(x, mean, var, **k),
+    }[name]
+    with pytest.raises(error, match=text):
+        norm(**{"residual": torch.randn(4, 3, 5, 5), **changed})
+    assert mean.eq(0).all()
+    assert var.eq(1).all()
 
 
 def test_module_checks_dimensions_like_torch():
@@ -141,7 +234,7 @@ def test_module_refuses_an_unknown_activation_at_once():
 def test_failed_forward_leaves_the_module_as_it_was():
     norm = bnn.BatchNorm2d(3, activation="relu")
     state = {k: v.clone() for k, v in norm.state_dict().items()}
-    with pytest.raises(RuntimeError, match="weight should contain 4"):
+    with pytest.raises(RuntimeError, match="running_mean should contain 4 elements not 3"):
         norm(torch.randn(2, 4, 3, 3))
     assert all(torch.equal(norm.state_dict()[key], value) for key, value in state.items())
 
@@ -172,7 +265,8 @@ def test_a_device_without_code_is_left_to_torch_with_a_warning(monkeypatch):
     class Somewhere:
         """What the norms look at of a tensor on a device that is not here."""
 
-        layout, dtype, is_cpu, is_cuda = torch.strided, torch.float32, False, True
+        layout, is_nested, dtype = torch.strided, False, torch.float32
+        is_cpu, is_cuda = False, True
 
         def __init__(self, index: int) -> None:
             self.device = torch.device("cuda", index)

@@ -5,11 +5,14 @@ Their numbers, kernel by kernel, are in test_group_norm_kernels.py.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import batchops
 from batchops import functional as BF
 from batchops import nn as bnn
 
@@ -248,10 +251,44 @@ def test_func_grad(name, activation, residual):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_forward_mode_is_refused_clearly():
-    (x, w, b, _), ours, _, _ = case("group_norm", grad=False)
-    with pytest.raises(NotImplementedError, match="group_norm: forward-mode"):
+@pytest.mark.parametrize("name", NORMS)
+def test_forward_mode_is_refused_clearly(name):
+    (x, w, b, _), ours, _, _ = case(name, grad=False)
+    with pytest.raises(NotImplementedError, match=f"^{name}: forward-mode.*functional.{name} "):
         torch.func.jvp(lambda t: ours(t, w, b), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_outputs_are_no_views(name):
+    """Autograd forbids writes to views that were made without it, and detach_() of any view."""
+    (x, w, b, _), ours, _, _ = case(name)
+    y = ours(x, w, b)
+    assert y._base is None
+    y.detach_()
+    with torch.no_grad():
+        z = ours(x, w, b)
+    z += torch.ones_like(z, requires_grad=True)
+    assert z.requires_grad
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu", "gelu_tanh"])
+def test_nested_tensors_take_torchs_layer_norm(activation):
+    rows = [torch.randn(2, 8), torch.randn(3, 8)]
+    norm = bnn.LayerNorm(8, activation=activation_argument(activation))
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        x = torch.nested.nested_tensor(rows)
+    got = norm(x)
+    assert got.is_nested
+    for row, one in zip(rows, got.unbind(), strict=True):
+        torch.testing.assert_close(one, norm(row), rtol=1e-5, atol=1e-5)
+    stock = torch.nn.LayerNorm(8)
+    expected = stock(x)
+    with batchops.patch():
+        patched = stock(x)
+    assert all(map(torch.equal, patched.unbind(), expected.unbind()))
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -346,7 +383,21 @@ def test_instance_norm_leaves_statistics_alone_for_nothing():
 
 ERRORS = {
     "channels": (lambda: BF.group_norm(torch.randn(2, 6, 4), 4), RuntimeError, "divisible"),
-    "groups": (lambda: BF.group_norm(torch.randn(2, 6, 4), 0), RuntimeError, "num_groups"),
+    "groups": (
+        lambda: BF.group_norm(torch.randn(2, 6, 4), 0),
+        RuntimeError,
+        "num groups to be greater",
+    ),
+    "groups before weight": (
+        lambda: BF.group_norm(torch.randn(4, 5, 2), 2, torch.ones(6)),
+        RuntimeError,
+        "channels in input to be divisible by num_groups",
+    ),
+    "groups of another type": (
+        lambda: BF.group_norm(torch.randn(2, 6, 4), 2.0),
+        TypeError,
+        "group_norm: expected num_groups to be int, got 2.0 of type float",
+    ),
     "dimensions": (lambda: BF.group_norm(torch.randn(6), 2), RuntimeError, "at least 2 dim"),
     "one value": (lambda: BF.group_norm(torch.randn(1, 4), 4), ValueError, "more than 1 value"),
     "weight": (
@@ -385,6 +436,31 @@ ERRORS = {
         RuntimeError,
         "weight to be of same shape as normalized_shape",
     ),
+    "row weight dtype": (
+        lambda: BF.layer_norm(torch.randn(2, 3, 6), (6,), torch.ones(6).double()),
+        RuntimeError,
+        "^layer_norm: expected weight to be Float, like input, but got Double",
+    ),
+    "row bias dtype": (
+        lambda: BF.layer_norm(torch.randn(2, 6).bfloat16(), (6,), None, torch.ones(6).double()),
+        RuntimeError,
+        r"^layer_norm: expected bias to be BFloat16 \(like input\) or Float, but got Double",
+    ),
+    "row weight device": (
+        lambda: BF.layer_norm(torch.randn(2, 6), (6,), torch.ones(6, device="meta")),
+        RuntimeError,
+        "^layer_norm: expected weight on cpu",
+    ),
+    "row of another type": (
+        lambda: BF.layer_norm(torch.randn(2, 6), 6),
+        TypeError,
+        "layer_norm: expected normalized_shape to be .* got 6 of type int",
+    ),
+    "row without eps": (
+        lambda: BF.layer_norm(torch.randn(2, 6), (6,), eps=None),
+        TypeError,
+        "layer_norm: expected eps to be float, got None",
+    ),
     "row residual": (
         lambda: BF.layer_norm(torch.randn(2, 6), (6,), residual=torch.randn(2, 5)),
         RuntimeError,
@@ -397,13 +473,33 @@ ERRORS = {
     ),
     "half of the statistics": (
         lambda: BF.instance_norm(torch.randn(2, 6, 4), torch.zeros(6)),
+        ValueError,
+        "running_mean and running_var must either both be None",
+    ),
+    "no statistics to use": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 4), use_input_stats=False),
         RuntimeError,
-        "running_mean and running_var both",
+        "running_mean and running_var both given, since use_input_stats is False",
+    ),
+    "no momentum": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 4), momentum=None),
+        TypeError,
+        "instance_norm: expected momentum to be a float",
+    ),
+    "instance weight dtype": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 4), weight=torch.ones(6).double()),
+        RuntimeError,
+        "^instance_norm: expected weight to be Float, like input",
+    ),
+    "instance weight": (
+        lambda: BF.instance_norm(torch.randn(2, 6, 4), weight=torch.ones(5)),
+        RuntimeError,
+        "^instance_norm: weight should contain 6 elements not 5",
     ),
     "size of the statistics": (
         lambda: BF.instance_norm(torch.randn(2, 6, 4), torch.zeros(5), torch.ones(5)),
         RuntimeError,
-        "running_mean of size",
+        "^instance_norm: running_mean should contain 6 elements not 5",
     ),
     "module weight": (
         lambda: bnn.InstanceNorm1d(3, affine=True)(torch.randn(2, 6, 4)),

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <sstream>
+#include <string>
 
 #include "kernels/batch_norm.h"
 #include "torch/activation.h"
@@ -16,13 +17,24 @@ constexpr const char* kBatchNorm = "batch_norm";
 void check_running(const Tensor& input, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var) {
   auto type = at::ScalarType::Undefined;
-  check_per_channel(kBatchNorm, "running_mean", running_mean, input, type);
-  check_per_channel(kBatchNorm, "running_var", running_var, input, type);
+  check_per_channel(kBatchNorm, "running_mean", running_mean, input);
+  check_dtype(kBatchNorm, "running_mean", running_mean, input, type);
+  check_per_channel(kBatchNorm, "running_var", running_var, input);
+  check_dtype(kBatchNorm, "running_var", running_var, input, type);
+}
+
+// As Python prints it, so that torch's words come out whole.
+std::string python_float(double value) {
+  std::ostringstream text;
+  text << value;
+  const bool whole = text.str().find_first_not_of("-0123456789") == std::string::npos;
+  return whole ? text.str() + ".0" : text.str();
 }
 
 // Ghost batches of one value have no variance either.
 void check_training(const Tensor& input, double eps, int64_t ghost) {
-  TORCH_CHECK_VALUE(eps > 0, kBatchNorm, " eps must be positive during training, but got ", eps);
+  TORCH_CHECK_VALUE(!(eps <= 0), kBatchNorm, " eps must be positive during training, but got ",
+                    python_float(eps));
   TORCH_CHECK_VALUE(ghost >= 0, kBatchNorm,
                     ": expected ghost_batch_size to be positive, or 0 for the whole batch, got ",
                     ghost);
@@ -65,8 +77,10 @@ ForwardOutputs forward(const Tensor& input, const OptionalTensor& running_mean,
   const NormForwardCall call{kBatchNorm, input,    weight,
                              bias,       residual, parse_activation(kBatchNorm, activation),
                              slope,      save_mask};
-  check_norm_input(kBatchNorm, input, weight, bias, residual);
+  check_norm_input(kBatchNorm, input);
   check_running(input, running_mean, running_var);
+  check_affine(kBatchNorm, input, weight, bias);
+  check_residual(kBatchNorm, input, residual);
   if (training && !stats) check_training(input, eps, ghost);
   NormForwardTensors tensors(call, stats_columns(input, ghost).expect_int(), stats);
   if (input.numel() == 0) return tensors.outputs();
@@ -166,8 +180,10 @@ ForwardOutputs forward_meta(const Tensor& input, const OptionalTensor& running_m
   const NormForwardCall call{kBatchNorm, input,    weight,
                              bias,       residual, parse_activation(kBatchNorm, activation),
                              slope,      save_mask};
-  check_norm_input(kBatchNorm, input, weight, bias, residual);
+  check_norm_input(kBatchNorm, input);
   check_running(input, running_mean, running_var);
+  check_affine(kBatchNorm, input, weight, bias);
+  check_residual(kBatchNorm, input, residual);
   if (training) check_training(input, eps, ghost);
   return norm_forward_meta(call, stats_columns(input, ghost));
 }

@@ -1,5 +1,6 @@
 // torch.ops.batchops.group_norm and layer_norm: schemas, checks, allocation and launch; autograd in
 // norm_autograd.cpp.
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -14,7 +15,7 @@ namespace {
 constexpr const char* kGroupNorm = "group_norm";
 
 void check_groups(const char* op, const Tensor& input, int64_t num_groups) {
-  TORCH_CHECK(num_groups > 0, op, ": expected num_groups to be greater than 0, got ", num_groups);
+  TORCH_CHECK(num_groups > 0, op, ": Expected num groups to be greater than 0, got ", num_groups);
   TORCH_CHECK(input.sym_size(1) % num_groups == 0, op,
               ": Expected number of channels in input to be divisible by num_groups, but got input "
               "of shape ",
@@ -28,8 +29,10 @@ ForwardOutputs forward(const Tensor& input, int64_t num_groups, const OptionalTe
   const NormForwardCall call{kGroupNorm, input,    weight,
                              bias,       residual, parse_activation(kGroupNorm, activation),
                              slope,      save_mask};
-  check_norm_input(kGroupNorm, input, weight, bias, residual);
+  check_norm_input(kGroupNorm, input);
   check_groups(kGroupNorm, input, num_groups);
+  check_affine(kGroupNorm, input, weight, bias);
+  check_residual(kGroupNorm, input, residual);
   NormForwardTensors tensors(call, input.size(0) * num_groups, stats);
   if (input.numel() == 0) return tensors.outputs();
   GroupNormForward args;
@@ -88,8 +91,10 @@ ForwardOutputs group_norm_meta(const Tensor& input, int64_t num_groups,
   const NormForwardCall call{kGroupNorm, input,    weight,
                              bias,       residual, parse_activation(kGroupNorm, activation),
                              slope,      save_mask};
-  check_norm_input(kGroupNorm, input, weight, bias, residual);
+  check_norm_input(kGroupNorm, input);
   check_groups(kGroupNorm, input, num_groups);
+  check_affine(kGroupNorm, input, weight, bias);
+  check_residual(kGroupNorm, input, residual);
   return norm_forward_meta(call, input.sym_size(0) * num_groups);
 }
 
@@ -129,14 +134,16 @@ ForwardOutputs layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_sh
                 ", expected input with shape [*", expected.str(), "], but got input of size",
                 sizes);
   }
+  auto type = at::ScalarType::Undefined;
   for (const auto& [name, t] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}}) {
     TORCH_CHECK(!*t || (*t)->sym_sizes().equals(normalized_shape), op, ": Expected ", name,
                 " to be of same shape as normalized_shape, but got ", name, " of shape ",
                 (*t)->sym_sizes(), " and normalized_shape = ", normalized_shape);
+    check_device(op, name, *t, input);
+    check_dtype(op, name, *t, input, type);
   }
-  TORCH_CHECK(!residual || residual->sym_sizes().equals(sizes), op,
-              ": expected residual of input's size ", sizes, ", but got ",
-              residual ? residual->sym_sizes() : sizes);
+  check_residual(op, input, residual);
+  check_no_tangents(op, input, weight, bias, residual);
   c10::SymInt values = 1;
   for (const auto& size : normalized_shape) values = values * size;
   c10::SymInt rows = 1;
@@ -154,7 +161,9 @@ ForwardOutputs layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_sh
   const OptionalTensor r = residual ? OptionalTensor(as_rows(*residual)) : residual;
   auto outputs =
       group.call(as_rows(input), 1, flat(weight), flat(bias), r, eps, activation, slope, false);
-  if (!is_view) std::get<0>(outputs) = std::get<0>(outputs).view_symint(sizes);
+  // Nobody else has the rows: y is no view of them in autograd's eyes, which would forbid some of
+  // what users do to an output in place.
+  if (!is_view) std::get<0>(outputs) = at::_unsafe_view_symint(std::get<0>(outputs), sizes);
   return outputs;
 }
 

@@ -11,44 +11,62 @@
 
 namespace batchops::binding {
 
-void check_per_channel(const char* op, const char* name, const OptionalTensor& t,
-                       const Tensor& input, at::ScalarType& type) {
-  if (!t) return;
-  TORCH_CHECK(t->device() == input.device(), op, ": expected ", name, " on ", input.device(),
-              ", where input is, but got it on ", t->device());
-  TORCH_CHECK(t->sym_numel() == input.sym_size(1), op, ": ", name, " should contain ",
-              input.sym_size(1), " elements, one for each channel of the input of size ",
-              input.sym_sizes(), ", not ", t->sym_numel());
-  TORCH_CHECK(t->dim() == 1, op, ": expected ", name, " to be 1-D, of size [", input.sym_size(1),
-              "], but got size ", t->sym_sizes());
-  const at::ScalarType got = t->scalar_type();
-  TORCH_CHECK(got == input.scalar_type() || got == at::kFloat, op, ": expected ", name, " to be ",
-              input.scalar_type(), " (like input) or Float, but got ", got);
-  TORCH_CHECK(type == at::ScalarType::Undefined || type == got, op, ": expected ", name, " to be ",
-              type, ", like its companion, but got ", got);
-  type = got;
-}
-
-void check_norm_input(const char* op, const Tensor& input, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& residual) {
+void check_norm_input(const char* op, const Tensor& input) {
   TORCH_CHECK(input.dim() >= 2, op, ": expected input of 2 or more dimensions (N, C, *), got ",
               input.dim(), "-D of size ", input.sym_sizes());
   TORCH_CHECK(input.layout() == at::kStrided, op, ": expected a dense input, got layout ",
               input.layout());
   TORCH_CHECK(dtype_of(input.scalar_type()), op,
               ": expected input to be Float, Half, BFloat16 or Double, got ", input.scalar_type());
+}
+
+void check_device(const char* op, const char* name, const OptionalTensor& t, const Tensor& input) {
+  TORCH_CHECK(!t || t->device() == input.device(), op, ": expected ", name, " on ", input.device(),
+              ", where input is, but got it on ", t->device());
+}
+
+void check_dtype(const char* op, const char* name, const OptionalTensor& t, const Tensor& input,
+                 at::ScalarType& type) {
+  if (!t) return;
+  const at::ScalarType got = t->scalar_type();
+  TORCH_CHECK(got == input.scalar_type() || got == at::kFloat, op, ": expected ", name, " to be ",
+              input.scalar_type(),
+              input.scalar_type() == at::kFloat ? ", like input," : " (like input) or Float,",
+              " but got ", got);
+  TORCH_CHECK(type == at::ScalarType::Undefined || type == got, op, ": expected ", name, " to be ",
+              type, ", like its companion, but got ", got);
+  type = got;
+}
+
+void check_per_channel(const char* op, const char* name, const OptionalTensor& t,
+                       const Tensor& input) {
+  if (!t) return;
+  check_device(op, name, t, input);
+  // torch's words, so that what matches on them goes on working.
+  TORCH_CHECK(t->sym_numel() == input.sym_size(1), op, ": ", name, " should contain ",
+              input.sym_size(1), " elements not ", t->sym_numel(),
+              ": one for each channel of the input of size ", input.sym_sizes());
+  TORCH_CHECK(t->dim() == 1, op, ": expected ", name, " to be 1-D, of size [", input.sym_size(1),
+              "], but got size ", t->sym_sizes());
+}
+
+void check_affine(const char* op, const Tensor& input, const OptionalTensor& weight,
+                  const OptionalTensor& bias) {
   auto type = at::ScalarType::Undefined;
-  check_per_channel(op, "weight", weight, input, type);
-  check_per_channel(op, "bias", bias, input, type);
-  if (residual) {
-    TORCH_CHECK(residual->device() == input.device(), op, ": expected residual on ", input.device(),
-                ", where input is, but got it on ", residual->device());
-    TORCH_CHECK(residual->scalar_type() == input.scalar_type(), op, ": expected residual to be ",
-                input.scalar_type(), " like input, but got ", residual->scalar_type());
-    TORCH_CHECK(residual->sym_sizes().equals(input.sym_sizes()), op,
-                ": expected residual of input's size ", input.sym_sizes(), ", but got ",
-                residual->sym_sizes());
-  }
+  check_per_channel(op, "weight", weight, input);
+  check_dtype(op, "weight", weight, input, type);
+  check_per_channel(op, "bias", bias, input);
+  check_dtype(op, "bias", bias, input, type);
+}
+
+void check_residual(const char* op, const Tensor& input, const OptionalTensor& residual) {
+  if (!residual) return;
+  check_device(op, "residual", residual, input);
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type(), op, ": expected residual to be ",
+              input.scalar_type(), " like input, but got ", residual->scalar_type());
+  TORCH_CHECK(residual->sym_sizes().equals(input.sym_sizes()), op,
+              ": expected residual of input's size ", input.sym_sizes(), ", but got ",
+              residual->sym_sizes());
 }
 
 Tensor empty_like_dense(const Tensor& x) {
@@ -144,7 +162,9 @@ ForwardOutputs norm_forward_meta(const NormForwardCall& call, const c10::SymInt&
 }
 
 void NormBackwardCall::check(int64_t columns) const {
-  check_norm_input(op, input, weight, bias, residual);
+  check_norm_input(op, input);
+  check_affine(op, input, weight, bias);
+  check_residual(op, input, residual);
   TORCH_CHECK(dy.sizes() == input.sizes() && dy.scalar_type() == input.scalar_type() &&
                   dy.device() == input.device(),
               op, ": expected dy of size ", input.sizes(), ", ", input.scalar_type(), ", on ",

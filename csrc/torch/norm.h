@@ -37,11 +37,21 @@ inline at::ScalarType param_type_of(const Tensor& input, const OptionalTensor& w
   return weight ? weight->scalar_type() : bias ? bias->scalar_type() : input.scalar_type();
 }
 
-// `type` starts undefined and makes tensors that belong together have one dtype.
+// What an operator asks of its arguments, in the order in which torch's own operators ask it: the
+// input, groups or running statistics, then the others. `type` starts undefined and makes tensors
+// that belong together have one dtype.
+void check_norm_input(const char* op, const Tensor& input);
+void check_device(const char* op, const char* name, const OptionalTensor& t, const Tensor& input);
+void check_dtype(const char* op, const char* name, const OptionalTensor& t, const Tensor& input,
+                 at::ScalarType& type);
 void check_per_channel(const char* op, const char* name, const OptionalTensor& t,
-                       const Tensor& input, at::ScalarType& type);
-void check_norm_input(const char* op, const Tensor& input, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& residual);
+                       const Tensor& input);
+void check_affine(const char* op, const Tensor& input, const OptionalTensor& weight,
+                  const OptionalTensor& bias);
+void check_residual(const char* op, const Tensor& input, const OptionalTensor& residual);
+// Raises where forward-mode differentiation asks for a derivative of the norm.
+void check_no_tangents(const char* op, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual);
 
 // Kernels take no memory for no tensor: what a sharding wrapper has freed must not pass for that.
 inline void check_memory(const char* op, const char* name, const Tensor& t) {

@@ -33,6 +33,11 @@ using Eval = ForwardOutputs(const Tensor&, const Tensor&, const Tensor&, const O
                             double, bool);
 using Group = ForwardOutputs(const Tensor&, int64_t, const OptionalTensor&, const OptionalTensor&,
                              const OptionalTensor&, double, std::string_view, double, bool);
+using Instance = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&, double, std::string_view, double, bool);
+using InstanceUpdate = ForwardOutputs(const Tensor&, Tensor&, Tensor&, const OptionalTensor&,
+                                      const OptionalTensor&, const OptionalTensor&, double, double,
+                                      std::string_view, double, bool);
 using BatchBackward = BackwardOutputs(const Tensor&, const Tensor&, const OptionalTensor&,
                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                       const OptionalTensor&, bool, double, std::string_view, double,
@@ -374,18 +379,25 @@ struct NormBackward : NormNode {
   }
 };
 
+// torch's words, so that what matches on them goes on working.
+void check_not_differentiated(const char* op, const char* name, const Tensor& running) {
+  TORCH_CHECK(!(running.requires_grad() && at::GradMode::is_enabled()), "The function '", op,
+              "' is not differentiable with respect to argument '", name,
+              "'. This input cannot have requires_grad True.");
+}
+
+void check_not_differentiated(const char* op, const Tensor& running_mean,
+                              const Tensor& running_var) {
+  check_not_differentiated(op, "running_mean", running_mean);
+  check_not_differentiated(op, "running_var", running_var);
+}
+
 // Runs `call(save_mask)` below autograd and, where a gradient is wanted, hangs the node on y.
 template <class Call>
-ForwardOutputs record(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& residual, const Norm& norm, bool save_mask,
-                      Call&& call) {
-  for (const OptionalTensor& t : {OptionalTensor(input), weight, bias, residual}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !ag::isFwGradDefined(t), norm.name(),
-        ": forward-mode automatic differentiation is not implemented in batchops; use "
-        "torch.nn.functional.",
-        norm.name(), " there");
-  }
+ForwardOutputs record(const char* op, const Tensor& input, const OptionalTensor& weight,
+                      const OptionalTensor& bias, const OptionalTensor& residual, const Norm& norm,
+                      bool save_mask, Call&& call) {
+  check_no_tangents(op, input, weight, bias, residual);
   const bool requires_grad = ag::compute_requires_grad(input, weight, bias, residual);
   ForwardOutputs outputs;
   {
@@ -418,7 +430,7 @@ ForwardOutputs batch_norm_autograd(const Tensor& input, const OptionalTensor& we
                                    bool save_mask, int64_t ghost) {
   static const auto op = find<Train>("batchops::batch_norm");
   const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope, ghost};
-  return record(input, weight, bias, residual, norm, save_mask, [&](bool mask) {
+  return record("batch_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, weight, bias, residual, eps, activation, slope, mask, ghost);
   });
 }
@@ -431,10 +443,12 @@ ForwardOutputs batch_norm_update_autograd(const Tensor& input, Tensor& running_m
                                           bool save_mask, int64_t ghost) {
   static const auto op = find<Update>("batchops::batch_norm_update");
   const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope, ghost};
-  auto outputs = record(input, weight, bias, residual, norm, save_mask, [&](bool mask) {
-    return op.call(input, running_mean, running_var, weight, bias, residual, momentum, eps,
-                   activation, slope, mask, ghost);
-  });
+  check_not_differentiated("batch_norm", running_mean, running_var);
+  auto outputs =
+      record("batch_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
+        return op.call(input, running_mean, running_var, weight, bias, residual, momentum, eps,
+                       activation, slope, mask, ghost);
+      });
   ag::increment_version(running_mean);
   ag::increment_version(running_var);
   return outputs;
@@ -447,7 +461,8 @@ ForwardOutputs batch_norm_eval_autograd(const Tensor& input, const Tensor& runni
                                         bool save_mask) {
   static const auto op = find<Eval>("batchops::batch_norm_eval");
   const Norm norm{0, false, eps, parse_activation("batch_norm", activation), slope};
-  return record(input, weight, bias, residual, norm, save_mask, [&](bool mask) {
+  check_not_differentiated("batch_norm", running_mean, running_var);
+  return record("batch_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, running_mean, running_var, weight, bias, residual, eps, activation, slope,
                    mask);
   });
@@ -459,12 +474,58 @@ ForwardOutputs group_norm_autograd(const Tensor& input, int64_t num_groups,
                                    std::string_view activation, double slope, bool save_mask) {
   static const auto op = find<Group>("batchops::group_norm");
   const Norm norm{num_groups, true, eps, parse_activation("group_norm", activation), slope};
-  return record(input, weight, bias, residual, norm, save_mask, [&](bool mask) {
+  return record("group_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, num_groups, weight, bias, residual, eps, activation, slope, mask);
   });
 }
 
+// A group for each channel. One that is not there is left to the operator's own check.
+Norm instance_of(const Tensor& input, double eps, std::string_view activation, double slope) {
+  const int64_t C = input.dim() > 1 ? input.sym_size(1).guard_int(__FILE__, __LINE__) : 0;
+  return {C, true, eps, parse_activation("instance_norm", activation), slope};
+}
+
+ForwardOutputs instance_norm_autograd(const Tensor& input, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const OptionalTensor& residual,
+                                      double eps, std::string_view activation, double slope,
+                                      bool save_mask) {
+  static const auto op = find<Instance>("batchops::instance_norm");
+  const Norm norm = instance_of(input, eps, activation, slope);
+  return record("instance_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
+    return op.call(input, weight, bias, residual, eps, activation, slope, mask);
+  });
+}
+
+ForwardOutputs instance_norm_update_autograd(const Tensor& input, Tensor& running_mean,
+                                             Tensor& running_var, const OptionalTensor& weight,
+                                             const OptionalTensor& bias,
+                                             const OptionalTensor& residual, double momentum,
+                                             double eps, std::string_view activation, double slope,
+                                             bool save_mask) {
+  static const auto op = find<InstanceUpdate>("batchops::instance_norm_update");
+  const Norm norm = instance_of(input, eps, activation, slope);
+  check_not_differentiated("instance_norm", running_mean, running_var);
+  const auto call = [&](bool mask) {
+    return op.call(input, running_mean, running_var, weight, bias, residual, momentum, eps,
+                   activation, slope, mask);
+  };
+  auto outputs = record("instance_norm", input, weight, bias, residual, norm, save_mask, call);
+  ag::increment_version(running_mean);
+  ag::increment_version(running_var);
+  return outputs;
+}
+
 }  // namespace
+
+void check_no_tangents(const char* op, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& residual) {
+  const bool found = ag::isFwGradDefined(input) || ag::isFwGradDefined(weight) ||
+                     ag::isFwGradDefined(bias) || ag::isFwGradDefined(residual);
+  TORCH_CHECK_NOT_IMPLEMENTED(!found, op,
+                              ": forward-mode automatic differentiation is not implemented in "
+                              "batchops; use torch.nn.functional.",
+                              op, " there");
+}
 
 TORCH_LIBRARY_IMPL(batchops, Autograd, m) {
   m.impl("batch_norm", &batch_norm_autograd);
@@ -473,6 +534,8 @@ TORCH_LIBRARY_IMPL(batchops, Autograd, m) {
   m.impl("batch_norm_backward", &batch_norm_backward_autograd);
   m.impl("group_norm", &group_norm_autograd);
   m.impl("group_norm_backward", &group_norm_backward_autograd);
+  m.impl("instance_norm", &instance_norm_autograd);
+  m.impl("instance_norm_update", &instance_norm_update_autograd);
 }
 
 }  // namespace batchops::binding
