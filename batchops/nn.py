@@ -111,17 +111,19 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
         factor = 0.0 if self.momentum is None else self.momentum
         training = self.training
         mean, var = self.running_mean, self.running_var
-        counter = None
         if training:
             if self.track_running_stats:
                 counter = self.num_batches_tracked
-                if counter is not None and self.momentum is None:  # cumulative average
-                    factor = 1.0 / (float(counter) + 1.0)
+                # First, as torch counts: a checkpoint's recomputation may end within the norm.
+                if counter is not None:
+                    counter.add_(1)
+                    if self.momentum is None:  # cumulative average
+                        factor = 1.0 / float(counter)
             else:
                 mean = var = None
         elif mean is None and var is None:
             training = True  # batch statistics, and none to update
-        output = BF.batch_norm(
+        return BF.batch_norm(
             input,
             mean,
             var,
@@ -134,9 +136,6 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
             residual=residual,
             ghost_batch_size=self.ghost_batch_size,
         )
-        if counter is not None:  # last, so that a batch that was refused is not counted
-            counter.add_(1)
-        return output
 
 
 def _document(name: str, shape: str, stock: type, form: str = "batch_norm") -> str:

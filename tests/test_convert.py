@@ -1315,3 +1315,167 @@ def test_replicas_run_their_own_modules():
     torch.testing.assert_close(
         replica_of(replica)(x), replica_of(replica_of(batchops.revert(model)))(x)
     )
+
+
+class Later(nn.Module):
+    """Between norm and activation something happens that decides which activation it is, or what it
+    does: the activation is looked up and called where it stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.act = nn.LeakyReLU(0.1)
+        self.acts = nn.ModuleList([nn.ReLU(), nn.SiLU()])
+        self.named = nn.ModuleDict({"relu": nn.ReLU(), "silu": nn.SiLU()})
+        self.same = nn.Identity()
+
+    def steeper(self, x):
+        self.act.negative_slope = 0.9
+        return x
+
+    def by_index(self, x):
+        i = 0
+        x = self.bn(x)
+        i = 1
+        return self.acts[i](x)
+
+    def by_name(self, x):
+        x = self.bn(x)
+        name = "silu"
+        x = self.named[name](x)
+        return x
+
+    def further_on(self, x):
+        i = 0
+        x = self.bn(x)
+        i = 1
+        x = self.same(x)
+        x = self.acts[i](x)
+        return x
+
+    def called_before(self, x):
+        h = self.bn(x)
+        return self.steeper(x) + self.act(h)
+
+    def inside_try(self, x):
+        try:
+            x = self.bn(x)
+            x = self.act(self.same(x))
+        except KeyError:
+            pass
+        return x
+
+
+@pytest.mark.parametrize(
+    "way", ["by_index", "by_name", "further_on", "called_before", "inside_try"]
+)
+def test_what_happens_between_norm_and_activation(way):
+    torch.manual_seed(0)
+    model, x = Later(), torch.randn(2, 3, 4, 4)
+    if way == "inside_try":
+
+        def stop(module, args):
+            raise KeyError
+
+        model.act.register_forward_pre_hook(stop)
+    expected = getattr(copy.deepcopy(model), way)(x)
+    torch.testing.assert_close(getattr(batchops.convert(model), way)(x), expected)
+
+
+def test_names_of_the_users_for_converted_methods_stay():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.bn(x))
+
+        def other(self, x):
+            return -self.act(self.bn(x))
+
+    model, x = batchops.convert(Two().eval()), torch.randn(2, 3, 4, 4)
+    model.forward = model.other
+    batchops.convert(model)
+    torch.testing.assert_close(model(x), model.other(x))
+    batchops.revert(model)
+    torch.testing.assert_close(model(x), model.other(x))
+
+    wrapped = batchops.convert(Two().eval())
+    expected = wrapped(x)
+    wrapped._old_forward = wrapped.forward  # as accelerate does
+    wrapped.forward = lambda x: wrapped._old_forward(x) + 1
+    batchops.revert(wrapped)
+    torch.testing.assert_close(wrapped(x), expected + 1)
+
+
+def test_a_checkpoint_counts_batches_as_torch():
+    """Its recomputation ends as soon as all is there that the backward needs."""
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=None), nn.ReLU())
+
+    stock, ours = model(), batchops.convert(model())
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 4)
+        for m in (stock, ours):
+            torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).sum().backward()
+    assert ours[1].num_batches_tracked == stock[1].num_batches_tracked
+    torch.testing.assert_close(ours[1].running_mean, stock[1].running_mean)
+
+
+def test_each_method_has_compiled_code_of_its_own():
+    """torch.compile gives a code object up after some compilations (8)."""
+    x = torch.randn(2, 3, 4, 4)
+    for k in range(10):
+
+        class One(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+
+            def forward(self, x, k=k):
+                return self.act(self.bn(x)) + k
+
+        model = batchops.convert(One().eval())
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_functions_keep_what_is_written_on_them():
+    def counted(function):
+        function.calls = 0
+
+        @functools.wraps(function)
+        def wrapper(self, x):
+            function.calls += 1
+            return function(self, x)
+
+        wrapper.factor = 3
+        return wrapper
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+
+        @counted
+        def forward(self, x):
+            return self.act(self.bn(x)) * self.forward.factor
+
+    model, x = Counted().eval(), torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    torch.testing.assert_close(batchops.convert(model)(x), expected)
+
+
+def test_a_name_of_what_was_fused_does_not_outlive_a_parametrization():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = batchops.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    parametrize.register_parametrization(model[0], "weight", Double())
+    batchops.revert(model)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(batchops.convert(model)[0]) is bnn.BatchNorm2d

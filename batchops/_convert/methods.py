@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import types
@@ -35,6 +36,12 @@ class InstanceMethod:
     def _bind(self) -> None:
         self.original = getattr(type(self.module), self.name)
         self.run = self._find() or self.original
+        self.__class__ = _with_own_code(self._kind(), self.original)
+
+    @classmethod
+    def _kind(cls) -> type[InstanceMethod]:
+        """The class without code of its own."""
+        return cls.__base__ if "_has_own_code" in vars(cls) else cls
 
     def _find(self) -> Callable[..., Any] | None:
         """What to run; None where the class is not the one that it was made for."""
@@ -51,6 +58,14 @@ class InstanceMethod:
         made.module = module
         made._bind()
         return made
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("original", "module", "run"):  # not bound yet
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object.__new__, (self._kind(),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("original", "run")}
@@ -79,6 +94,15 @@ class InstanceMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original.__get__(self.module))
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_own_code(kind: type[InstanceMethod], original: Callable[..., Any]) -> type[Any]:
+    """``kind`` with another code object for each method's ``__call__``: torch.compile counts how
+    often it has compiled a code, and compiles no more of it from some number on."""
+    call = InstanceMethod.__call__
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__)
+    return type(kind.__name__, (kind,), {"__call__": own, "_has_own_code": True})
 
 
 class Replicate(InstanceMethod):

@@ -55,9 +55,12 @@ def unfuse(model: nn.Module) -> None:
     """Takes off what fuse() put on."""
     for module in model.modules():
         own = module.__dict__
-        for name in [name for name, value in own.items() if isinstance(value, InstanceMethod)]:
-            del own[name]
-        if type(module) in STOCK:
+        for name, value in [item for item in own.items() if isinstance(item[1], InstanceMethod)]:
+            if name == value.name:
+                del own[name]
+            else:  # somebody keeps it by a name of their own
+                own[name] = types.MethodType(value.original, value.module)
+        if any(kind in STOCK for kind in type(module).__mro__):
             own.pop("fused_with", None)
 
 

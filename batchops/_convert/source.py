@@ -242,6 +242,9 @@ def _remade(
     )
     made.__kwdefaults__ = function.__kwdefaults__
     made.__qualname__ = function.__qualname__
+    made.__doc__ = function.__doc__
+    made.__annotations__ = function.__annotations__
+    made.__dict__.update(function.__dict__)
     return made
 
 
@@ -427,6 +430,7 @@ class _Finder:
         """The calls from the activation's to the norm's, if such follow and nothing else does."""
         chain = [norm]
         name = None  # the variable that the output went into
+        self.skipped: set[str] = set()
         while True:
             outer = self.parent[id(chain[-1])]
             if outer in self.calls and outer.args[0] is chain[-1]:
@@ -456,6 +460,7 @@ class _Finder:
         while (
             _sets_constant(following) and _target(following) != name
         ):  # torch.fx writes `x = None`
+            self.skipped.add(_target(following))
             following = self.next.get(id(following))
         if following is None:
             return None
@@ -464,17 +469,26 @@ class _Finder:
         if user not in self.calls or user.args[0] is not loads[0]:
             return None
         node: ast.AST = user
+        around = set()
         while node is not following:
+            around.add(id(node))
             node = self.parent[id(node)]
             if not isinstance(node, _ALWAYS):
                 return None
+        # What is called before it may change what it is, or does.
+        inside = {id(n) for n in ast.walk(user)}
+        place = user.lineno, user.col_offset
+        calls = [n for n in ast.walk(following) if isinstance(n, ast.Call)]
+        others = [n for n in calls if id(n) not in around | inside]
+        if any((n.lineno, n.col_offset) < place for n in others):
+            return None
         return name, user
 
     def _may_split(self, chain: list[ast.Call], name: str) -> bool:
         """Whether ``name`` may hold the activation's output from the norm on, and what is called
         may be looked up ahead."""
         code = self.code
-        if not self.can_split or name not in code.co_varnames:
+        if not self.can_split or self.has_try or name not in code.co_varnames:
             return False
         if name in code.co_cellvars or name in code.co_freevars:
             return False
@@ -484,7 +498,8 @@ class _Finder:
         for call in chain[1:]:
             if not _is_lookup(call.func):
                 return False
-            if _names(call.func) - {self.own} & {name, *code.co_cellvars, *code.co_freevars}:
+            changed = {name, *self.skipped, *code.co_cellvars, *code.co_freevars}
+            if (_names(call.func) - {self.own}) & changed:
                 return False
         # one variable all along, and in between nothing but `name = identity(name)`
         used = []
@@ -497,7 +512,7 @@ class _Finder:
         last = statements[-1]
         if _target(last) == name:
             return True
-        if isinstance(last, ast.Return) and not self.has_try:
+        if isinstance(last, ast.Return):
             return True
         return len(self._loads(self.definition, name)) == len(used)
 
