@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from batchops import functional as BF
 from batchops import nn as bnn
@@ -231,12 +232,16 @@ def test_module_refuses_an_unknown_activation_at_once():
         bnn.BatchNorm2d(3, activation="swish")
 
 
-def test_failed_forward_leaves_the_module_as_it_was():
-    norm = bnn.BatchNorm2d(3, activation="relu")
-    state = {k: v.clone() for k, v in norm.state_dict().items()}
-    with pytest.raises(RuntimeError, match="running_mean should contain 4 elements not 3"):
-        norm(torch.randn(2, 4, 3, 3))
-    assert all(torch.equal(norm.state_dict()[key], value) for key, value in state.items())
+def test_failed_forward_leaves_what_torch_leaves():
+    """The statistics as they were; torch has counted the batch by then."""
+    stock, norm = nn.BatchNorm2d(3), bnn.BatchNorm2d(3, activation="relu")
+    for module in (stock, norm):
+        with pytest.raises(RuntimeError, match="running_mean should contain 4 elements not 3"):
+            module(torch.randn(2, 4, 3, 3))
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    assert norm.num_batches_tracked == 1
+    state = norm.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in stock.state_dict().items())
 
 
 def test_backward_operator_checks_what_it_is_given():
