@@ -430,13 +430,13 @@ class _Finder:
         """The calls from the activation's to the norm's, if such follow and nothing else does."""
         chain = [norm]
         name = None  # the variable that the output went into
-        self.skipped: set[str] = set()
+        skipped: set[str] = set()  # variables set between the statements
         while True:
             outer = self.parent[id(chain[-1])]
             if outer in self.calls and outer.args[0] is chain[-1]:
                 user = outer
             else:
-                step = self._by_name(outer, chain[-1])
+                step = self._by_name(outer, chain[-1], skipped)
                 if step is None:
                     return None
                 name, user = step
@@ -447,11 +447,13 @@ class _Finder:
             if not callees or not all(map(is_transparent, callees)):
                 return None
             chain.append(user)
-        if name is not None and not self._may_split(chain, name):
+        if name is not None and not self._may_split(chain, name, skipped):
             return None
         return chain[::-1]
 
-    def _by_name(self, statement: ast.AST, value: ast.Call) -> tuple[str, ast.Call] | None:
+    def _by_name(
+        self, statement: ast.AST, value: ast.Call, skipped: set[str]
+    ) -> tuple[str, ast.Call] | None:
         """``name = value`` and the call in the next statement that alone uses ``name``."""
         name = _target(statement)
         if name is None or statement.value is not value:
@@ -460,7 +462,7 @@ class _Finder:
         while (
             _sets_constant(following) and _target(following) != name
         ):  # torch.fx writes `x = None`
-            self.skipped.add(_target(following))
+            skipped.add(_target(following))
             following = self.next.get(id(following))
         if following is None:
             return None
@@ -484,7 +486,7 @@ class _Finder:
             return None
         return name, user
 
-    def _may_split(self, chain: list[ast.Call], name: str) -> bool:
+    def _may_split(self, chain: list[ast.Call], name: str, skipped: set[str]) -> bool:
         """Whether ``name`` may hold the activation's output from the norm on, and what is called
         may be looked up ahead."""
         code = self.code
@@ -495,10 +497,10 @@ class _Finder:
         statements = [self._statement(call) for call in chain]
         if any(self._is_inside_function(s) for s in statements):
             return False
+        changed = {name, *skipped, *code.co_cellvars, *code.co_freevars}
         for call in chain[1:]:
             if not _is_lookup(call.func):
                 return False
-            changed = {name, *self.skipped, *code.co_cellvars, *code.co_freevars}
             if (_names(call.func) - {self.own}) & changed:
                 return False
         # one variable all along, and in between nothing but `name = identity(name)`

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from batchops.data._iterators import (
 from batchops.data._own import NAME, Own, memory_of, own
 from batchops.data._resume import Epoch, begins, checked, put, state_of, taken_up
 from batchops.data._source import GatherSource, collate_only_stacks
+from batchops.data.padding import as_integer
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -142,7 +142,7 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         ring_bytes: int | None = None,
         checked: bool = False,
     ) -> None:
-        threads = None if threads is None else _positive("threads", threads)
+        threads = None if threads is None else as_integer("DataLoader: threads", threads, 1)
         if threads is not None and num_workers != 0:
             raise ValueError(
                 f"DataLoader: threads: expected num_workers=0 beside it, got {num_workers}"
@@ -269,17 +269,6 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             put(self, state)
         mine.pending = state
         mine.current = None
-
-
-def _positive(argument: str, value: Any) -> int:
-    """An integer of any kind, as torch takes them."""
-    try:
-        found = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = 0
-    if found < 1:
-        raise ValueError(f"DataLoader: {argument}: expected an integer >= 1, got {value!r}")
-    return found
 
 
 def _gather_source(loader: Any) -> GatherSource | None:

@@ -20,7 +20,7 @@
 #include "kernels/info.h"
 #include "kernels/lamb.h"
 #include "kernels/lars.h"
-#include "python/prefetch.h"
+#include "python/optimizer_objects.h"
 #include "torch/common.h"
 
 namespace batchops::binding {
@@ -124,50 +124,13 @@ class WithGil {
   const PyGILState_STATE state_;
 };
 
-// f(object) for each parameter in a list of lists, and for each non-empty dict in `state` its key,
-// the dict and its values; in order, until f returns false. With the GIL.
+// for_each_object(), whose mistakes are a TypeError of torch's.
 template <class F>
-bool for_each_object(PyObject* lists, PyObject* state, F&& f) {
-  TORCH_CHECK_TYPE(PyDict_Check(state), "expected an optimizer's states to be a dict, got ",
-                   Py_TYPE(state)->tp_name);
-  const Py_ssize_t list_count = PyList_GET_SIZE(lists);
-  for (Py_ssize_t k = 0; k < list_count; ++k) {
-    PyObject* const list = PyList_GET_ITEM(lists, k);
-    TORCH_CHECK_TYPE(PyList_Check(list) || PyTuple_Check(list),
-                     "expected parameters to be a list or a tuple, got ", Py_TYPE(list)->tp_name);
-    const Py_ssize_t count = PySequence_Fast_GET_SIZE(list);
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      if (!f(PySequence_Fast_GET_ITEM(list, i))) return false;
-    }
-  }
-  // Of dicts further on first the dict, then its keys.
-  struct {
-    Py_ssize_t at = 0;
-    PyObject *key, *value;
-  } here, dicts, keys;
-  const auto step = [&](auto& walk) {
-    return PyDict_Next(state, &walk.at, &walk.key, &walk.value) != 0;
+bool for_each(PyObject* lists, PyObject* state, F&& f) {
+  const auto refuse = [](const char* expected, PyObject* object) {
+    TORCH_CHECK_TYPE(false, "expected ", expected, ", got ", Py_TYPE(object)->tp_name);
   };
-  const auto ask_for_dict = [&] {
-    if (step(dicts)) prefetch_dict(dicts.value);
-  };
-  const auto ask_for_keys = [&] {
-    if (step(keys)) prefetch_keys(keys.value);
-  };
-  for (int k = 0; k < 8; ++k) ask_for_dict();
-  for (int k = 0; k < 4; ++k) ask_for_keys();
-  while (step(here)) {
-    ask_for_dict();
-    ask_for_keys();
-    if (!PyDict_Check(here.value) || PyDict_GET_SIZE(here.value) == 0) continue;
-    if (!f(here.key) || !f(here.value)) return false;
-    Py_ssize_t at = 0;
-    PyObject *name, *held;
-    while (PyDict_Next(here.value, &at, &name, &held)) {
-      if (!f(held)) return false;
-    }
-  }
-  return true;
+  return for_each_object(lists, state, refuse, f);
 }
 
 class OptimizerTable : public torch::CustomClassHolder {
@@ -203,7 +166,7 @@ class OptimizerTable : public torch::CustomClassHolder {
                              object(masters[i]), object(steps[i])});
     }
     const WithGil gil;
-    for_each_object(object(lists), object(state), [&](PyObject* object) {
+    for_each(object(lists), object(state), [&](PyObject* object) {
       all_objects_.push_back(object);
       return true;
     });
@@ -344,7 +307,7 @@ class OptimizerTable : public torch::CustomClassHolder {
   bool has_objects(int64_t lists, int64_t state) const {
     const WithGil gil;
     auto at = all_objects_.begin();
-    const bool all = for_each_object(object(lists), object(state), [&](PyObject* object) {
+    const bool all = for_each(object(lists), object(state), [&](PyObject* object) {
       return at != all_objects_.end() && *at++ == object;
     });
     return all && at == all_objects_.end();
