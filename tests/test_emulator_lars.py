@@ -94,6 +94,29 @@ def test_tensors_larger_than_what_all_blocks_hold(library_both_ways, options):
     check_everywhere(library_both_ways, problem)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [Options(), MOMENTUM, replace(MOMENTUM, nesterov=True)],
+    ids=["no m", "m", "nesterov"],
+)
+@pytest.mark.parametrize(
+    ("scale", "clip"),
+    [
+        pytest.param(1e-43, None, id="λ_l above the largest float"),
+        pytest.param(1e38, None, id="λ_l below the smallest normal one"),
+        pytest.param(1e38, 1.0, id="the clip's power of two is in the scale already"),
+    ],
+)
+def test_gradients_at_the_ends_of_floats_range(library_both_ways, scale, clip, options):
+    """One tensor is kept on chip and one, larger than what all blocks hold, is read again."""
+    parameters = [Parameter(5 * CHUNK + 3), Parameter(max(LARGE))]
+    for x in parameters:
+        g = (torch.rand(x.numel, dtype=torch.float64) * 2 - 1) * scale
+        x.start["g"] = g.float()
+    group = replace(options, always_adapt=True, eps=0.0, weight_decay=0.0)
+    check_everywhere(library_both_ways, Lars(parameters, [group], clip))
+
+
 @pytest.mark.parametrize("place", IN_TURN, ids=str)
 def test_sizes_that_follow_each_other(library, place):
     groups = [MOMENTUM, Options(weight_decay=1e-4), replace(MOMENTUM, nesterov=True)]

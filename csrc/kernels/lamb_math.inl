@@ -75,9 +75,10 @@ BATCHOPS_OPTIMIZER_INLINE Quotient with_decay(const Quotient& q, F p, const Cons
   return {s, q.low - (sum_error(q.high, t, s) + error)};
 }
 
-// The quotient in plain float: rounding errors of single elements average out in a norm.
+// The quotient in plain float: rounding errors of single elements average out in a norm. What is
+// not inside the root is 0.
 BATCHOPS_OPTIMIZER_INLINE F rough_quotient(F m, F v, const Constants& c) {
-  return m / (sqrt(c.inside ? v + c.eps_inside.high : v) + c.eps.high);
+  return m / (sqrt(v + c.eps_inside.high) + c.eps.high);
 }
 
 // Above 0 where m and g point the same way; NaN where m is.

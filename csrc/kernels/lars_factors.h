@@ -1,8 +1,5 @@
 // What LARS' kernels make of a group's hyperparameters, a tensor's norms and the clip.
 #pragma once
-#include <algorithm>
-#include <cstdlib>
-
 #include "kernels/lars.h"
 #include "kernels/optimizer_factors.h"
 
@@ -78,26 +75,34 @@ struct LarsOutcome {
   }
 
   // The norm of a gradient near an end of float's range makes a λ_l that is outside of it, though
-  // λ_l·g is not: a power of two goes from the gradient's factors to its scale, which changes no
-  // other result. For who scales the gradient anew after the first sweep.
-  void keep_in_range() {
-    constexpr int kNear = 64;
-    int of_factor, of_scale;
+  // λ_l·g is not: a power of two, which is returned, goes from the gradient's factors to its scale
+  // and changes no other result. For who scales the gradient anew after the first sweep.
+  BATCHOPS_HOST_DEVICE double keep_in_range() {
+    constexpr int kNear = 64, kMost = 120;
+    const auto is_number = [](double x) { return x - x == 0 && x != 0; };
     const double factor = k_g != 0 ? k_g : p_g;
-    if (!(std::isfinite(factor) && std::isfinite(g_scale)) || factor == 0 || g_scale == 0) return;
-    std::frexp(factor, &of_factor);
-    std::frexp(g_scale, &of_scale);
-    if (std::abs(of_factor) <= kNear) return;
-    int shift = of_factor > 0 ? of_factor - kNear : of_factor + kNear;
-    // The scale stays a float, and a normal one.
-    shift = std::min(std::max(shift, -120 - of_scale), 120 - of_scale);
-    g_scale = std::ldexp(g_scale, shift);
-    k_g = std::ldexp(k_g, -shift);
-    p_g = std::ldexp(p_g, -shift);
+    if (!is_number(factor) || !is_number(g_scale)) return 1;
+    int of_factor, of_scale;
+    frexp(factor, &of_factor);
+    frexp(g_scale, &of_scale);
+    // The scale stays a float, and a normal one, and so does the power.
+    const int shift = within(beyond(of_factor, kNear), within(-kMost - of_scale, -kMost, 0),
+                             within(kMost - of_scale, 0, kMost));
+    const double power = ldexp(1.0, shift);
+    g_scale *= power;
+    k_g /= power;
+    p_g /= power;
     set_gradient_factors();
+    return power;
   }
 
  private:
+  BATCHOPS_HOST_DEVICE static int within(int i, int least, int most) {
+    return i < least ? least : i > most ? most : i;
+  }
+  // By how much i is outside of ±bound.
+  BATCHOPS_HOST_DEVICE static int beyond(int i, int bound) { return i - within(i, -bound, bound); }
+
   BATCHOPS_HOST_DEVICE void set_gradient_factors() {
     factors.g_scale = static_cast<float>(g_scale);
     split_factor(factors.k_g, k_g);

@@ -31,16 +31,16 @@ struct Ahead {
   }
 };
 
-#define BATCHOPS_OPTIMIZER_CHUNK_FUNCTIONS                                                  \
-  double grad_sq(const OptimizerChunk& chunk);                                              \
-  /* m, v = …; the sums are added to norms */                                               \
-  void lamb_moments(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,  \
-                    LambNorms& norms);                                                      \
-  /* p -= …, u formed from the stored m and v */                                            \
-  void lamb_apply(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,    \
-                  const LambStepFactors& step, const Ahead& ahead);                         \
-  /* of g times `scale` */                                                                  \
-  void lars_norms(const OptimizerChunk& chunk, float scale, float decay, LarsNorms& norms); \
+#define BATCHOPS_OPTIMIZER_CHUNK_FUNCTIONS                                                        \
+  double grad_sq(const OptimizerChunk& chunk);                                                    \
+  /* m, v = …; the sums are added to norms; m / (sqrt(v) + eps) is kept where that is not null */ \
+  void lamb_moments(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,        \
+                    float* quotients, LambNorms& norms);                                          \
+  /* p -= …, u from what was kept or formed from the stored m and v: the same bits */             \
+  void lamb_apply(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,          \
+                  const LambStepFactors& step, const float* quotients, const Ahead& ahead);       \
+  /* of g times `scale` */                                                                        \
+  void lars_norms(const OptimizerChunk& chunk, float scale, float decay, LarsNorms& norms);       \
   void lars_apply(const OptimizerChunk& chunk, const LarsFactors& factors);
 
 #if defined(BATCHOPS_X86)

@@ -42,6 +42,7 @@ struct Lamb {
   using Sums = LambNorms;
   using Outcome = LambStepFactors;
   static constexpr int64_t kWhole = 96 * 1024;
+  static constexpr bool kKeeps = true;  // the quotients
 
   Lamb(const LambArgs& args, double C, TensorStats* stats)
       : tensors(args.tensors),
@@ -53,9 +54,9 @@ struct Lamb {
     for (const LambSet& set : sets) factors.emplace_back(set, C);
   }
 
-  void first(const OptimizerChunk& chunk, int32_t i, LambNorms& norms) const {
+  void first(const OptimizerChunk& chunk, int32_t i, float* quotients, LambNorms& norms) const {
     const int32_t set = set_of[i];
-    BATCHOPS_ISA_CALL(lamb_moments, chunk, factors[set], sets[set].caution != 0, norms);
+    BATCHOPS_ISA_CALL(lamb_moments, chunk, factors[set], sets[set].caution != 0, quotients, norms);
   }
   LambStepFactors outcome(int32_t i, const LambNorms& norms) const {
     const LambOutcome outcome(sets[set_of[i]], norms, tensors[i].numel, C, grad_scale);
@@ -63,9 +64,10 @@ struct Lamb {
     return outcome.step;
   }
   void second(const OptimizerChunk& chunk, int32_t i, const LambStepFactors& step,
-              const Ahead& ahead) const {
+              const float* quotients, const Ahead& ahead) const {
     const int32_t set = set_of[i];
-    BATCHOPS_ISA_CALL(lamb_apply, chunk, factors[set], sets[set].caution != 0, step, ahead);
+    BATCHOPS_ISA_CALL(lamb_apply, chunk, factors[set], sets[set].caution != 0, step, quotients,
+                      ahead);
   }
 
   const OptimizerTensor* tensors;
@@ -81,6 +83,7 @@ struct Lars {
   using Sums = LarsNorms;
   using Outcome = LarsFactors;
   static constexpr int64_t kWhole = 192 * 1024;
+  static constexpr bool kKeeps = false;
 
   Lars(const LarsArgs& args, double C, TensorStats* stats)
       : tensors(args.tensors),
@@ -90,7 +93,7 @@ struct Lars {
         divisor(C),
         stats(stats) {}
 
-  void first(const OptimizerChunk& chunk, int32_t i, LarsNorms& norms) const {
+  void first(const OptimizerChunk& chunk, int32_t i, float*, LarsNorms& norms) const {
     const LarsGroup& group = args.groups[tensors[i].group];
     const double decay = group.decay_of(tensors[i].excluded != 0) * divisor.c;
     BATCHOPS_ISA_CALL(lars_norms, chunk, static_cast<float>(divisor.inverse),
@@ -104,7 +107,7 @@ struct Lars {
     return outcome.factors;
   }
   // Its second sweep waits for memory itself.
-  void second(const OptimizerChunk& chunk, int32_t, const LarsFactors& factors,
+  void second(const OptimizerChunk& chunk, int32_t, const LarsFactors& factors, const float*,
               const Ahead&) const {
     BATCHOPS_ISA_CALL(lars_apply, chunk, factors);
   }

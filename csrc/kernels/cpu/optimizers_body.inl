@@ -71,16 +71,37 @@ BATCHOPS_INLINE void prefetch_ahead(int64_t i, const S*... arrays) {
   (prefetch(arrays, i + kAhead<S>), ...);
 }
 
-// step(i, n): elements [i, i + n), n = kLanes but for the last one; flush() every few steps.
-template <class Step, class Flush>
-BATCHOPS_INLINE void for_each_vector(int64_t count, Step&& step, Flush&& flush) {
+// Vectors of float in a line of the cache.
+constexpr int kLine = std::max(64 / kVecBytes, 1);
+
+// line(i, n, vectors): `vectors` of them, an integral constant, from element i on; n = kLanes but
+// for the last one of a run, which is alone then. ask(i) comes before those of a full line.
+template <class Ask, class Line>
+BATCHOPS_INLINE void for_each_line(int64_t count, Ask&& ask, Line&& line) {
+  constexpr int64_t kWide = kLine * kLanes;
+  constexpr std::integral_constant<int, 1> kOne;
   int64_t i = 0;
-  while (count - i >= kLanes) {
-    const int64_t run_end = std::min(i + kFlushEvery * kLanes, count - kLanes + 1);
-    for (; i < run_end; i += kLanes) step(i, kLanes);
+  for (; i + kWide <= count; i += kWide) {
+    ask(i);
+    line(i, kLanes, std::integral_constant<int, kLine>{});
+  }
+  for (; i + kLanes <= count; i += kLanes) line(i, kLanes, kOne);
+  if (i < count) line(i, count - i, kOne);
+}
+
+// step(i, n): elements [i, i + n), n = kLanes but for the last one; flush() every few steps.
+template <class Ask, class Step, class Flush>
+BATCHOPS_INLINE void for_each_vector(int64_t count, Ask&& ask, Step&& step, Flush&& flush) {
+  constexpr int64_t kRun = kFlushEvery * kLanes;
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    const int64_t size = std::min(count - begin, kRun);
+    for_each_line(
+        size, [&](int64_t i) BATCHOPS_INLINE_LAMBDA { ask(begin + i); },
+        [&](int64_t i, int64_t n, auto vectors) BATCHOPS_INLINE_LAMBDA {
+          for (int k = 0; k < decltype(vectors)::value; ++k) step(begin + i + k * kLanes, n);
+        });
     flush();
   }
-  if (i < count) step(i, count - i);
 }
 
 template <class S>
@@ -201,20 +222,21 @@ void norms_in_double(const P* p, const G* g, const float* m, const float* v, int
 
 template <class P, class G>
 void moments(const P* p, const G* g, float* m, float* v, int64_t count, const LambFactors& factors,
-             bool caution, LambNorms& norms) {
+             bool caution, float* quotients, LambNorms& norms) {
   const lamb::Constants c(factors);
   Squares p_sq, g_sq, u_sq;
   for_each_vector(
-      count,
+      count, [&](int64_t i) BATCHOPS_INLINE_LAMBDA { prefetch_ahead(i, p, g, m, v); },
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
-        prefetch_ahead(i, p, g, m, v);
         const F g_i = load_part(g + i, n) * c.g_scale;
         const F m_i = lamb::first_moment(load_part(m + i, n), g_i, c);
         const F v_i = lamb::second_moment(load_part(v + i, n), g_i, c);
         store_part(m + i, m_i, n);
         store_part(v + i, v_i, n);
         const F p_i = load_part(p + i, n);
-        const F u = fused(c.weight_decay.high, p_i, lamb::rough_quotient(m_i, v_i, c));
+        const F q = lamb::rough_quotient(m_i, v_i, c);
+        if (quotients != nullptr) store(quotients + i, q);
+        const F u = fused(c.weight_decay.high, p_i, q);
         p_sq.add(p_i);
         g_sq.add(g_i);
         u_sq.add(only_part(u, n));
@@ -240,62 +262,97 @@ void moments(const P* p, const G* g, float* m, float* v, int64_t count, const La
   norms.u_sq += u_total;
 }
 
-template <bool kCaution, class P, class G>
+template <bool kCaution, bool kKept, class P, class G>
 BATCHOPS_INLINE void apply(P* p, const G* g, const float* m, const float* v, int64_t count,
                            const LambFactors& factors, const LambStepFactors& step_factors,
-                           Ahead ahead) {
+                           const float* quotients, Ahead ahead) {
   const lamb::Constants c(factors);
   const lamb::StepConstants step(step_factors);
-  const F decay = (F(1.0f) - step.keep.high) - step.keep.low;
-  // Else what makes a small change may be large.
+  // Where decay is not little, what makes a small change may be large: then none counts as small.
   const bool little_decay = std::abs(1 - step_factors.keep[0]) < 1.0f / 32;
-  for_each_vector(
+  const F decay = little_decay ? (F(1.0f) - step.keep.high) - step.keep.low
+                               : F(std::numeric_limits<float>::quiet_NaN());
+  const auto agreement = [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+    return lamb::agreement(load_part(m + i, n), load_part(g + i, n) * c.g_scale);
+  };
+  const auto change = [&](int64_t i, int64_t n, F p_i) BATCHOPS_INLINE_LAMBDA {
+    F q;
+    if constexpr (kKept) {
+      q = load<float>(quotients + i);
+    } else {
+      q = lamb::rough_quotient(load_part(m + i, n), load_part(v + i, n), c);
+    }
+    if constexpr (kCaution) q = lamb::where_positive(agreement(i, n), q);
+    return fused(decay, p_i, step.step.high * q);
+  };
+  const auto exact = [&](int64_t i, int64_t n, F p_i) BATCHOPS_INLINE_LAMBDA {
+    lamb::Quotient q = lamb::quotient(load_part(m + i, n), load_part(v + i, n), c);
+    if constexpr (kCaution) {
+      const F agree = agreement(i, n);
+      q = {lamb::where_positive(agree, q.high), lamb::where_positive(agree, q.low)};
+    }
+    return lamb::updated(p_i, q, step);
+  };
+  for_each_line(
       count,
-      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
-        const F p_i = load_part(p + i, n), m_i = load_part(m + i, n), v_i = load_part(v + i, n);
-        prefetch_ahead(i, p, m, v);
+      [&](int64_t i) BATCHOPS_INLINE_LAMBDA {
+        prefetch_ahead(i, p);
+        if constexpr (!kKept) prefetch_ahead(i, m, v);
         if (i < ahead.count) {
           prefetch(ahead.p, i * ahead.p_bytes);
           prefetch(ahead.g, i * ahead.g_bytes);
         }
-        F agreement(1.0f);
-        if constexpr (kCaution) agreement = lamb::agreement(m_i, load_part(g + i, n) * c.g_scale);
-        F rough = lamb::rough_quotient(m_i, v_i, c);
-        if constexpr (kCaution) rough = lamb::where_positive(agreement, rough);
-        const F change = fused(decay, p_i, step.step.high * rough);
-        if (little_decay && small_beside(change, p_i)) {
-          store_part(p + i, p_i - change, n);
+      },
+      [&](int64_t i, int64_t n, auto vectors) BATCHOPS_INLINE_LAMBDA {
+        constexpr int kVectors = decltype(vectors)::value;
+        F p_i[kVectors], change_i[kVectors];
+        bool small = true;
+        for (int k = 0; k < kVectors; ++k) {
+          const int64_t at = i + k * kLanes;
+          p_i[k] = load_part(p + at, n);
+          change_i[k] = change(at, n, p_i[k]);
+          small &= small_beside(change_i[k], p_i[k]);
+        }
+        if (small) [[likely]] {
+          for (int k = 0; k < kVectors; ++k) {
+            store_part(p + i + k * kLanes, p_i[k] - change_i[k], n);
+          }
           return;
         }
-        lamb::Quotient q = lamb::quotient(m_i, v_i, c);
-        if constexpr (kCaution) {
-          q = {lamb::where_positive(agreement, q.high), lamb::where_positive(agreement, q.low)};
+        for (int k = 0; k < kVectors; ++k) {
+          const int64_t at = i + k * kLanes;
+          const F exact_k =
+              small_beside(change_i[k], p_i[k]) ? p_i[k] - change_i[k] : exact(at, n, p_i[k]);
+          store_part(p + at, exact_k, n);
         }
-        store_part(p + i, lamb::updated(p_i, q, step), n);
-      },
-      []() {});
+      });
 }
 
 void lamb_moments(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,
-                  LambNorms& norms) {
+                  float* quotients, LambNorms& norms) {
   const OptimizerTensor& x = *chunk.tensor;
   with_parameter_and_gradient(chunk, [&](auto* p, auto* g) {
-    moments(p, g, x.m + chunk.begin, x.v + chunk.begin, chunk.count, factors, caution, norms);
+    moments(p, g, x.m + chunk.begin, x.v + chunk.begin, chunk.count, factors, caution, quotients,
+            norms);
   });
 }
 
 void lamb_apply(const OptimizerChunk& chunk, const LambFactors& factors, bool caution,
-                const LambStepFactors& step, const Ahead& ahead) {
+                const LambStepFactors& step, const float* quotients, const Ahead& ahead) {
   const OptimizerTensor& x = *chunk.tensor;
   const float *m = x.m + chunk.begin, *v = x.v + chunk.begin;
   if (caution) {
     with_parameter_and_gradient(chunk, [&](auto* p, auto* g) {
-      apply<true>(p, g, m, v, chunk.count, factors, step, ahead);
+      apply<true, false>(p, g, m, v, chunk.count, factors, step, nullptr, ahead);
     });
   } else {
     with_element(x.master ? DType::f32 : x.p_dtype, [&](auto* type) {
       auto* p = static_cast<decltype(type)>(x.master ? x.master : x.p) + chunk.begin;
-      apply<false>(p, p, m, v, chunk.count, factors, step, ahead);
+      if (quotients != nullptr) {
+        apply<false, true>(p, p, m, v, chunk.count, factors, step, quotients, ahead);
+      } else {
+        apply<false, false>(p, p, m, v, chunk.count, factors, step, nullptr, ahead);
+      }
     });
   }
   if (x.master) publish(chunk);
@@ -307,9 +364,8 @@ template <class P, class G>
 void lars_sums(const P* p, const G* g, int64_t count, F scale, F decay, LarsNorms& norms) {
   Squares p_sq, g_sq, u_sq;
   for_each_vector(
-      count,
+      count, [&](int64_t i) BATCHOPS_INLINE_LAMBDA { prefetch_ahead(i, p, g); },
       [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
-        prefetch_ahead(i, p, g);
         const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * scale;
         p_sq.add(p_i);
         g_sq.add(g_i);
@@ -356,10 +412,12 @@ BATCHOPS_INLINE void lars_update(P* p, const G* g, float* m, int64_t count,
   const lars::Constants c(factors);
   for_each_vector(
       count,
-      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
-        const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
+      [&](int64_t i) BATCHOPS_INLINE_LAMBDA {
         prefetch_ahead(i, p, g);
         if constexpr (kMomentum) prefetch_ahead(i, m);
+      },
+      [&](int64_t i, int64_t n) BATCHOPS_INLINE_LAMBDA {
+        const F p_i = load_part(p + i, n), g_i = load_part(g + i, n) * c.g_scale;
         F m_i(0.0f);
         bool small = false;
         if constexpr (kMomentum) {

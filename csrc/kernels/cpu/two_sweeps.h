@@ -2,6 +2,8 @@
 // its factors, and a second sweep the update. One parallel region whatever their number.
 #pragma once
 #include <atomic>
+#include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -17,7 +19,49 @@ constexpr int64_t kGrab = 32 * 1024;
 // memory has nothing to do.
 constexpr int64_t kCached = 6;
 
-inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+constexpr int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+// A float for each element of the chunks that a thread was at last. The memory stays with the
+// thread.
+template <int64_t kSlots>
+class KeptChunks {
+ public:
+  KeptChunks() {
+    if constexpr (kSlots > 0) {
+      constexpr size_t kLine = 64 / sizeof(float);
+      thread_local std::unique_ptr<float[]> memory(
+          new (std::nothrow) float[kSlots * kChunk + kLine]);
+      if (memory == nullptr) return;  // then nothing is kept
+      const auto address = reinterpret_cast<uintptr_t>(memory.get());
+      memory_ = memory.get() + (64 - address % 64) / sizeof(float);
+    }
+  }
+
+  // Room for a chunk, in the place of another one; or null.
+  float* take(int32_t tensor, int64_t chunk) {
+    if (memory_ == nullptr) return nullptr;
+    tag_of(chunk) = {tensor, chunk};
+    return place_of(chunk);
+  }
+  // What was left there, or null.
+  const float* find(int32_t tensor, int64_t chunk) {
+    if (memory_ == nullptr) return nullptr;
+    const Tag& tag = tag_of(chunk);
+    return tag.tensor == tensor && tag.chunk == chunk ? place_of(chunk) : nullptr;
+  }
+
+ private:
+  struct Tag {
+    int32_t tensor = -1;
+    int64_t chunk = 0;
+  };
+  static constexpr int64_t kMost = std::max<int64_t>(kSlots, 1);
+  Tag& tag_of(int64_t chunk) { return tags_[chunk % kMost]; }
+  float* place_of(int64_t chunk) { return memory_ + chunk % kMost * kChunk; }
+
+  float* memory_ = nullptr;
+  Tag tags_[kMost];
+};
 
 // Algorithm gives
 //   kWhole                        elements up to which a tensor is one thread's work from the norms
@@ -25,9 +69,10 @@ inline int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk
 //   tensors, tensor_count
 //   Sums                          of a chunk, zero by default, with +=
 //   Outcome                       what the second sweep needs of a tensor
-//   first(chunk, index, sums)     adds to sums
+//   kKeeps                        whether there is something to keep between the sweeps
+//   first(chunk, index, kept, sums)            adds to sums; kept: a float an element, or null
 //   outcome(index, sums)
-//   second(chunk, index, outcome, ahead)
+//   second(chunk, index, outcome, kept, ahead) kept: what the first has left there, or null
 //
 // Larger tensors go through one after the other. Each thread has a share of the chunks, for both
 // sweeps: what the first has read is in the thread's own cache when the second comes back through
@@ -40,6 +85,8 @@ template <class Algorithm>
 class TwoSweeps {
   using Sums = typename Algorithm::Sums;
   using Outcome = typename Algorithm::Outcome;
+  static constexpr int64_t kKept = Algorithm::kKeeps ? chunk_count(Algorithm::kWhole) : 0;
+  using Kept = KeptChunks<kKept>;
 
  public:
   TwoSweeps(const Algorithm& algorithm, const Parallel& par) : algorithm_(algorithm), par_(par) {
@@ -49,14 +96,16 @@ class TwoSweeps {
   void run() {
     std::atomic<size_t> next{0};
     par_(workers_, [&](int64_t worker, int64_t) {
+      Kept kept;
       for (size_t k = 0; k < large_.size(); ++k) {
         Large& x = large_[k];
-        for_shares(x, worker, &Share::first_taken,
-                   [&](const Share& share, int64_t i) { first(x, share.begin + i); });
+        for_shares(x, worker, &Share::first_taken, [&](const Share& share, int64_t i) {
+          first(x, share.begin + i, kept, share.size() - i <= kKept);
+        });
         const Share* const later = share_of(k + 1, worker);
         for_shares(x, worker, &Share::second_taken, [&](const Share& share, int64_t i) {
           const bool asks = later != nullptr && share.size() <= kCached && i < later->size();
-          second(x, share.end - 1 - i,
+          second(x, share.end - 1 - i, kept,
                  asks ? Ahead(chunk_of(large_[k + 1].tensor, later->begin + i)) : Ahead());
         });
       }
@@ -68,7 +117,7 @@ class TwoSweeps {
           const int64_t after = k + 1 < grab.end        ? k + 1
                                 : later < grabs_.size() ? grabs_[later].begin
                                                         : -1;
-          whole(small_[k], after < 0 ? -1 : small_[after]);
+          whole(small_[k], after < 0 ? -1 : small_[after], kept);
         }
       }
     });
@@ -160,8 +209,10 @@ class TwoSweeps {
     return has ? &shares_[large_[k].first_share + worker] : nullptr;
   }
 
-  void first(Large& x, int64_t index) {
-    algorithm_.first(chunk_of(x.tensor, index), x.tensor, sums_[x.sums + index]);
+  // `soon`: the second sweep begins with it, or nearly.
+  void first(Large& x, int64_t index, Kept& kept, bool soon) {
+    algorithm_.first(chunk_of(x.tensor, index), x.tensor,
+                     soon ? kept.take(x.tensor, index) : nullptr, sums_[x.sums + index]);
     if (x.pending.fetch_sub(1, std::memory_order_acq_rel) == 1) {
       Sums total;
       for (int64_t k = 0; k < x.chunks; ++k) total += sums_[x.sums + k];
@@ -169,26 +220,28 @@ class TwoSweeps {
       x.ready.store(true, std::memory_order_release);
     }
   }
-  void second(const Large& x, int64_t index, const Ahead& ahead) const {
+  void second(const Large& x, int64_t index, Kept& kept, const Ahead& ahead) const {
     for (int spins = 0; !x.ready.load(std::memory_order_acquire); ++spins) {
       if (spins > 1000) std::this_thread::yield();
     }
-    algorithm_.second(chunk_of(x.tensor, index), x.tensor, x.outcome, ahead);
+    algorithm_.second(chunk_of(x.tensor, index), x.tensor, x.outcome, kept.find(x.tensor, index),
+                      ahead);
   }
 
   // `later` is the thread's next tensor, or -1.
-  void whole(int32_t tensor, int32_t later) const {
+  void whole(int32_t tensor, int32_t later, Kept& kept) const {
     const int64_t chunks = chunk_count(numel(tensor));
     Sums total;
     for (int64_t k = 0; k < chunks; ++k) {
       Sums sums;
-      algorithm_.first(chunk_of(tensor, k), tensor, sums);
+      algorithm_.first(chunk_of(tensor, k), tensor, kept.take(tensor, k), sums);
       total += sums;
     }
     const Outcome outcome = algorithm_.outcome(tensor, total);
     for (int64_t k = 0; k < chunks; ++k) {
       const bool asks = later >= 0 && k < chunk_count(numel(later));
-      algorithm_.second(chunk_of(tensor, chunks - 1 - k), tensor, outcome,
+      const int64_t index = chunks - 1 - k;
+      algorithm_.second(chunk_of(tensor, index), tensor, outcome, kept.find(tensor, index),
                         asks ? Ahead(chunk_of(later, k)) : Ahead());
     }
   }

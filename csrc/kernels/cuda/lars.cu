@@ -60,7 +60,9 @@ struct Lars {
   static constexpr bool kGradAgain = true;
   using Group = LarsGroup;
   using Set = LarsSet;
-  using Outcome = LarsFactors;
+  struct Outcome : LarsFactors {
+    float g_again;  // what the second sweep scales g with beside g_scale
+  };
 
   // Of the first sweep, which takes its sums of ±g / 2^e: see GradDivisor.
   struct Factors {
@@ -86,8 +88,14 @@ struct Lars {
     tensor.excluded = set.excluded;
     LarsOutcome outcome(set.group, tensor, {sums[0], sums[1], sums[2]}, C, grad_scale);
     stats = outcome.stats;
-    LarsFactors& f = outcome.factors;
-    pack_all(f.momentum, f.k_g, f.k_p, f.p_g, f.p_p, f.p_m);
+    const float g_scale = outcome.factors.g_scale;
+    // Doubles have room for every factor.
+    const double again = kDoubles ? 1.0 : outcome.keep_in_range();
+    Outcome f{outcome.factors, static_cast<float>(again)};
+    f.g_scale = g_scale;
+    pack_all(f.momentum, f.k_p, f.p_p, f.p_m);
+    pack(f.k_g, outcome.k_g);
+    pack(f.p_g, outcome.p_g);
     return f;
   }
 
@@ -151,7 +159,7 @@ struct Lars {
     const Memory<G> g(x.g, x.g_dtype(), units.begin);
     const Memory<float> m(x.m, DType::f32, units.begin);
     const Formulas<kDoubles> formulas(outcome);
-    const F g_scale(outcome.g_scale);
+    const F g_scale(outcome.g_scale), g_again(outcome.g_again);
     const bool momentum = x.m != nullptr;
     // With momentum, unless it is nesterov's, the gradient does not go to p itself.
     const bool direct = !momentum || packed(outcome.p_g) != 0 || packed(outcome.p_p) != 0;
@@ -187,6 +195,10 @@ struct Lars {
             to_float<Held<G>, W>(raw.g, g_i);
 #pragma unroll
             for (int j = 0; j < W; ++j) g_i[j] = (F(g_i[j]) * g_scale).v;
+          }
+          if constexpr (!kDoubles) {
+#pragma unroll
+            for (int j = 0; j < W; ++j) g_i[j] = (F(g_i[j]) * g_again).v;
           }
           to_float<float, W>(raw.m, m_i);
           // m as p takes it.

@@ -119,16 +119,19 @@ BATCHOPS_DEVICE F select_le(F a, F b, F yes, F no) { return a.v <= b.v ? yes : n
 // as good, and in fewer instructions. A factor is then one double in the place of its two floats.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900)
 constexpr bool kDoubles = true;
+BATCHOPS_DEVICE void pack(float (&factor)[2], double value) {
+  factor[0] = __int_as_float(__double2loint(value));
+  factor[1] = __int_as_float(__double2hiint(value));
+}
 BATCHOPS_DEVICE void pack(float (&factor)[2]) {
-  const double sum = static_cast<double>(factor[0]) + static_cast<double>(factor[1]);
-  factor[0] = __int_as_float(__double2loint(sum));
-  factor[1] = __int_as_float(__double2hiint(sum));
+  pack(factor, static_cast<double>(factor[0]) + static_cast<double>(factor[1]));
 }
 BATCHOPS_DEVICE double packed(const float (&factor)[2]) {
   return __hiloint2double(__float_as_int(factor[1]), __float_as_int(factor[0]));
 }
 #else
 constexpr bool kDoubles = false;
+BATCHOPS_DEVICE void pack(float (&)[2], double) {}
 BATCHOPS_DEVICE void pack(float (&)[2]) {}
 BATCHOPS_DEVICE double packed(const float (&factor)[2]) {
   return static_cast<double>(factor[0]) + static_cast<double>(factor[1]);
