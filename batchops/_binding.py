@@ -6,6 +6,8 @@ import ctypes
 import importlib.metadata
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 
@@ -63,7 +65,17 @@ def _let_the_collator_read_tensors(library: pathlib.Path) -> None:
     _C.read_tensors_by(torch.Tensor, *addresses, numpy.memmap)
 
 
+def _calls_of_norms(library: pathlib.Path) -> dict[str, Callable[..., Any]]:
+    """Norms' operators by name, without what torch.ops does for operators of any kind. Each gives
+    the first output, or NotImplemented where the arguments are not plain ones."""
+    calls = ctypes.PyDLL(str(library)).batchops_norm_calls
+    calls.argtypes, calls.restype = [ctypes.py_object] * 2, ctypes.py_object
+    found: dict[str, Callable[..., Any]] = calls(torch.Tensor, torch.nn.Parameter)
+    return found
+
+
 operators = _load_operators()
+norms = _calls_of_norms(operators)
 core = _C
 _let_the_collator_read_tensors(operators)
 

@@ -21,13 +21,23 @@ from ._sharded import is_sharded
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm"]
 
-_train = torch.ops.batchops.batch_norm.default
-_update = torch.ops.batchops.batch_norm_update.default
-_eval = torch.ops.batchops.batch_norm_eval.default
-_group = torch.ops.batchops.group_norm.default
-_layer = torch.ops.batchops.layer_norm.default
-_instance = torch.ops.batchops.instance_norm.default
-_instance_update = torch.ops.batchops.instance_norm_update.default
+_is_compiling = torch.compiler.is_compiling
+
+# A norm's operator, and the shorter way to it.
+_Operator = tuple[Any, Callable[..., Any]]
+
+
+def _operator(name: str) -> _Operator:
+    return getattr(torch.ops.batchops, name).default, _binding.norms[name]
+
+
+_train = _operator("batch_norm")
+_update = _operator("batch_norm_update")
+_eval = _operator("batch_norm_eval")
+_group = _operator("group_norm")
+_layer = _operator("layer_norm")
+_instance = _operator("instance_norm")
+_instance_update = _operator("instance_norm_update")
 _activation = torch.ops.batchops.activation.default
 
 # torch's own in patch() as well, whose functions may come here
@@ -92,11 +102,16 @@ def _activation_of(activation: Activation) -> tuple[str, float]:
     )
 
 
-def _call(op: Any, *args: Any) -> Tensor:
+def _call(operator: _Operator, *args: Any) -> Tensor:
     """A norm's operator; inside recompute(), its output can be rebuilt."""
+    op, direct = operator
     try:
-        if _recording.open_anywhere and not torch.compiler.is_compiling():
-            return _recording.record(op, args)
+        if not _is_compiling():
+            if _recording.open_anywhere:
+                return _recording.record(op, args)
+            y = direct(*args)
+            if y is not NotImplemented:
+                return y
         return op(*args)[0]
     except RuntimeError as error:
         return _after(error, op, args)
@@ -129,7 +144,7 @@ def _functionalized(op: Any, named: dict[str, Any]) -> Tensor:
     affine = named["weight"], named["bias"]
     rest = named["momentum"], named["eps"]
     end = named["residual"], named["activation"], named["slope"]
-    if op is _instance_update:
+    if op is _instance_update[0]:
         _check_sum("instance_norm", named["input"], *end)
         y = _stock_instance(named["input"], *statistics, *affine, True, *rest)
     else:

@@ -1,4 +1,4 @@
-# The torch binding needs torch's headers and two of its libraries, and nothing else of it:
+# The torch binding needs torch's headers and three of its libraries, and nothing else of it:
 # find_package(Torch) would pull in CUDA checks and override the architectures.
 if(NOT BATCHOPS_TORCH_ROOTS)
   find_package(Python REQUIRED COMPONENTS Interpreter)
@@ -54,7 +54,8 @@ function(batchops_add_torch_binding root result)
     # The last that fits is taken, and the environment may lie in the source folder.
     "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=" "-ffile-prefix-map=${root}/include/=")
   target_link_libraries(${_target} PRIVATE batchops_core
-    "${root}/lib/libtorch_cpu.so" "${root}/lib/libc10.so" ${CMAKE_DL_LIBS})
+    "${root}/lib/libtorch_cpu.so" "${root}/lib/libtorch_python.so" "${root}/lib/libc10.so"
+    ${CMAKE_DL_LIBS})
   target_link_options(${_target} PRIVATE -Wl,--as-needed -Wl,--allow-shlib-undefined)
   set(${result} ${_target} PARENT_SCOPE)
 endfunction()

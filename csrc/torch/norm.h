@@ -1,6 +1,7 @@
 // What the operators of all norms share: argument checks, outputs, the bit mask, the backward.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <array>
@@ -18,6 +19,33 @@ using OptionalTensor = std::optional<Tensor>;
 using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor>;  // y, stats, mask
 using BackwardOutputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dresidual, dweight, dbias
+
+// Signatures of the forward operators.
+using Train = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, double, std::string_view, double, bool,
+                             int64_t);
+using Update = ForwardOutputs(const Tensor&, Tensor&, Tensor&, const OptionalTensor&,
+                              const OptionalTensor&, const OptionalTensor&, double, double,
+                              std::string_view, double, bool, int64_t);
+using Eval = ForwardOutputs(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, double, std::string_view,
+                            double, bool);
+using Group = ForwardOutputs(const Tensor&, int64_t, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, double, std::string_view, double, bool);
+using Instance = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&, double, std::string_view, double, bool);
+using InstanceUpdate = ForwardOutputs(const Tensor&, Tensor&, Tensor&, const OptionalTensor&,
+                                      const OptionalTensor&, const OptionalTensor&, double, double,
+                                      std::string_view, double, bool);
+using Layer = ForwardOutputs(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
+                             const OptionalTensor&, const OptionalTensor&, double, std::string_view,
+                             double);
+
+// batchops::name
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 // The bit mask of kernels/batch_norm.h as a tensor. Its number of dimensions says which layout it
 // was written for, since a backward may see the input in another one (saved-tensor hooks):

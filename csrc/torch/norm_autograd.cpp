@@ -22,22 +22,6 @@ namespace {
 
 namespace ag = torch::autograd;
 
-using Train = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, double, std::string_view, double, bool,
-                             int64_t);
-using Update = ForwardOutputs(const Tensor&, Tensor&, Tensor&, const OptionalTensor&,
-                              const OptionalTensor&, const OptionalTensor&, double, double,
-                              std::string_view, double, bool, int64_t);
-using Eval = ForwardOutputs(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                            const OptionalTensor&, const OptionalTensor&, double, std::string_view,
-                            double, bool);
-using Group = ForwardOutputs(const Tensor&, int64_t, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, double, std::string_view, double, bool);
-using Instance = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                const OptionalTensor&, double, std::string_view, double, bool);
-using InstanceUpdate = ForwardOutputs(const Tensor&, Tensor&, Tensor&, const OptionalTensor&,
-                                      const OptionalTensor&, const OptionalTensor&, double, double,
-                                      std::string_view, double, bool);
 using BatchBackward = BackwardOutputs(const Tensor&, const Tensor&, const OptionalTensor&,
                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                       const OptionalTensor&, bool, double, std::string_view, double,
@@ -46,11 +30,6 @@ using GroupBackward = BackwardOutputs(const Tensor&, const Tensor&, const Option
                                       const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                       const OptionalTensor&, int64_t, double, std::string_view,
                                       double, std::array<bool, 4>);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // Which norm a node belongs to.
 struct Norm {
@@ -312,7 +291,7 @@ BackwardOutputs batch_norm_backward_autograd(const Tensor& dy, const Tensor& inp
                                              const OptionalTensor& mask, bool training, double eps,
                                              std::string_view activation, double slope,
                                              std::array<bool, 4> output_mask, int64_t ghost) {
-  static const auto op = find<BatchBackward>("batchops::batch_norm_backward");
+  static const auto op = find_operator<BatchBackward>("batchops::batch_norm_backward");
   const Norm norm{0,     training, eps, parse_activation("batch_norm_backward", activation),
                   slope, ghost};
   return backward_autograd(dy, input, residual, weight, bias, stats, mask, norm, [&] {
@@ -328,7 +307,7 @@ BackwardOutputs group_norm_backward_autograd(const Tensor& dy, const Tensor& inp
                                              const OptionalTensor& mask, int64_t num_groups,
                                              double eps, std::string_view activation, double slope,
                                              std::array<bool, 4> output_mask) {
-  static const auto op = find<GroupBackward>("batchops::group_norm_backward");
+  static const auto op = find_operator<GroupBackward>("batchops::group_norm_backward");
   const Norm norm{num_groups, true, eps, parse_activation("group_norm_backward", activation),
                   slope};
   return backward_autograd(dy, input, residual, weight, bias, stats, mask, norm, [&] {
@@ -348,11 +327,11 @@ struct NormBackward : NormNode {
     const auto bias = defined_or_none(saved.bias.unpack());
     const auto mask = defined_or_none(saved.mask.unpack());
     if (norm.groups == 0) {
-      static const auto op = find<BatchBackward>("batchops::batch_norm_backward");
+      static const auto op = find_operator<BatchBackward>("batchops::batch_norm_backward");
       return op.call(dy, input, residual, weight, bias, stats, mask, norm.training, norm.eps,
                      name_of(norm.activation), norm.slope, wanted, norm.ghost);
     }
-    static const auto op = find<GroupBackward>("batchops::group_norm_backward");
+    static const auto op = find_operator<GroupBackward>("batchops::group_norm_backward");
     return op.call(dy, input, residual, weight, bias, stats, mask, norm.groups, norm.eps,
                    name_of(norm.activation), norm.slope, wanted);
   }
@@ -428,7 +407,7 @@ ForwardOutputs batch_norm_autograd(const Tensor& input, const OptionalTensor& we
                                    const OptionalTensor& bias, const OptionalTensor& residual,
                                    double eps, std::string_view activation, double slope,
                                    bool save_mask, int64_t ghost) {
-  static const auto op = find<Train>("batchops::batch_norm");
+  static const auto op = find_operator<Train>("batchops::batch_norm");
   const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope, ghost};
   return record("batch_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, weight, bias, residual, eps, activation, slope, mask, ghost);
@@ -441,7 +420,7 @@ ForwardOutputs batch_norm_update_autograd(const Tensor& input, Tensor& running_m
                                           const OptionalTensor& residual, double momentum,
                                           double eps, std::string_view activation, double slope,
                                           bool save_mask, int64_t ghost) {
-  static const auto op = find<Update>("batchops::batch_norm_update");
+  static const auto op = find_operator<Update>("batchops::batch_norm_update");
   const Norm norm{0, true, eps, parse_activation("batch_norm", activation), slope, ghost};
   check_not_differentiated("batch_norm", running_mean, running_var);
   auto outputs =
@@ -459,7 +438,7 @@ ForwardOutputs batch_norm_eval_autograd(const Tensor& input, const Tensor& runni
                                         const OptionalTensor& bias, const OptionalTensor& residual,
                                         double eps, std::string_view activation, double slope,
                                         bool save_mask) {
-  static const auto op = find<Eval>("batchops::batch_norm_eval");
+  static const auto op = find_operator<Eval>("batchops::batch_norm_eval");
   const Norm norm{0, false, eps, parse_activation("batch_norm", activation), slope};
   check_not_differentiated("batch_norm", running_mean, running_var);
   return record("batch_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
@@ -472,7 +451,7 @@ ForwardOutputs group_norm_autograd(const Tensor& input, int64_t num_groups,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& residual, double eps,
                                    std::string_view activation, double slope, bool save_mask) {
-  static const auto op = find<Group>("batchops::group_norm");
+  static const auto op = find_operator<Group>("batchops::group_norm");
   const Norm norm{num_groups, true, eps, parse_activation("group_norm", activation), slope};
   return record("group_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, num_groups, weight, bias, residual, eps, activation, slope, mask);
@@ -489,7 +468,7 @@ ForwardOutputs instance_norm_autograd(const Tensor& input, const OptionalTensor&
                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                       double eps, std::string_view activation, double slope,
                                       bool save_mask) {
-  static const auto op = find<Instance>("batchops::instance_norm");
+  static const auto op = find_operator<Instance>("batchops::instance_norm");
   const Norm norm = instance_of(input, eps, activation, slope);
   return record("instance_norm", input, weight, bias, residual, norm, save_mask, [&](bool mask) {
     return op.call(input, weight, bias, residual, eps, activation, slope, mask);
@@ -502,7 +481,7 @@ ForwardOutputs instance_norm_update_autograd(const Tensor& input, Tensor& runnin
                                              const OptionalTensor& residual, double momentum,
                                              double eps, std::string_view activation, double slope,
                                              bool save_mask) {
-  static const auto op = find<InstanceUpdate>("batchops::instance_norm_update");
+  static const auto op = find_operator<InstanceUpdate>("batchops::instance_norm_update");
   const Norm norm = instance_of(input, eps, activation, slope);
   check_not_differentiated("instance_norm", running_mean, running_var);
   const auto call = [&](bool mask) {
