@@ -451,7 +451,8 @@ def test_threads_out_of_order_timeout_and_arguments() -> None:
     for wrong, text in (
         ({"threads": 0}, "threads: expected an integer >= 1, got 0"),
         ({"threads": 2, "num_workers": 1}, "expected num_workers=0 beside it, got 1"),
-        ({"ring_bytes": -1}, "ring_bytes: expected >= 0, got -1"),
+        ({"ring_bytes": -1}, "ring_bytes: expected an integer >= 0, got -1"),
+        ({"ring_bytes": True}, "ring_bytes: expected an integer >= 0, got True"),
         ({"collator": data.collate, "collate_fn": list}, "expected no other collate_fn"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -682,6 +683,39 @@ def test_an_error_does_not_keep_the_iterator_alive(arguments: dict[str, Any]) ->
         assert alive() is None
         assert time.perf_counter() - begun < 2
     finally:
+        gc.enable()
+
+
+NO_CYCLES: dict[str, Callable[[], Any]] = {
+    "the end of a stream": lambda: list(DataLoader(Counted(12), 5)),
+    "an error of collation": lambda: list(DataLoader(Odd("shape"), 4)),
+    "an error of a sample": lambda: list(DataLoader(Odd("fails"), 4)),
+    "an error of a stream": lambda: list(DataLoader(Failing(), 4)),
+    "collate": lambda: data.collate([torch.zeros(2), torch.zeros(3)]),
+    "Collator": lambda: data.Collator()([torch.zeros(2), torch.zeros(3)]),
+    "Collator, as it was": lambda: data.Collator(pad=data.Pad({"x": 0}))([{"y": [1]}]),
+}
+
+
+@pytest.mark.parametrize("name", NO_CYCLES)
+def test_errors_are_in_no_cycle_with_the_frames_they_went_through(name: str) -> None:
+    """Those hold batches, and iterators with their workers."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            NO_CYCLES[name]()
+
+    attempt()
+    gc.collect()
+    gc.disable()
+    try:
+        attempt()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [value for value in gc.garbage if isinstance(value, types.FrameType)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
         gc.enable()
 
 
