@@ -122,6 +122,7 @@ PYTHON: dict[str, Callable[[], Any]] = {
     "concat of unequal rows": lambda: ConcatDataset(
         [TensorDataset(rows(25, 3)), TensorDataset(rows(25, 4))]
     ),
+    "concat of a tensor and an array": lambda: ConcatDataset([rows(25, 3), rows(25, 3).numpy()]),
     "stack with a subset": lambda: StackDataset(rows(5, 3), Subset(rows(9, 3), [5, 4, 3, 2, 1])),
     "own columns": lambda: type("Mine", (Columns,), {})(a=rows(N)),
 }
