@@ -720,6 +720,21 @@ def test_errors_are_in_no_cycle_with_the_frames_they_went_through(name: str) -> 
         gc.enable()
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_an_iterator_in_a_cycle_end_at_once(persistent: bool) -> None:
+    """As that of an error which the user keeps: the garbage collector takes their queues first."""
+    loader = DataLoader(Samples(9), 3, num_workers=2, persistent_workers=persistent)
+    iterator = iter(loader)
+    next(iterator)
+    workers = list(iterator._workers)
+    iterator.itself = iterator
+    del loader, iterator
+    begun = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - begun < 4, "torch waits for five seconds"
+    assert gone(lambda: not any(worker.is_alive() for worker in workers))
+
+
 def test_worker_processes_collate_into_shared_memory() -> None:
     for method in ("fork", "spawn"):
         loader = DataLoader(

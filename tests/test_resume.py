@@ -804,8 +804,16 @@ STREAMS: dict[str, Callable[[], Shares]] = {
 }
 
 
-@pytest.mark.parametrize("breaks", [(), (1,), (5, 0)], ids=str)
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("workers", "breaks"),
+    [
+        (1, ()),
+        (1, (5, 0)),  # an epoch that nothing was asked of comes in between
+        (2, (1,)),  # where the second worker was asked and never heard
+        (2, (5, 0)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", STREAMS)
 def test_persistent_workers_go_on_with_their_copies(
     name: str, workers: int, breaks: tuple[int, ...]

@@ -8,6 +8,7 @@ import ctypes
 import threading
 import time
 from collections import deque
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import torch
@@ -350,6 +351,8 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
 
     def _shutdown_workers(self) -> None:
         try:
+            if self._workers_are_out_of_reach():
+                self._terminate_workers()
             super()._shutdown_workers()
         except BaseException as error:
             self._end_workers()
@@ -357,17 +360,26 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
             if hasattr(self, "_pin_memory_thread") or not isinstance(error, RuntimeError):
                 raise
 
-    def _end_workers(self) -> None:
-        """Without their consent, as torch does at the end of what it tries."""
+    def _workers_are_out_of_reach(self) -> bool:
+        """Whether queues were taken down before this iterator, as the garbage collector does with
+        both in a cycle: what ends workers would stay here, and torch wait for each of them."""
+        ends = [getattr(queue, "_close", None) for queue in getattr(self, "_index_queues", ())]
+        return any(isinstance(end, Finalize) and not end.still_active() for end in ends)
+
+    def _terminate_workers(self) -> None:
         if self._worker_pids_set:
             torch_dataloader._utils.signal_handling._remove_worker_pids(id(self))
             self._worker_pids_set = False
-        for queue in self._index_queues:
-            queue.cancel_join_thread()
-            queue.close()
         for worker in self._workers:
             if worker.is_alive():
                 worker.terminate()
+
+    def _end_workers(self) -> None:
+        """Without their consent, as torch does at the end of what it tries."""
+        for queue in self._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
+        self._terminate_workers()
         for worker in self._workers:
             worker.join(timeout=torch_dataloader._utils.MP_STATUS_CHECK_INTERVAL)
 
