@@ -363,6 +363,10 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
     def _workers_are_out_of_reach(self) -> bool:
         """Whether queues were taken down before this iterator, as the garbage collector does with
         both in a cycle: what ends workers would stay here, and torch wait for each of them."""
+        # At the program's end nobody waits, and modules lose their names, one by one.
+        utils = None if torch_dataloader is None else torch_dataloader._utils
+        if Finalize is None or utils is None or utils.python_exit_status is not False:
+            return False
         ends = [getattr(queue, "_close", None) for queue in getattr(self, "_index_queues", ())]
         return any(isinstance(end, Finalize) and not end.still_active() for end in ends)
 
