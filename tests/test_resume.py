@@ -31,11 +31,13 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.datapipes.iter import IterableWrapper
 from torch.utils.data.distributed import DistributedSampler
 
 from batchops import _C, data
 from batchops.data import DataLoader
+from batchops.data._streams import Start, Told
 
 from .test_loader import gone, named_threads
 
@@ -1005,6 +1007,27 @@ def test_a_stream_in_workers_that_cannot_tell_its_state_is_an_error_when_asked()
     next(iterator)
     with pytest.raises(RuntimeError, match=r"state_dict\(\) failed in a worker process: .*lambda"):
         loader.state_dict()
+
+
+def test_batches_that_tell_a_state_are_page_locked_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's thread asks them, and not what is in them."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    told = Told({"x": torch.arange(2)}, Start(pickle.dumps(torch.arange(3))))
+    pinned = pin_memory(told, "cuda")
+    assert pinned.data["x"].tolist() == [100, 101]
+    assert pickle.loads(pinned.place.state).tolist() == [0, 1, 2]
+
+
+@pytest.mark.cuda
+def test_a_stream_in_workers_whose_batches_are_page_locked() -> None:
+    loader = DataLoader(Shares(), 2, num_workers=1, pin_memory=True)
+    iterator = iter(loader)
+    assert next(iterator).is_pinned()
+    again = DataLoader(Shares(), 2, num_workers=1, pin_memory=True)
+    again.load_state_dict(loader.state_dict())
+    assert values(again) == values(iterator)
 
 
 def test_worker_init_fn_comes_before_a_copy_is_put_where_it_was() -> None:
