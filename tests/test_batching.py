@@ -703,13 +703,112 @@ def test_epochs_seeds_and_resumption(make: Any) -> None:
     for _ in range(5):
         next(iterator)
     state = sampler.state_dict()
+    made_with = state.pop("made_with")
     assert state == {"seed": 3, "epoch": 1, "position": 5}
+    state["made_with"] = made_with
     again = make(seed=0)
     again.load_state_dict(pickle.loads(pickle.dumps(state)))
     assert list(again) == second[5:]
     assert list(again) == second, "the next pass is whole"
     with pytest.raises(ValueError, match="expected seed, epoch and position"):
         again.load_state_dict({"seed": 3})
+
+
+LENGTHS = random_lengths(2, 100)
+OTHERS: dict[str, tuple[Callable[..., Any], str]] = {
+    "ranks": (lambda: data.BucketBatchSampler(LENGTHS, 9, num_replicas=2, rank=0), "num_replicas"),
+    "length": (lambda: data.BucketBatchSampler([*LENGTHS[:-1], 1], 9), "lengths"),
+    "number": (lambda: data.BucketBatchSampler(LENGTHS[:-1], 9), "lengths"),
+    "batch": (lambda: data.BucketBatchSampler(LENGTHS, 10), "batch_size"),
+    "full": (lambda: data.BucketBatchSampler(LENGTHS, 9, drop_last=True), "drop_last"),
+    "budget": (lambda: data.TokenBudgetBatchSampler(LENGTHS, 4001), "max_tokens"),
+    "packed": (lambda: data.TokenBudgetBatchSampler(LENGTHS, 4000, padded=False), "padded"),
+    "window": (lambda: data.TokenBudgetBatchSampler(LENGTHS, 4000, window=50), "window"),
+    "weights": (lambda: data.MixtureBatchSampler([60, 40], [1, 3], 9), "weights"),
+    "exact": (lambda: data.MixtureBatchSampler([60, 40], [1, 2], 9, exact=True), "exact"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_position_among_other_batches_is_refused(name: str) -> None:
+    make, argument = OTHERS[name]
+    other = make()
+    sampler = {
+        data.BucketBatchSampler: lambda: data.BucketBatchSampler(LENGTHS, 9),
+        data.TokenBudgetBatchSampler: lambda: data.TokenBudgetBatchSampler(LENGTHS, 4000),
+        data.MixtureBatchSampler: lambda: data.MixtureBatchSampler([60, 40], [1, 2], 9),
+    }[type(other)]()
+    want = list(other)
+    other.load_state_dict(sampler.state_dict())  # nothing was handed out
+    assert list(other) == want
+    iterator = iter(sampler)
+    next(iterator)
+    with pytest.raises(ValueError, match=f"a sampler with {argument} = .*, got one with "):
+        other.load_state_dict(sampler.state_dict())
+    assert list(other) == want, "it is as it was"
+    # And by way of a loader, which counts batches itself.
+    loader = DataLoader(range(100), batch_sampler=sampler)
+    next(iter(loader))
+    with pytest.raises(ValueError, match=f"a loader with {argument} = .*, got one with "):
+        DataLoader(range(100), batch_sampler=other).load_state_dict(loader.state_dict())
+
+
+class Index:
+    """An integer of some other library's."""
+
+    def __index__(self) -> int:
+        return 2
+
+
+INTEGERS: dict[str, Callable[[Any], Any]] = {
+    "max_tokens": lambda n: data.TokenBudgetBatchSampler([1], n),
+    "multiple": lambda n: data.TokenBudgetBatchSampler([1], 9, multiple=n),
+    "max_samples": lambda n: data.TokenBudgetBatchSampler([1], 9, max_samples=n),
+    "window": lambda n: data.TokenBudgetBatchSampler([1], 9, window=n),
+    "seed": lambda n: data.TokenBudgetBatchSampler([1], 9, seed=n),
+    "num_replicas": lambda n: data.TokenBudgetBatchSampler([1], 9, num_replicas=n),
+    "rank": lambda n: data.TokenBudgetBatchSampler([1], 9, num_replicas=3, rank=n),
+    "batch_size": lambda n: data.BucketBatchSampler([1], n),
+    "bucket_batches": lambda n: data.BucketBatchSampler([1], 2, bucket_batches=n),
+    "sizes": lambda n: data.MixtureBatchSampler([n, 1], [1, 1], 2),
+    "batches": lambda n: data.MixtureBatchSampler([2], [1], 2, batches=n),
+}
+
+
+@pytest.mark.parametrize("argument", INTEGERS)
+def test_samplers_take_integers_of_any_type_and_no_truth_values(argument: str) -> None:
+    make = INTEGERS[argument]
+    want = list(make(2))
+    assert want
+    for value in (np.int64(2), np.uint8(2), torch.tensor(2), Index()):
+        sampler = make(value)
+        assert list(sampler) == want
+        held = getattr(sampler, argument)
+        assert type(held[0] if argument == "sizes" else held) is int
+    for value in (True, np.True_, torch.tensor(True), 2.0, "2"):
+        with pytest.raises(ValueError, match=rf"Sampler: {argument}: expected an integer >= \d, "):
+            make(value)
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: data.TokenBudgetBatchSampler([3, 1], HUGE),
+        lambda: data.TokenBudgetBatchSampler([3, 1], HUGE, padded=False),
+        lambda: data.TokenBudgetBatchSampler([3, 1], 10, max_samples=HUGE),
+        lambda: data.TokenBudgetBatchSampler([3, 1], 10, window=HUGE),
+        lambda: data.TokenBudgetBatchSampler([3, 1], HUGE, multiple=(1 << 31) - 1),
+        lambda: data.BucketBatchSampler([3, 1], HUGE),
+        lambda: data.BucketBatchSampler([3, 1], 2, bucket_batches=HUGE),
+        lambda: data.BucketBatchSampler([3, 1], 2, seed=HUGE),
+    ],
+)
+def test_limits_that_nothing_reaches(make: Callable[[], Any]) -> None:
+    assert sorted(itertools.chain(*make())) == [0, 1]
+    assert list(data.BucketBatchSampler([3, 1], HUGE, drop_last=True)) == []
 
 
 def test_oversized_samples() -> None:
@@ -837,6 +936,10 @@ def test_neighbouring_seeds_and_epochs_are_strangers() -> None:
             "max_tokens: expected an integer >= 1, got 0",
         ),
         (lambda: data.TokenBudgetBatchSampler([1], 5, oversize="no"), "oversize: expected"),
+        (
+            lambda: data.TokenBudgetBatchSampler([1], 1 << 40, multiple=1 << 31),
+            r"multiple: expected below 2\^31, as lengths are, got 2147483648",
+        ),
         (
             lambda: data.TokenBudgetBatchSampler([1], 5, num_replicas=2, rank=2),
             "rank: expected below",

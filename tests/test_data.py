@@ -321,6 +321,19 @@ def test_random_configurations_with_workers(seed: int) -> None:
     same(random_case(random.Random(10_000 + seed), workers=1 + seed % 3))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_configurations_with_threads(seed: int) -> None:
+    """Numbers are drawn when torch draws them for as many worker processes."""
+    make = random_case(random.Random(20_000 + seed), workers=0)
+    count = 1 + seed % 3
+
+    def made(cls: Any) -> tuple[Any, dict[str, Any]]:
+        many = {"threads": count} if cls is DataLoader else {"num_workers": count}
+        return make(functools.partial(cls, **many))
+
+    same(made, native=None)
+
+
 @pytest.mark.parametrize("count", [1, 2], ids=["1-thread", "2-threads"])
 @pytest.mark.parametrize("generator", [False, True])
 def test_whole_epochs_of_background_size(

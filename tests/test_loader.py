@@ -122,6 +122,7 @@ PYTHON: dict[str, Callable[[], Any]] = {
     "concat of unequal rows": lambda: ConcatDataset(
         [TensorDataset(rows(25, 3)), TensorDataset(rows(25, 4))]
     ),
+    "concat of a tensor and an array": lambda: ConcatDataset([rows(25, 3), rows(25, 3).numpy()]),
     "stack with a subset": lambda: StackDataset(rows(5, 3), Subset(rows(9, 3), [5, 4, 3, 2, 1])),
     "own columns": lambda: type("Mine", (Columns,), {})(a=rows(N)),
 }
@@ -451,7 +452,8 @@ def test_threads_out_of_order_timeout_and_arguments() -> None:
     for wrong, text in (
         ({"threads": 0}, "threads: expected an integer >= 1, got 0"),
         ({"threads": 2, "num_workers": 1}, "expected num_workers=0 beside it, got 1"),
-        ({"ring_bytes": -1}, "ring_bytes: expected >= 0, got -1"),
+        ({"ring_bytes": -1}, "ring_bytes: expected an integer >= 0, got -1"),
+        ({"ring_bytes": True}, "ring_bytes: expected an integer >= 0, got True"),
         ({"collator": data.collate, "collate_fn": list}, "expected no other collate_fn"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -683,6 +685,54 @@ def test_an_error_does_not_keep_the_iterator_alive(arguments: dict[str, Any]) ->
         assert time.perf_counter() - begun < 2
     finally:
         gc.enable()
+
+
+NO_CYCLES: dict[str, Callable[[], Any]] = {
+    "the end of a stream": lambda: list(DataLoader(Counted(12), 5)),
+    "an error of collation": lambda: list(DataLoader(Odd("shape"), 4)),
+    "an error of a sample": lambda: list(DataLoader(Odd("fails"), 4)),
+    "an error of a stream": lambda: list(DataLoader(Failing(), 4)),
+    "collate": lambda: data.collate([torch.zeros(2), torch.zeros(3)]),
+    "Collator": lambda: data.Collator()([torch.zeros(2), torch.zeros(3)]),
+    "Collator, as it was": lambda: data.Collator(pad=data.Pad({"x": 0}))([{"y": [1]}]),
+}
+
+
+@pytest.mark.parametrize("name", NO_CYCLES)
+def test_errors_are_in_no_cycle_with_the_frames_they_went_through(name: str) -> None:
+    """Those hold batches, and iterators with their workers."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            NO_CYCLES[name]()
+
+    attempt()
+    gc.collect()
+    gc.disable()
+    try:
+        attempt()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [value for value in gc.garbage if isinstance(value, types.FrameType)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_an_iterator_in_a_cycle_end_at_once(persistent: bool) -> None:
+    """As that of an error which the user keeps: the garbage collector takes their queues first."""
+    loader = DataLoader(Samples(9), 3, num_workers=2, persistent_workers=persistent)
+    iterator = iter(loader)
+    next(iterator)
+    workers = list(iterator._workers)
+    iterator.itself = iterator
+    del loader, iterator
+    begun = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter() - begun < 4, "torch waits for five seconds"
+    assert gone(lambda: not any(worker.is_alive() for worker in workers))
 
 
 def test_worker_processes_collate_into_shared_memory() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import pickle
 import threading
 import time
@@ -28,12 +29,15 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
+from torch.utils.data._utils.pin_memory import pin_memory
 from torch.utils.data.datapipes.iter import IterableWrapper
 from torch.utils.data.distributed import DistributedSampler
 
 from batchops import _C, data
 from batchops.data import DataLoader
+from batchops.data._streams import Start, Told
 
 from .test_loader import gone, named_threads
 
@@ -93,6 +97,20 @@ SAMPLINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "replacement": lambda d: {
         "batch_size": 4,
         "sampler": RandomSampler(d, True, 70, generator=seeded()),
+    },
+    # The global generator, by its name.
+    "default generator": lambda d: {
+        "batch_size": 3,
+        "sampler": RandomSampler(d, generator=torch.default_generator),
+    },
+    # Drawn from it on the way, with the user's own draws in between.
+    "replacement, default": lambda d: {
+        "batch_size": 4,
+        "sampler": RandomSampler(d, True, 70, generator=torch.default_generator),
+    },
+    "repetition, default": lambda d: {
+        "batch_size": 3,
+        "sampler": RandomSampler(d, False, 2 * N + 5, generator=torch.default_generator),
     },
     # Indices that are drawn from the global generator, not seeded by it.
     "subset": lambda d: {"batch_size": 3, "sampler": SubsetRandomSampler(range(0, N, 2))},
@@ -591,8 +609,7 @@ def test_a_stream_goes_on_after_the_last_batch_that_was_handed_out(
     state = pickle.dumps(loader.state_dict())
     again = DataLoader(ToldStream(), 2, **arguments)
     again.load_state_dict(pickle.loads(state))
-    if "num_workers" not in arguments:
-        assert pickle.loads(pickle.dumps(again.state_dict()["dataset"])) == {"at": [8]}
+    assert pickle.loads(pickle.dumps(again.state_dict()["dataset"])) == {"at": [8]}
     second = iter(again)
     assert values([next(second)]) == [[8, 9]]
     third = DataLoader(ToldStream(), 2, **arguments)
@@ -600,6 +617,29 @@ def test_a_stream_goes_on_after_the_last_batch_that_was_handed_out(
     assert values(third) == [[i, i + 1] for i in range(10, N - 1, 2)] + [[N - 1]]
     if "num_workers" not in arguments:
         assert third.dataset.given == N - 10, "asked, not replayed"
+
+
+@pytest.mark.parametrize("kind", ["goes on", "begins anew"])
+@pytest.mark.parametrize("size", [2, 40])  # with other batches before it, and without
+def test_a_stream_whose_end_came_with_its_last_batch_is_at_its_end(size: int, kind: str) -> None:
+    """And not at the beginning of the next epoch, which its state may tell by then."""
+    ways = ({}, {"threads": 1}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True})
+    for way in ways:
+        loader = DataLoader(STREAMS[kind](), size, **way)
+        iterator = iter(loader)
+        for _ in range(-(-N // size)):
+            next(iterator)
+        state = loader.state_dict()
+        assert not state.get("between_epochs")
+        for other in ways[:3]:
+            again = DataLoader(STREAMS[kind](), size, **other)
+            again.load_state_dict(state)
+            third = DataLoader(STREAMS[kind](), size, **other)
+            second = iter(again)
+            third.load_state_dict(again.state_dict())
+            for each, rest in ((again, second), (third, third)):
+                assert values(rest) == [], (way, other)
+                assert flat(values(each)) == share(0), (way, other)
 
 
 def test_threads_keep_a_state_that_later_draws_do_not_reach() -> None:
@@ -692,6 +732,323 @@ def test_a_replay_leaves_the_global_generator_alone() -> None:
     assert values(resumed(lambda: DataLoader(Noisy(), 2), state, rng)) == want
 
 
+# --- copies of a stream in worker processes -------------------------------------------------------
+
+
+class Shares(IterableDataset):
+    """Each worker has numbers of its own, the second one fewer, and its copy tells where it is.
+
+    goes_on: an iteration begins where the last one was left, and not with the first number.
+    """
+
+    bad: int | None = None  # the place of a sample that is an error
+    late = 0.0  # seconds that the first worker takes for its first sample
+
+    def __init__(self, goes_on: bool = True) -> None:
+        self.goes_on = goes_on
+        self.at = self.begin = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return Walk(self)
+
+    def state_dict(self) -> dict[str, list[int]]:
+        return {"at": [self.at]}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        (self.begin,) = state["at"]
+        self.at = self.begin
+
+
+class Silent(Shares):
+    """Without a state, and so from the beginning."""
+
+    state_dict = None
+
+    def __init__(self) -> None:
+        super().__init__(goes_on=False)
+
+
+class Walk:
+    def __init__(self, copy: Shares) -> None:
+        self.copy = copy
+        self.begun = False
+
+    def __iter__(self) -> Walk:
+        return self
+
+    def __next__(self) -> int:
+        copy, info = self.copy, get_worker_info()
+        worker = 0 if info is None else info.id
+        if not self.begun:
+            self.begun = True
+            if not copy.goes_on:
+                copy.at, copy.begin = copy.begin, 0
+            if worker == 0:
+                time.sleep(copy.late)
+        if copy.at >= N - 9 * worker:
+            if copy.goes_on:
+                copy.at = 0
+            raise StopIteration
+        copy.at += 1
+        if copy.at - 1 == copy.bad:
+            raise OSError("bad")
+        return 100 * worker + copy.at - 1
+
+
+def share(worker: int) -> list[int]:
+    return [100 * worker + i for i in range(N - 9 * worker)]
+
+
+STREAMS: dict[str, Callable[[], Shares]] = {
+    "goes on": Shares,
+    "begins anew": lambda: Shares(False),
+    "silent": Silent,
+}
+
+
+@pytest.mark.parametrize(
+    ("workers", "breaks"),
+    [
+        (1, ()),
+        (1, (5, 0)),  # an epoch that nothing was asked of comes in between
+        (2, (1,)),  # where the second worker was asked and never heard
+        (2, (5, 0)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", STREAMS)
+def test_persistent_workers_go_on_with_their_copies(
+    name: str, workers: int, breaks: tuple[int, ...]
+) -> None:
+    """From every batch of an epoch whose workers were left in the middle of the ones before."""
+
+    def make() -> DataLoader:
+        return DataLoader(STREAMS[name](), 2, num_workers=workers, persistent_workers=True)
+
+    loader = make()
+    for batches in breaks:
+        values(itertools.islice(loader, batches))
+    iterator = iter(loader)
+    states = [loader.state_dict()]
+    rest = []
+    for batch in iterator:
+        rest += values([batch])
+        states.append(pickle.loads(pickle.dumps(loader.state_dict())))
+    states += [loader.state_dict()]  # between two
+    follows = [rest[k:] for k in range(len(rest))] + [[]]
+    after = values(loader)
+    used = make()
+    for k in sorted({0, 1, 5, len(rest) - 1, len(rest)} & set(range(len(rest) + 1))):
+        again = make()
+        again.load_state_dict(states[k])
+        assert again.state_dict() == states[k]
+        assert [values(again), values(again)] == [follows[k], after], k
+        # Workers that have gone elsewhere since, and a state of what was taken up.
+        next(iter(used))
+        used.load_state_dict(states[k])
+        if follows[k]:
+            assert values([next(iter(used))]) == follows[k][:1]
+            again.load_state_dict(used.state_dict())
+            assert values(again) == follows[k][1:]
+    again.load_state_dict(states[-1])
+    assert values(again) == after, "between two"
+
+
+def test_copies_of_a_stream_are_asked_and_not_replayed() -> None:
+    class Strict(Shares):
+        least = 0
+
+        def __iter__(self) -> Iterator[int]:
+            assert self.at >= self.least
+            return super().__iter__()
+
+    loader = DataLoader(Strict(), 2, num_workers=2)
+    iterator = iter(loader)
+    for _ in range(6):
+        next(iterator)
+    again = DataLoader(Strict(), 2, num_workers=2)
+    again.dataset.least = 6
+    again.load_state_dict(loader.state_dict())
+    assert values(again) == values(iterator)
+    again.dataset.least = 0
+    assert values(again)[0] == [0, 1], "the loader's own has not moved"
+
+
+@pytest.mark.parametrize("name", ["goes on", "silent"])
+def test_a_batch_of_a_workers_stream_that_failed_or_was_lost(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make() -> DataLoader:
+        dataset = STREAMS[name]()
+        dataset.bad = 4
+        return DataLoader(dataset, 2, num_workers=2)
+
+    whole = skipping(iter(make()))
+    # Numbers come before and after the bad ones.
+    assert whole[:6] == [[0, 1], [100, 101], [2, 3], [102, 103], OSError, OSError]
+    assert whole[6:8] == [[5, 6], [105, 106]]
+    for had in range(2, 9):
+        loader = make()
+        assert skipping(iter(loader), had) == whole[:had]
+        again = make()
+        again.load_state_dict(loader.state_dict())
+        assert skipping(iter(again)) == whole[had:], had
+
+    loader = make()
+    iterator = iter(loader)
+    assert skipping(iterator, 3) == whole[:3]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(iterator), "_try_put_index", signal_interrupt)
+        assert skipping(iterator, 1) == [KeyboardInterrupt]
+    assert skipping(iterator, 3) == [*whole[4:6], whole[6]]
+    assert loader.state_dict()["yielded"] == 6
+    for _ in range(2):
+        again = make()
+        again.load_state_dict(loader.state_dict())
+        loader = again
+    assert skipping(iter(again)) == [whole[3], *whole[7:]]
+
+
+def signal_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_streams_out_of_order_in_worker_processes(name: str) -> None:
+    """No batch is lost or repeated, and each worker's come in its order."""
+
+    def make(late: float, in_order: bool) -> DataLoader:
+        dataset = STREAMS[name]()
+        dataset.late = late
+        return DataLoader(dataset, 2, num_workers=2, in_order=in_order)
+
+    loader = make(1.0, False)
+    iterator = iter(loader)
+    had = values(itertools.islice(iterator, 3))
+    assert had == [[100, 101], [102, 103], [104, 105]]
+    states = [loader.state_dict()]
+    had += values(itertools.islice(iterator, 5))
+    assert [0, 1] in had
+    states.append(loader.state_dict())
+    del iterator
+    for before, state in zip((had[:3], had), states, strict=True):
+        for in_order in (True, False):
+            again = make(0.0, in_order)
+            again.load_state_dict(state)
+            iterator = iter(again)
+            got = before + values([next(iterator)])
+            third = make(0.0, in_order)
+            third.load_state_dict(again.state_dict())
+            got = flat(got + values(third))
+            assert [i for i in got if i < 100] == share(0)
+            assert [i for i in got if i >= 100] == share(1)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_one_worker_goes_on_where_threads_or_no_worker_were(name: str) -> None:
+    ways = ({}, {"threads": 2}, {"num_workers": 1}, {"num_workers": 1, "in_order": False})
+    want = [share(0)[i : i + 2] for i in range(0, N, 2)]
+    for way in ways:
+        loader = DataLoader(STREAMS[name](), 2, **way)
+        iterator = iter(loader)
+        assert values(itertools.islice(iterator, 4)) == want[:4]
+        state = pickle.loads(pickle.dumps(loader.state_dict()))
+        for other in ways:
+            again = DataLoader(STREAMS[name](), 2, **other)
+            again.load_state_dict(state)
+            assert values(again) == want[4:], (way, other)
+
+
+def test_where_a_single_workers_second_epoch_begins_is_told_to_every_kind() -> None:
+    loader = DataLoader(Shares(), 2, num_workers=1, persistent_workers=True)
+    values(itertools.islice(loader, 1))  # and two more are under way
+    iter(loader)
+    state = loader.state_dict()
+    for way in ({}, {"threads": 1}, {"num_workers": 1}):
+        again = DataLoader(Shares(), 2, **way)
+        again.load_state_dict(state)
+        iterator = iter(again)
+        third = DataLoader(Shares(), 2, **way)
+        third.load_state_dict(again.state_dict())
+        assert values([next(iterator)]) == values(third)[:1] == [[6, 7]]
+
+
+def test_states_of_other_numbers_of_workers_are_refused() -> None:
+    def make(workers: int) -> DataLoader:
+        return DataLoader(Shares(), 2, num_workers=workers)
+
+    for there, here in ((2, 0), (2, 1), (1, 2), (0, 3)):
+        loader = make(there)
+        iterator = iter(loader)
+        next(iterator)
+        with pytest.raises(
+            ValueError, match=f"workers = {max(here, 1)}, got one with {max(there, 1)}"
+        ):
+            make(here).load_state_dict(loader.state_dict())
+    state = loader.state_dict()
+    del state["loader"]
+    with pytest.raises(ValueError, match="batches each of 2 workers has given, got 0"):
+        make(2).load_state_dict(state)
+    again = make(2)
+    again.load_state_dict(make(0).state_dict())
+    assert sorted(flat(values(again))) == share(0) + share(1)
+
+
+def test_a_stream_in_workers_that_cannot_tell_its_state_is_an_error_when_asked() -> None:
+    class Secret(Shares):
+        def state_dict(self) -> Any:
+            return lambda: None
+
+    loader = DataLoader(Secret(), 2, num_workers=1, persistent_workers=True)
+    assert flat(values(loader)) == share(0)
+    iterator = iter(loader)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) failed in a worker process: .*lambda"):
+        loader.state_dict()
+    next(iterator)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) failed in a worker process: .*lambda"):
+        loader.state_dict()
+
+
+def test_batches_that_tell_a_state_are_page_locked_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch's thread asks them, and not what is in them."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    told = Told({"x": torch.arange(2)}, Start(pickle.dumps(torch.arange(3))))
+    pinned = pin_memory(told, "cuda")
+    assert pinned.data["x"].tolist() == [100, 101]
+    assert pickle.loads(pinned.place.state).tolist() == [0, 1, 2]
+
+
+@pytest.mark.cuda
+def test_a_stream_in_workers_whose_batches_are_page_locked() -> None:
+    loader = DataLoader(Shares(), 2, num_workers=1, pin_memory=True)
+    iterator = iter(loader)
+    assert next(iterator).is_pinned()
+    again = DataLoader(Shares(), 2, num_workers=1, pin_memory=True)
+    again.load_state_dict(loader.state_dict())
+    assert values(again) == values(iterator)
+
+
+def test_worker_init_fn_comes_before_a_copy_is_put_where_it_was() -> None:
+    class Renewed(Shares):
+        def renew(self) -> None:
+            self.at = self.begin = 0
+
+    def init(worker: int) -> None:
+        torch.utils.data.get_worker_info().dataset.renew()
+
+    def make() -> DataLoader:
+        return DataLoader(Renewed(), 2, num_workers=1, worker_init_fn=init)
+
+    loader = make()
+    iterator = iter(loader)
+    next(iterator)
+    again = make()
+    again.load_state_dict(loader.state_dict())
+    assert values(again) == values(iterator)
+
+
 # --- states that do not fit, and epochs that cannot begin -----------------------------------------
 
 
@@ -768,6 +1125,11 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"batch_size": 2},
         r"samplers = \['BatchSampler', 'SequentialSampler'\], got one with .*'RandomSampler'",
     ),
+    "ranks": (
+        {"batch_size": 2, "sampler": DistributedSampler(range(N), 2, 0)},
+        {"batch_size": 2, "sampler": DistributedSampler(range(N), 3, 0)},
+        r"num_replicas = \[None, 3\], got one with \[None, 2\]",
+    ),
     "generators": (
         {"batch_size": 2, "shuffle": True, "generator": seeded()},
         {"batch_size": 2, "shuffle": True},
@@ -782,7 +1144,8 @@ def test_states_of_other_loaders_are_refused_when_they_are_loaded(name: str) -> 
     loader = DataLoader(Indices(), **ours)
     with pytest.raises(ValueError, match=text):
         loader.load_state_dict(on_the_way(**theirs))
-    assert len(flat(values(loader))) == N, "it is as it was"
+    ranks = 3 if name == "ranks" else 1
+    assert len(flat(values(loader))) == -(-N // ranks), "it is as it was"
 
 
 def test_a_dataset_of_another_length_is_refused_but_between_epochs() -> None:

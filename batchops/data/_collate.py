@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
 from batchops import _C
-from batchops.data._errors import explained, note, step
+from batchops.data._errors import explained, note, raise_better, step
 from batchops.data._memory import PlainMemory, shared_memory
 from batchops.data._source import (
     ARRAY_DTYPES,
@@ -74,10 +74,7 @@ def collate_into(batch: Any, memory: Any) -> Any:
     try:
         return Collation(torch_collate.default_collate_fn_map, memory, native).collate(batch)
     except Exception as error:
-        better = explained(error)
-        if better is error:
-            raise
-        raise better from better.__cause__
+        raise_better(error, explained(error))
 
 
 def is_default(fn: Any) -> bool:

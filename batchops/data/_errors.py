@@ -182,6 +182,20 @@ def _like(error: Exception, new: Exception) -> Exception:
     return new
 
 
+def raise_better(error: Exception, better: Exception) -> NoReturn:
+    """Raises `better` in the place of an error that is being handled, or that once more.
+
+    No frame on the way is left with a name for it: they are in its traceback, and would keep it,
+    themselves and all that they hold until the garbage collector comes by.
+    """
+    try:
+        if better is error:
+            raise
+        raise better from better.__cause__
+    finally:
+        del better, error
+
+
 def raise_alone(error: Exception, indices: Any) -> NoReturn:
     """Raises an error that was handed on from a worker, with the dataset's index.
 

@@ -8,6 +8,7 @@ import ctypes
 import threading
 import time
 from collections import deque
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,14 @@ from torch.utils.data._utils.pin_memory import pin_memory as pin
 
 from batchops import _C
 from batchops.data._collate import collate, collate_into, is_default
-from batchops.data._errors import WholeBatch, raise_alone, with_indices
+from batchops.data._errors import WholeBatch, raise_alone, raise_better, with_indices
 from batchops.data._memory import PlainMemory
 from batchops.data._metrics import Depth, batch_length
 from batchops.data._own import memory_of, own, transfer_of
-from batchops.data._resume import beginning_of, has_state, users_context
-from batchops.data._sampling import IndexStream, RecordedSampler
+from batchops.data._resume import beginning_of, has_state, is_iterable, users_context
+from batchops.data._sampling import IndexStream, RecordedSampler, draws_unseen
 from batchops.data._source import Batch, GatherSource, collate_only_stacks
+from batchops.data._streams import BeginsAt, History, Loads, Start, Streams, Tells, Told
 from batchops.data._threads import Crew, End, WorkerInfo
 from batchops.data._tree import tensor_bytes
 
@@ -183,6 +185,7 @@ class LocalIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
 
     def __init__(self, loader: Any) -> None:
         self._attach(loader)
+        self._tells = is_iterable(loader) and has_state(loader.dataset)
         # With the beginning of a stream, which may draw.
         with self._epoch.draws.repeated():
             super().__init__(loader)
@@ -193,16 +196,18 @@ class LocalIter(Delivery, torch_dataloader._SingleProcessDataLoaderIter):
             self._epoch.dataset_was(number, copy.deepcopy(self._dataset.state_dict()))
 
     def _next_data(self) -> Any:
+        if self._epoch.ended:
+            raise StopIteration
         index = self._next_index()
         self._take_turn()
         try:
             data = self._dataset_fetcher.fetch(index)
         except Exception as error:
-            # A stream's samples have no index.
-            better = with_indices(error, index) if self._is_map else error
-            if better is error:
-                raise
-            raise better from error.__cause__
+            if not self._is_map:
+                raise  # a stream's samples have no index
+            raise_better(error, with_indices(error, index))
+        if self._tells and self._dataset_fetcher.ended:
+            self._epoch.ended = True
         return pin(data, self._pin_memory_device) if self._pin_memory else data
 
 
@@ -220,6 +225,9 @@ class SharedFlag:
         self._up.value = True
 
 
+_DROPPED = object()
+
+
 class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
     """torch's worker processes, which collate natively into shared memory."""
 
@@ -229,13 +237,70 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
         self._attach(loader)
         self._processes = loader.multiprocessing_context or torch.multiprocessing
         self._sent: dict[int, Any] = {}
+        self._left: dict[int, Any] = {}  # torch's _task_info of an iteration that was left
+        self._loads = Loads.of(loader) if is_iterable(loader) else None
+        if self._loads is not None and self._epoch.streams is None:
+            self._epoch.streams = Streams([Start()] * loader.num_workers)
         super().__init__(loader)
 
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         self._sent.clear()
         if not first_iter:
+            self._left = self._task_info
             self._next_epoch(loader)
         super()._reset(loader, first_iter)
+        self._left = {}
+        if self._loads is not None:
+            if not first_iter:
+                self._epoch.streams = self.next_streams()
+            self._histories = [History(start) for start in self._epoch.streams.starts]
+
+    def next_streams(self) -> Streams | None:
+        """Of the epoch that the workers would begin now."""
+        if self._loads is None:
+            return None
+        if not self._tells:
+            return Streams([Start()] * self._num_workers)
+        streams = Streams(history.next_start() for history in self._histories)
+        streams.problem = next(filter(None, (h.problem for h in self._histories)), "")
+        return streams
+
+    @property
+    def _tells(self) -> bool:
+        return self._loads is not None and has_state(self._dataset)
+
+    @property
+    def _collate_fn(self) -> Any:
+        return Tells(self._collates, self._loads) if self._tells else self._collates
+
+    @_collate_fn.setter
+    def _collate_fn(self, fn: Any) -> None:
+        Delivery._collate_fn.fset(self, fn)
+
+    @property
+    def _worker_init_fn(self) -> Any:
+        starts = [] if self._loads is None else self._epoch.streams.starts
+        if all(start == Start() for start in starts):
+            return self._init
+        return BeginsAt(self._init, starts, self._loads)
+
+    @_worker_init_fn.setter
+    def _worker_init_fn(self, fn: Any) -> None:
+        self._init = fn
+
+    @property
+    def _worker_queue_idx_cycle(self) -> Any:
+        return self._turns_of_workers
+
+    @_worker_queue_idx_cycle.setter
+    def _worker_queue_idx_cycle(self, cycle: Any) -> None:
+        self._turns_of_workers = cycle
+        if self._loads is not None:
+            for _ in range(self._epoch.streams.first):
+                next(cycle)
+
+    def _replay(self) -> None:
+        """Batches that were handed out before are dropped as they arrive."""
 
     def _next_index(self) -> Any:
         index = super()._next_index()
@@ -245,12 +310,27 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
 
     def _get_data(self) -> Any:
         got = super()._get_data()
-        self._received = got[0]
+        self._received, data = got
+        asked = self._task_info.get(self._received) or self._left.get(self._received)
+        if self._loads is not None and asked is not None:
+            self._histories[asked[0]].answered(data if isinstance(data, Told) else None)
         return got
+
+    def _next_data(self) -> Any:
+        while True:
+            data = super()._next_data()
+            if data is not _DROPPED:
+                return data
 
     def _process_data(self, data: Any, *worker: Any) -> Any:
         number = self._rcvd_idx - 1 if self._in_order else self._received
         index = self._sent.pop(number, None)
+        if self._loads is not None:
+            told = data if isinstance(data, Told) else None
+            if not self._epoch.streams.arrived(worker[0], told):
+                super()._process_data(None, *worker)
+                return _DROPPED
+            data = data if told is None else told.data
         # Of a stream some are never answered, by workers that are at their end.
         self._take_turn()
         if self._is_map:
@@ -271,6 +351,8 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
 
     def _shutdown_workers(self) -> None:
         try:
+            if self._workers_are_out_of_reach():
+                self._terminate_workers()
             super()._shutdown_workers()
         except BaseException as error:
             self._end_workers()
@@ -278,17 +360,30 @@ class ProcessIter(Delivery, torch_dataloader._MultiProcessingDataLoaderIter):
             if hasattr(self, "_pin_memory_thread") or not isinstance(error, RuntimeError):
                 raise
 
-    def _end_workers(self) -> None:
-        """Without their consent, as torch does at the end of what it tries."""
+    def _workers_are_out_of_reach(self) -> bool:
+        """Whether queues were taken down before this iterator, as the garbage collector does with
+        both in a cycle: what ends workers would stay here, and torch wait for each of them."""
+        # At the program's end nobody waits, and modules lose their names, one by one.
+        utils = None if torch_dataloader is None else torch_dataloader._utils
+        if Finalize is None or utils is None or utils.python_exit_status is not False:
+            return False
+        ends = [getattr(queue, "_close", None) for queue in getattr(self, "_index_queues", ())]
+        return any(isinstance(end, Finalize) and not end.still_active() for end in ends)
+
+    def _terminate_workers(self) -> None:
         if self._worker_pids_set:
             torch_dataloader._utils.signal_handling._remove_worker_pids(id(self))
             self._worker_pids_set = False
-        for queue in self._index_queues:
-            queue.cancel_join_thread()
-            queue.close()
         for worker in self._workers:
             if worker.is_alive():
                 worker.terminate()
+
+    def _end_workers(self) -> None:
+        """Without their consent, as torch does at the end of what it tries."""
+        for queue in self._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
+        self._terminate_workers()
         for worker in self._workers:
             worker.join(timeout=torch_dataloader._utils.MP_STATUS_CHECK_INTERVAL)
 
@@ -563,9 +658,11 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
                 self._dataset, self._world_size, self._rank
             )
         self._in_order = loader.in_order
-        self._depth = Depth(count + 1, 4 * count + 1)
+        # Otherwise as many as torch has under way with as many workers, whatever was waited for.
+        unseen = draws_unseen(loader._index_sampler)
+        self._depth = Depth(count + 1, 4 * count + 1) if unseen else Depth(2 * count, 2 * count)
         self._sent = 0
-        self._exhausted = False
+        self._exhausted = self._epoch.ended
         self._indices: dict[int, Any] = {}  # of what was asked for and not handed out, in order
         self._last_request = time.perf_counter()
         # Several threads of the user's may share the iterator. The one that is interrupted is the
@@ -624,7 +721,11 @@ class ThreadIter(Delivery, torch_dataloader._BaseDataLoaderIter):
                 continue
             self._turns, self._turn = self._turns + 1, number
             if number in self._states:
-                self._epoch.dataset_was(self._epoch.number(number), self._states.pop(number))
+                state = self._states.pop(number)
+                if state is End:
+                    self._epoch.ended = True
+                else:
+                    self._epoch.dataset_was(self._epoch.number(number), state)
             self._fill()
             if isinstance(data, ExceptionWrapper):
                 self._raise(data, index)
@@ -681,8 +782,10 @@ class _IterableFetch:
             return self._drawn(index)
         finally:
             if self._states is not None:
-                # Later draws must not reach into it.
-                self._states[number] = copy.deepcopy(self._dataset.state_dict())
+                # Later draws must not reach into it. At the end it may be the next epoch's.
+                self._states[number] = (
+                    End if self._ended else copy.deepcopy(self._dataset.state_dict())
+                )
 
     def _drawn(self, index: Any) -> Any:
         if self._ended:

@@ -46,10 +46,15 @@ from torch.utils.data import Sampler
 from torch.utils.data.dataloader import _DatasetKind
 from torch.utils.data.distributed import DistributedSampler
 
+from batchops.data._arguments import as_integer
 from batchops.data._sampling import Draws, users_generator
+from batchops.data._streams import Loads, Start, Streams
 from batchops.data.samplers import _Planned
 
 FORMAT = 1
+
+# Where the copies of an iterable dataset begin.
+_OF_STREAMS = ("dataset", "dataset_again", "workers")
 
 
 def _samplers(loader: Any) -> list[Any]:
@@ -125,8 +130,17 @@ class Epoch:
         self.missing: set[int] = set()
         self._again: list[int] = []  # the numbers that an iterator begins with
         self._from = 0  # and the one that it goes on with
-        self._dataset_states: dict[int, Any] = {}  # by the number of the batch that is next
+        # A stream's, by the number of the batch that is next.
+        self._dataset_states: dict[int, dict[str, Any]] = {}
+        # The last batch was short: a stream that tells its state has met its end, and may tell
+        # where it begins again.
+        self.ended = False
+        # Of worker processes, which would go on with their copies of an iterable dataset.
+        next_streams = getattr(workers, "next_streams", None)
+        self.streams: Streams | None = None if next_streams is None else next_streams()
         self._source = users_generator(loader)
+        size = getattr(loader.batch_sampler, "batch_size", 1)
+        self._indices_of_a_batch = size if type(size) is int else 1
         self._before_draw: torch.Tensor | None = None
         self._workers_are_there = False
 
@@ -186,6 +200,10 @@ class Epoch:
             first = self._first()
             for old in [n for n in self._dataset_states if n < first]:
                 del self._dataset_states[old]
+        if self.draws.pieces:
+            self.draws.forget(self._first() * self._indices_of_a_batch)
+        if self.streams is not None:
+            self.streams.done()
 
     def _first(self) -> int:
         """The number of the first batch that is not done with."""
@@ -194,7 +212,7 @@ class Epoch:
     def dataset_was(self, number: int, state: Any) -> None:
         """An iterable dataset's state when batch `number` had been drawn from it, and no more."""
         if number + 1 >= self._first():
-            self._dataset_states[number + 1] = state
+            self._dataset_states[number + 1] = {"dataset": state}
 
     # --- as a dict ----------------------------------------------------------------------------
 
@@ -210,6 +228,8 @@ class Epoch:
         ):
             if value is not None:
                 state[key] = value
+        if self.draws.pieces:
+            state["pieces"] = [list(piece) for piece in self.draws.pieces]
         if self.base_seed_kept:
             state["base_seed_kept"] = True
         if self.missing:
@@ -221,10 +241,14 @@ class Epoch:
         if any(e is not None for e in self.epochs):
             state["epochs"] = self.epochs
         first = self._first()
-        if first in self._dataset_states:
-            state["dataset"] = self._dataset_states[first]
+        if self.ended and not self.missing:
+            state["ended"] = True
+        elif first in self._dataset_states:
+            state.update(self._dataset_states[first])
             if first != self.reached:
                 state["dataset_at"] = first
+        if self.streams is not None:
+            state.update(self.streams.as_dict(self.reached))
         return state
 
 
@@ -269,27 +293,33 @@ def users_context() -> Context:
 # --- states --------------------------------------------------------------------------------------
 
 
-def state_of(loader: Any, epoch: Epoch | None, kept_base_seed: int | None = None) -> dict[str, Any]:
-    """Of the loader in `epoch`, or between two where that is None or at its end."""
+def state_of(
+    loader: Any, epoch: Epoch | None, loaded: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Of the loader in `epoch`, or between two where that is None or at its end; `loaded`: the
+    state between two that the next one begins with."""
     between = epoch is None or epoch.finished
+    loaded = {} if loaded is None else loaded
     if epoch is None or between:
         epoch = Epoch(loader)
-        if kept_base_seed is not None and epoch.base_seed is None:
-            epoch.keep_base_seed(kept_base_seed)
+        if "base_seed" in loaded and epoch.base_seed is None:
+            epoch.keep_base_seed(loaded["base_seed"])
     state = {**epoch.as_dict(), "loader": _made_with(loader)}
+    if is_iterable(loader):
+        state.update({key: loaded[key] for key in _OF_STREAMS if key in loaded})
     if between:
         state["between_epochs"] = True
     # Threads are ahead of what was handed out. Before its first sample an iterable dataset is left
     # as it is: some still tell the end of their last epoch then, and begin there if given it.
     asks = loader.num_workers == 0 and loader.threads is None
-    if _is_iterable(loader):
-        asks = asks and not between and epoch.reached > 0
+    if is_iterable(loader):
+        asks = asks and not between and epoch.reached > 0 and "ended" not in state
     if asks and "dataset" not in state and has_state(loader.dataset):
         state["dataset"] = loader.dataset.state_dict()
     return state
 
 
-def _is_iterable(loader: Any) -> bool:
+def is_iterable(loader: Any) -> bool:
     return loader._dataset_kind == _DatasetKind.Iterable
 
 
@@ -299,10 +329,18 @@ def _made_with(loader: Any) -> dict[str, Any]:
     batch_size = getattr(loader.batch_sampler, "batch_size", loader.batch_size)
     if batch_size is None or type(batch_size) is int:
         found["batch_size"] = batch_size
-    if not _is_iterable(loader):
+    if is_iterable(loader):
+        found["workers"] = max(loader.num_workers, 1)  # each has a copy of the dataset
+    else:
         found["samplers"] = [
             type(s).__name__ if isinstance(s, Sampler) else None for s in _samplers(loader)
         ]
+        ranks = [getattr(s, "num_replicas", None) for s in _samplers(loader)]
+        if any(type(n) is int for n in ranks):
+            found["num_replicas"] = [n if type(n) is int else None for n in ranks]
+        for sampler in _samplers(loader):
+            if isinstance(sampler, _Planned):
+                found = {**sampler.made_with(), **found}
         with contextlib.suppress(Exception):  # not every dataset has a length
             found["len(dataset)"] = len(loader.dataset)
     return found
@@ -317,10 +355,9 @@ def checked(loader: Any, state: Any) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise _error(f"expected a state of format {FORMAT}, got {found}")
-    yielded = state.get("yielded")
-    if not isinstance(yielded, int) or isinstance(yielded, bool) or yielded < 0:
-        raise _error(f"yielded: expected an integer >= 0, got {yielded!r}")
-    if "dataset" in state and not callable(getattr(loader.dataset, "load_state_dict", None)):
+    as_integer("DataLoader.load_state_dict: yielded", state.get("yielded"), 0)
+    told = "dataset" in state or "starts" in state.get("workers", ())
+    if told and not callable(getattr(loader.dataset, "load_state_dict", None)):
         raise _error(
             "the state has one of the dataset's, and this loader's dataset has no load_state_dict: "
             f"{type(loader.dataset).__name__}"
@@ -344,8 +381,8 @@ def checked(loader: Any, state: Any) -> dict[str, Any]:
 def _check_made_with(loader: Any, state: dict[str, Any]) -> None:
     here = _made_with(loader)
     for key, there in state.get("loader", {}).items():
-        if key == "batch_size" and "dataset" in state and _is_iterable(loader):
-            continue  # it goes on from a sample, and batches are not counted
+        if key == "batch_size" and is_iterable(loader) and _goes_on_from_samples(state):
+            continue
         ours = here.get(key, there)
         if key == "samplers" and len(ours) == len(there):
             # Lists and the like are no kinds.
@@ -355,6 +392,32 @@ def _check_made_with(loader: Any, state: dict[str, Any]) -> None:
                 f"expected a state of a loader with {key} = {here[key]}, got one with {there}; "
                 "its batches are not those of this loader"
             )
+
+    if loader.num_workers > 1 and is_iterable(loader) and state["yielded"]:
+        workers = state.get("workers", {}).get("had", ())
+        if len(workers) != loader.num_workers:
+            raise _error(
+                f"expected how many batches each of {loader.num_workers} workers has given, got "
+                f"{len(workers)} such numbers; where an iterable dataset is is told by a loader "
+                f"with num_workers = {loader.num_workers} alone"
+            )
+
+
+def _goes_on_from_samples(state: dict[str, Any]) -> bool:
+    """Whether an iterable dataset is where it is told to be, and no batches are counted."""
+    workers = state.get("workers")
+    if workers is None:
+        starts = [state]
+        counted = "dataset_at" in state
+    else:
+        starts = workers.get("starts", [{}])
+        counted = any(workers["had"])
+    return not counted and all("dataset" in s and "dataset_again" not in s for s in starts)
+
+
+def _in_processes(loader: Any) -> bool:
+    """Whether an iterable dataset is used by copies in worker processes alone."""
+    return is_iterable(loader) and loader.num_workers > 0
 
 
 def put(loader: Any, state: dict[str, Any]) -> None:
@@ -369,8 +432,22 @@ def put(loader: Any, state: dict[str, Any]) -> None:
     for sampler, saved in zip(samplers, state.get("epochs", [None] * len(samplers)), strict=True):
         if saved is not None:
             sampler.set_epoch(saved)
-    if "dataset" in state:
+    if _in_processes(loader):
+        return  # there they are told
+    if "dataset_again" in state:
+        with Draws(again=True).repeated():
+            Start.of(state).put(loader.dataset, Loads.of(loader))
+    elif "dataset" in state:
         loader.dataset.load_state_dict(state["dataset"])
+
+
+def end_streams(loader: Any) -> None:
+    """Before an epoch is taken up: the copies of persistent workers have gone on, and what the
+    loader has is where they begin."""
+    workers = loader._iterator if loader.persistent_workers else None
+    if is_iterable(loader) and workers is not None:
+        loader._iterator = None
+        workers._shutdown_workers()
 
 
 def taken_up(loader: Any, state: dict[str, Any]) -> Epoch:
@@ -386,20 +463,32 @@ def taken_up(loader: Any, state: dict[str, Any]) -> Epoch:
         for key in ("generators", "samplers", "epochs"):
             setattr(epoch, key, state.get(key, getattr(epoch, key)))
         epoch.draws = Draws(
-            state.get("seed"), state.get("rng"), state.get("rng_in_iter"), again=True
+            state.get("seed"),
+            state.get("rng"),
+            state.get("rng_in_iter"),
+            again=True,
+            pieces=state.get("pieces", ()),
         )
         epoch.shared_seed = state.get("shared_seed")
         epoch.base_seed = state.get("base_seed")
         epoch.base_seed_kept = state.get("base_seed_kept", False)
     epoch.missing = set(state.get("missing", ()))
     epoch.reached = state["yielded"] + len(epoch.missing)
-    if _is_iterable(loader):
+    if _in_processes(loader):
+        workers = state.get("workers", {}).get("had", (0,))
+        if len(workers) == loader.num_workers or not state.get("between_epochs"):
+            epoch.streams = Streams.of(state, loader.num_workers)
+        epoch._again = sorted(epoch.missing)
         epoch._from = epoch.reached
-        if "dataset" in state:
-            epoch._from = state.get("dataset_at", epoch.reached)
-            epoch._dataset_states[epoch._from] = state["dataset"]
-        else:
-            epoch._from = 0
+    elif state.get("ended"):
+        epoch.ended = True
+        epoch._from = epoch.reached
+    elif is_iterable(loader):
+        told = {key: state[key] for key in ("dataset", "dataset_again") if key in state}
+        epoch._from = 0
+        if told:
+            epoch._from = state.get("dataset_at", epoch.reached if "dataset" in state else 0)
+            epoch._dataset_states[epoch._from] = told
     else:
         epoch._again = sorted(epoch.missing)
         epoch._from = epoch.reached

@@ -13,8 +13,8 @@ import itertools
 import operator
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from batchops.data._arrow import is_dataset
 from batchops.data.columns import Columns
+from batchops.data.samplers import _Planned
 
 # As they were on import: a patched sampler is user code, and iterated as such.
 _ITERATORS = {
@@ -65,13 +66,38 @@ def users_generator(owner: Any) -> torch.Generator | None:
     return generator if mine else None
 
 
+def _is_global(sampler: Any) -> bool:
+    """Whether one of torch's samplers draws from the global generator."""
+    return sampler.generator is None or sampler.generator is torch.default_generator
+
+
+# As many int64 are as large as a generator's state.
+_FEW = 600
+
+
+class Piece(NamedTuple):
+    """Some of an epoch's indices, drawn at once."""
+
+    at: int  # the place of the first one among all
+    count: int
+    drawn: Any  # themselves, where they are few, or the state of the generator before
+
+    def again(self, make: Callable[[torch.Generator], torch.Tensor]) -> torch.Tensor:
+        if not isinstance(self.drawn, torch.Tensor):
+            return torch.tensor(self.drawn, dtype=torch.int64, device="cpu")
+        generator = torch.Generator()
+        generator.set_state(self.drawn)
+        return make(generator)
+
+
 class Draws:
     """What an epoch's order took from the global generator: kept, and given again.
 
     seed: the one that a sampler of torch's drew. state, state_in_iter: the generator's before the
-    sampler's first batch and before its ``__iter__``, where that drew from it itself. again: the
-    epoch is one that is taken up; what was kept is given in place of a new draw, and what is done
-    for the second time leaves the generator as it is.
+    sampler's first batch and before its ``__iter__``, where that drew from it itself. pieces: of a
+    sampler that draws on its way, what it drew last. again: the epoch is one that is taken up; what
+    was kept is given in place of a new draw, and what is done for the second time leaves the
+    generator as it is.
     """
 
     def __init__(
@@ -80,7 +106,10 @@ class Draws:
         state: torch.Tensor | None = None,
         state_in_iter: torch.Tensor | None = None,
         again: bool = False,
+        pieces: Iterable[Iterable[Any]] = (),
     ) -> None:
+        self.pieces = [Piece(*piece) for piece in pieces]
+        self._skipped = self.pieces[0].at if self.pieces else 0
         self.seed = seed
         self.state = state
         self.state_in_iter = state_in_iter
@@ -120,7 +149,7 @@ class Draws:
 
     def generator(self, given: torch.Generator | None) -> torch.Generator | None:
         """The one to draw with: `given`, or the global one (None) as the first draw met it."""
-        if given is not None:
+        if given is not None and given is not torch.default_generator:
             return given
         if self.state is None:
             self.state = torch.get_rng_state()
@@ -129,6 +158,25 @@ class Draws:
         again.set_state(self.state)
         return again
 
+    def piece(
+        self, at: int, count: int, make: Callable[[torch.Generator], torch.Tensor]
+    ) -> torch.Tensor | range:
+        """Of the global generator, or as it was drawn before; a range for what is not kept."""
+        if at < self._skipped:
+            return range(count)
+        for piece in self.pieces:
+            if piece.at == at:
+                return piece.again(make)
+        state = torch.get_rng_state()
+        drawn = make(torch.default_generator)
+        self.pieces.append(Piece(at, count, drawn.tolist() if count <= _FEW else state))
+        return drawn
+
+    def forget(self, before: int) -> None:
+        """Pieces of indices that are all done with; but the last tells that it was drawn."""
+        while len(self.pieces) > 1 and sum(self.pieces[0][:2]) <= before:
+            del self.pieces[0]
+
 
 def _sequential(sampler: SequentialSampler, draws: Draws) -> Iterator[Any]:
     yield range(len(sampler.data_source))
@@ -136,23 +184,34 @@ def _sequential(sampler: SequentialSampler, draws: Draws) -> Iterator[Any]:
 
 def _random(sampler: RandomSampler, draws: Draws) -> Iterator[Any]:
     n = len(sampler.data_source)
-    if sampler.generator is None:
+    shown = sampler.generator
+    generator = shown
+    if shown is None:
         generator = torch.Generator()
         generator.manual_seed(draws.new_seed())
-    else:
-        generator = sampler.generator
+    at = 0
+
+    def some(count: int, make: Callable[[torch.Generator], torch.Tensor]) -> Any:
+        nonlocal at
+        at += count
+        if shown is not torch.default_generator:
+            return make(generator)
+        return draws.piece(at - count, count, make)
+
     if sampler.replacement:
-        for _ in range(sampler.num_samples // 32):
-            yield torch.randint(high=n, size=(32,), dtype=torch.int64, generator=generator)
-        rest = sampler.num_samples % 32
-        yield torch.randint(high=n, size=(rest,), dtype=torch.int64, generator=generator)
+        for k in range(sampler.num_samples // 32 + 1):
+            count = 32 if k < sampler.num_samples // 32 else sampler.num_samples % 32
+            yield some(
+                count,
+                lambda g, count=count: torch.randint(n, (count,), dtype=torch.int64, generator=g),
+            )
     else:
         for _ in range(sampler.num_samples // n):
-            yield torch.randperm(n, generator=generator)
+            yield some(n, lambda g: torch.randperm(n, generator=g))
         # Drawn even where nothing of it is used, if somebody sees the generator.
         rest = sampler.num_samples % n
-        if rest or sampler.generator is not None:
-            yield torch.randperm(n, generator=generator)[:rest]
+        if rest or shown is not None:
+            yield some(rest, lambda g: torch.randperm(n, generator=g)[:rest])
 
 
 def _subset_random(sampler: SubsetRandomSampler, draws: Draws) -> Iterator[Any]:
@@ -176,7 +235,7 @@ def _distributed(sampler: DistributedSampler, draws: Draws) -> Iterator[Any]:
 def _items(sampler: Any, draw: Callable[[Any, Draws], Iterator[Any]], draws: Draws) -> Any:
     """What iterating one of torch's samplers yields."""
     for part in draw(sampler, draws):
-        for item in part.tolist():
+        for item in part if isinstance(part, range) else part.tolist():
             yield sampler.indices[item] if draw is _subset_random else item
 
 
@@ -192,6 +251,26 @@ def _is_torchs(sampler: Any) -> bool:
     """Whether iterating it runs torch's code alone."""
     kind = type(sampler)
     return kind in _ITERATORS and kind.__iter__ is _ITERATORS[kind]
+
+
+def draws_unseen(index_sampler: Any) -> bool:
+    """Whether nobody can tell when batches after the first are taken: no code of the user's runs,
+    and no number is drawn from a generator that the user has."""
+    if _is_planned(index_sampler):
+        return True
+    sampler = index_sampler
+    if type(index_sampler) is BatchSampler:
+        if not _is_torchs(index_sampler):
+            return False
+        sampler = index_sampler.sampler
+    if type(sampler) in (list, tuple, range, _InfiniteConstantSampler):
+        return True
+    # Each other draws all that it draws at once.
+    return _is_torchs(sampler) and (type(sampler) is not RandomSampler or sampler.generator is None)
+
+
+def _is_planned(sampler: Any) -> bool:
+    return isinstance(sampler, _Planned) and type(sampler).__iter__ is _Planned.__iter__
 
 
 def _one_by_one(sampler: Any, draws: Draws) -> Iterator[list[Any]]:
@@ -235,8 +314,6 @@ class IndexStream:
         kind = type(sampler)
         if not _is_torchs(sampler) or not _is_torchs(index_sampler):
             return None
-        if getattr(sampler, "generator", None) is torch.default_generator:
-            return None  # others draw from it between two batches
         if kind is SequentialSampler and _is_plain_sized(sampler.data_source):
             return cls(index_sampler, _sequential, private=True, draws=draws)
         if kind is RandomSampler and (any_length or _is_plain_sized(sampler.data_source)):
@@ -387,7 +464,7 @@ class RecordedSampler:
         sampler = inner.sampler if batches else inner
         torchs = _is_torchs(inner) and _is_torchs(sampler)
         draw = _DRAWING.get(type(sampler))
-        if torchs and draw is not None and sampler.generator is None:
+        if torchs and draw is not None and _is_global(sampler):
             if not batches:
                 return self._rest(_items(sampler, draw, draws))
             stream = self.stream(any_length=True)

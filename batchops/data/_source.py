@@ -353,7 +353,12 @@ def _is_sized(dataset: Any) -> bool:
 
 
 def _alike(parts: list[_Part]) -> bool:
-    return all(part.rows() == parts[0].rows() for part in parts)
+    """Whether samples of all of them stack; tensors and arrays are not collated together."""
+
+    def of(part: _Part) -> list[Any]:
+        return [*part.rows(), *(isinstance(column, np.ndarray) for column in part.columns)]
+
+    return all(of(part) == of(parts[0]) for part in parts)
 
 
 def _arrow_view(dataset: Any, subsets: list[Subset], links: list[_Link]) -> _View | None:

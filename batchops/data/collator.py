@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
+from batchops.data._arguments import as_integer
 from batchops.data._collate import (
     VECTOR_FNS,
     Collation,
@@ -19,13 +20,12 @@ from batchops.data._collate import (
     read_arrays,
     read_tensors,
 )
-from batchops.data._errors import explained, note, step
+from batchops.data._errors import explained, note, raise_better, step
 from batchops.data._memory import Memory, PinnedMemory, shared_memory
 from batchops.data._source import ARRAY_DTYPES, DTYPES, native_may_stand_in
 from batchops.data.normalize import Normalize, check_format
 from batchops.data.padding import (
     IGNORE,
-    as_integer,
     check_side,
     pack,
     pad,
@@ -194,10 +194,7 @@ class Collator:
                 return collation.packed(samples, self.pack)
             return collation.collate(samples)
         except Exception as error:
-            better = explained(error)
-            if better is error:
-                raise
-            raise better from better.__cause__
+            raise_better(error, explained(error))
 
 
 def _parts(batch: Any) -> tuple[bool, list[Any]]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import dataloader as torch_dataloader
 
+from batchops.data._arguments import as_integer
 from batchops.data._collate import is_default
 from batchops.data._iterators import (
     Delivery,
@@ -18,9 +19,8 @@ from batchops.data._iterators import (
     WorkerGatherIter,
 )
 from batchops.data._own import NAME, Own, memory_of, own
-from batchops.data._resume import Epoch, begins, checked, put, state_of, taken_up
+from batchops.data._resume import Epoch, begins, checked, end_streams, put, state_of, taken_up
 from batchops.data._source import GatherSource, collate_only_stacks
-from batchops.data.padding import as_integer
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -71,8 +71,9 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         iterable dataset has one iterator, advanced by one thread at a time, in order. Gradient,
         inference and autocast mode, the default device and ``contextvars`` are those of the moment
         when the epoch begins. How many batches are under way follows from how long the last ones
-        were waited for; so a sampler that draws from a generator which the loop draws from too
-        gives another order each time.
+        were waited for; but with samplers of the user's, and those that draw on their way from a
+        generator of the user's, it is two for each thread: then indices are drawn when torch would
+        draw them for as many worker processes.
     collator
         A :class:`batchops.data.Collator`, in the place of ``collate_fn``.
     ring_bytes
@@ -147,8 +148,8 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
             raise ValueError(
                 f"DataLoader: threads: expected num_workers=0 beside it, got {num_workers}"
             )
-        if ring_bytes is not None and ring_bytes < 0:
-            raise ValueError(f"DataLoader: ring_bytes: expected >= 0, got {ring_bytes}")
+        if ring_bytes is not None:
+            ring_bytes = as_integer("DataLoader: ring_bytes", ring_bytes, 0)
         if collator is not None:
             # Both, where a framework makes a loader anew from the attributes of this one.
             if collate_fn is not None and collate_fn is not collator:
@@ -188,6 +189,8 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
     def __iter__(self) -> Any:
         mine = own(self)
         state = mine.pending
+        if state is not None:
+            end_streams(self)
         epoch = Epoch(self) if state is None else taken_up(self, state)
         with begins(self, epoch):
             iterator = super().__iter__()
@@ -230,7 +233,7 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         Of the iterator that ``iter()`` made last, whether it is still there or was dropped; from
         its end on, and before the first, the state is one between two epochs. A batch is done with
         when it was handed out, or when its error was raised; batches under way are not. The number
-        of threads or workers does not matter, nor, for datasets with indices, ``in_order``.
+        of threads does not matter, nor, for datasets with indices, that of workers.
 
         Below 1 KB for torch's samplers, and 5 KB more for each generator of the user's (and for
         samplers without one that draw from the global generator itself: ``SubsetRandomSampler``,
@@ -238,17 +241,19 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
         ``load_state_dict`` get their state of the beginning of the epoch; others must give the same
         order again, or draw it from torch's global generator when they start.
 
-        Datasets with these two methods are asked for theirs where they are used in this process:
-        an iterable one for its state after the last batch that is done with (none at the beginning
-        of an epoch and between two), a map-style one, where there are no ``threads``, for its state
-        now. Other iterable datasets are replayed.
+        Datasets with these two methods are asked for theirs: an iterable one, or each worker's copy
+        of it, for its state after the last batch that is done with (in this process none at the
+        beginning of an epoch and between two), a map-style one, where there are no ``threads`` and
+        no workers, for its state now. Other iterable datasets are replayed.
+
+        Raises RuntimeError where a worker's copy could not tell its state.
         """
         mine = own(self)
         pending = mine.pending if mine.current is None else None
         if pending is None:
             return state_of(self, mine.current)
         if pending.get("between_epochs"):
-            return state_of(self, None, pending.get("base_seed"))
+            return state_of(self, None, pending)
         return dict(pending)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -261,7 +266,8 @@ class DataLoader(torch_dataloader.DataLoader[_T_co]):
 
         Raises ValueError for a state of another format, of a loader with other generators or
         another number of samplers, and in the middle of an epoch for one of a loader with another
-        batch size, other kinds of samplers or a dataset of another length.
+        batch size, other kinds of samplers, a dataset of another length, or of an iterable dataset
+        with another number of worker processes.
         """
         mine = own(self)
         state = checked(self, state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchops import _C
+from batchops.data._arguments import as_integer
 from batchops.data._memory import shared_memory
 from batchops.data._source import (
     ARRAY_DTYPES,
@@ -179,21 +179,6 @@ def _refuse(sequences: Sequence[Any], name: str) -> None:
         f"{name}: expected dense tensors in host memory, arrays or lists of numbers, with at least "
         f"one dimension, got {first}"
     )
-
-
-def as_integer(name: str, value: Any, least: int) -> int:
-    """An integer of any type, numpy's too, as an int."""
-    if type(value) is int and value >= least:
-        return value
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-    return number
 
 
 def check_side(name: str, side: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,10 @@ import torch
 from torch.utils.data import Sampler
 
 from batchops import _C
+from batchops.data._arguments import as_integer
+
+# More than all lengths together: native limits beyond it are none.
+_MOST = 1 << 62
 
 
 def _splitmix64(x: int) -> int:
@@ -56,9 +61,7 @@ class _Planned(Sampler[list[int]]):
         return ValueError(f"{type(self).__name__}: {text}")
 
     def _at_least(self, argument: str, value: Any, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise self._error(f"{argument}: expected an integer >= {least}, got {value!r}")
-        return int(value)
+        return as_integer(f"{type(self).__name__}: {argument}", value, least)
 
     def _as_lengths(self, lengths: Any) -> np.ndarray:
         array = lengths.numpy() if isinstance(lengths, torch.Tensor) else np.asarray(lengths)
@@ -81,6 +84,20 @@ class _Planned(Sampler[list[int]]):
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError
+
+    # The arguments, by their names, that the plan depends on besides seed and epoch.
+    _arguments: tuple[str, ...] = ()
+
+    def made_with(self) -> dict[str, Any]:
+        """What the batches that a position counts depend on, besides seed and epoch."""
+        found = {}
+        for name in ("num_replicas", *self._arguments):
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                # Of values many as samples, enough to tell others from these.
+                value = [len(value), zlib.crc32(np.ascontiguousarray(value))]
+            found[name] = value
+        return found
 
     def _planned(self) -> tuple[np.ndarray, np.ndarray]:
         if self._plan_cache is None or self._plan_cache[0] != self.epoch:
@@ -108,21 +125,36 @@ class _Planned(Sampler[list[int]]):
             yield samples[starts[batch] : starts[batch + 1]].tolist()
         self._position = 0
 
-    def state_dict(self) -> dict[str, int]:
-        """Seed, epoch, and how many batches of it this rank has had."""
-        return {"seed": self.seed, "epoch": self.epoch, "position": self._position}
+    def state_dict(self) -> dict[str, Any]:
+        """Seed, epoch, and how many batches of it this rank has had; with any, what they depend
+        on."""
+        state = {"seed": self.seed, "epoch": self.epoch, "position": self._position}
+        return {**state, "made_with": self.made_with()} if self._position else state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next iteration goes on where ``state`` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration goes on where ``state`` was taken.
+
+        Raises ValueError in the middle of an epoch for the state of a sampler that was made with
+        other arguments, another number of ranks among them: its batches are others.
+        """
         try:
             seed, epoch, position = state["seed"], state["epoch"], state["position"]
         except (KeyError, TypeError) as error:
             raise self._error(
                 f"load_state_dict: expected seed, epoch and position, got {state!r}"
             ) from error
-        self.seed = self._at_least("seed", seed, 0)
-        self.epoch = self._at_least("epoch", epoch, 0)
-        self._start = self._position = self._at_least("position", position, 0)
+        seed = self._at_least("seed", seed, 0)
+        epoch = self._at_least("epoch", epoch, 0)
+        position = self._at_least("position", position, 0)
+        here = self.made_with() if position else {}
+        for name, there in state.get("made_with", {}).items():
+            if here.get(name, there) != there:
+                raise self._error(
+                    f"load_state_dict: expected a state of a sampler with {name} = {here[name]}, "
+                    f"got one with {there}"
+                )
+        self.seed, self.epoch = seed, epoch
+        self._start = self._position = position
         self._plan_cache = None
 
 
@@ -144,6 +176,11 @@ class TokenBudgetBatchSampler(_Planned):
     Planned natively: ten million lengths in half a second. Raises ValueError for other arguments.
     """
 
+    _arguments = (
+        *("lengths", "max_tokens", "multiple", "padded", "max_samples", "window"),
+        *("shuffle", "oversize"),
+    )
+
     def __init__(
         self,
         lengths: Any,
@@ -164,6 +201,8 @@ class TokenBudgetBatchSampler(_Planned):
         self.lengths = self._as_lengths(lengths)
         self.max_tokens = self._at_least("max_tokens", max_tokens, 1)
         self.multiple = self._at_least("multiple", multiple, 1)
+        if self.multiple >= 1 << 31:
+            raise self._error(f"multiple: expected below 2^31, as lengths are, got {multiple!r}")
         self.max_samples = (
             None if max_samples is None else self._at_least("max_samples", max_samples, 1)
         )
@@ -193,12 +232,12 @@ class TokenBudgetBatchSampler(_Planned):
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         return _C.plan_batches(
             self.lengths,
-            max_tokens=self.max_tokens,
-            max_samples=self.max_samples or 0,
+            max_tokens=min(self.max_tokens, _MOST),
+            max_samples=min(self.max_samples or 0, _MOST),
             multiple=self.multiple,
             padded=self.padded,
             shuffle=self.shuffle,
-            pool=self.window or 0,
+            pool=min(self.window or 0, _MOST),
             skip_oversized=self.oversize == "skip",
             seed=self._epoch_seed(),
         )
@@ -212,6 +251,8 @@ class BucketBatchSampler(_Planned):
     more mixing. The last batch is smaller, or left out with drop_last. Batches come in random order
     with shuffle. Ranks, seeds, epochs and resumption as for :class:`TokenBudgetBatchSampler`.
     """
+
+    _arguments = ("lengths", "batch_size", "bucket_batches", "shuffle", "drop_last")
 
     def __init__(
         self,
@@ -234,17 +275,18 @@ class BucketBatchSampler(_Planned):
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
         samples, starts = _C.plan_batches(
             self.lengths,
-            max_samples=self.batch_size,
+            max_samples=min(self.batch_size, _MOST),
             shuffle=self.shuffle,
-            pool=self.bucket_batches * self.batch_size,
+            pool=min(self.bucket_batches * self.batch_size, _MOST),
             seed=self._epoch_seed(),
         )
         if self.drop_last:
-            full = np.flatnonzero(np.diff(starts) == self.batch_size)
+            size = min(self.batch_size, _MOST)
+            full = np.flatnonzero(np.diff(starts) == size)
             samples = np.concatenate(
                 [samples[:0], *(samples[starts[b] : starts[b + 1]] for b in full)]
             )
-            starts = np.arange(len(full) + 1) * self.batch_size
+            starts = np.arange(len(full) + 1) * size
         return samples, starts
 
 
@@ -260,6 +302,8 @@ class MixtureBatchSampler(_Planned):
     samples of d, rounded down or up, and the first n batches of an epoch (of all ranks) have
     ``n · batch_size · w`` to within less than one. The counts of batch n are those of every epoch.
     """
+
+    _arguments = ("sizes", "weights", "batch_size", "batches", "exact")
 
     def __init__(
         self,
