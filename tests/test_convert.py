@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import relu as imported_relu
 from torch.nn.utils import parametrize
 
 import batchops
@@ -1479,3 +1480,599 @@ def test_a_name_of_what_was_fused_does_not_outlive_a_parametrization():
     batchops.revert(model)
     parametrize.remove_parametrizations(model[0], "weight")
     assert type(batchops.convert(model)[0]) is bnn.BatchNorm2d
+
+
+# ---------------------------------------------------------------- activations called by function
+
+
+class Functions(nn.Module):
+    """Each method calls one function, or one method of tensors, on the norm's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+        self.same = nn.Identity()
+        self.act = F.silu
+        self.slope, self.options = 0.3, {"negative_slope": 0.4}
+
+    def relu(self, x):
+        return F.relu(self.bn(x))
+
+    def relu_by_position(self, x):
+        return F.relu(self.bn(x), True)
+
+    def relu_by_keyword(self, x):
+        return F.relu(self.bn(x), inplace=True)
+
+    def relu_in_place(self, x):
+        return F.relu_(self.bn(x))
+
+    def relu_of_torch(self, x):
+        return torch.relu(self.bn(x))
+
+    def relu_of_torch_in_place(self, x):
+        return torch.relu_(self.bn(x))
+
+    def relu_by_its_path(self, x):
+        return torch.nn.functional.relu(self.bn(x))
+
+    def relu_by_its_name(self, x):
+        return imported_relu(self.bn(x))
+
+    def relu_of_a_module(self, x):
+        return nn.functional.relu(self.same(self.bn(x)), inplace=False)
+
+    def silu(self, x):
+        return F.silu(self.bn(x), inplace=True)
+
+    def silu_by_attribute(self, x):
+        return self.act(self.bn(x))
+
+    def gelu(self, x):
+        return F.gelu(self.bn(x))
+
+    def gelu_exact(self, x):
+        return F.gelu(self.bn(x), approximate="none")
+
+    def gelu_tanh(self, x):
+        return F.gelu(self.bn(x), approximate="tanh")
+
+    def leaky(self, x):
+        return F.leaky_relu(self.bn(x))
+
+    def leaky_by_position(self, x):
+        return F.leaky_relu(self.bn(x), 0.2, True)
+
+    def leaky_by_keyword(self, x):
+        return F.leaky_relu(self.bn(x), negative_slope=-0.2)
+
+    def leaky_in_place(self, x):
+        return F.leaky_relu_(self.bn(x), 1)
+
+    def hardswish(self, x):
+        return F.hardswish(self.bn(x), True)
+
+    def method(self, x):
+        return self.bn(x).relu()
+
+    def method_in_place(self, x):
+        return self.same(self.bn(x)).relu_()
+
+    def statements(self, x):
+        x = self.bn(x)
+        x = self.same(x)
+        x = F.leaky_relu(x, 0.2, inplace=True)
+        return x
+
+    def statements_of_two_names(self, x):
+        h = self.bn(x)
+        return 2 * F.relu(h)
+
+    def method_in_statements(self, x):
+        x = self.bn(x)
+        x = x.relu()
+        return x
+
+    def inside(self, x):
+        return (lambda x: F.relu(self.bn(x)))(x)
+
+    def forward(self, x):
+        return x
+
+
+FUNCTIONS = {
+    **dict.fromkeys(("relu", "relu_by_position", "relu_by_keyword", "relu_in_place"), "relu"),
+    **dict.fromkeys(("relu_of_torch", "relu_of_torch_in_place", "relu_by_its_path"), "relu"),
+    **dict.fromkeys(("relu_by_its_name", "relu_of_a_module", "method", "method_in_place"), "relu"),
+    **dict.fromkeys(("statements_of_two_names", "method_in_statements", "inside"), "relu"),
+    **dict.fromkeys(("silu", "silu_by_attribute"), "silu"),
+    **dict.fromkeys(("gelu", "gelu_exact"), "gelu"),
+    "gelu_tanh": "gelu_tanh",
+    "hardswish": "hardswish",
+    "leaky": ("leaky_relu", 0.01),
+    "leaky_by_position": ("leaky_relu", 0.2),
+    "leaky_by_keyword": ("leaky_relu", -0.2),
+    "leaky_in_place": ("leaky_relu", 1.0),
+    "statements": ("leaky_relu", 0.2),
+}
+
+
+class Calls(nn.Module):
+    """One method of a module, as a module."""
+
+    def __init__(self, inner, method):
+        super().__init__()
+        self.inner, self.method = inner, method
+
+    def forward(self, x):
+        return getattr(self.inner, self.method)(x)
+
+
+def ops_of(model, x):
+    """The names of the operators that a call runs, with how often."""
+    seen = collections.Counter()
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func._schema.name.removeprefix("aten::")] += 1
+            return func(*args, **kwargs or {})
+
+    with torch.no_grad(), Count():
+        model(x)
+    return seen
+
+
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_functions_are_fused(method):
+    torch.manual_seed(0)
+    model = Calls(Functions(), method)
+    reference = copy.deepcopy(model)
+    batchops.convert(model)
+    x = torch.randn(3, 4, 5, 5)
+    assert fused_calls(model, x) == ["inner.bn"]
+    ops = ops_of(copy.deepcopy(model).train(), x)
+    assert {name for name in ops if "::" in name or "elu" in name or "swish" in name} == {
+        "batchops::batch_norm_update"
+    }
+    assert_same_behaviour(model, reference, x)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert fused_calls(other.float(), x) == ["inner.bn"]
+    batchops.revert(model)
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in reference.modules()]
+
+
+@pytest.mark.parametrize("method", FUNCTIONS)
+def test_functions_that_are_fused_are_named(method):
+    model = type("One", (nn.Module,), {"forward": vars(Functions)[method]})()
+    model.bn, model.same, model.act = nn.BatchNorm2d(4), nn.Identity(), F.silu
+    assert batchops.convert(model).bn.fused_with == FUNCTIONS[method]
+    batchops.revert(model)
+    batchops.convert(model).bn.register_forward_hook(lambda m, i, o: None)
+    assert batchops.convert(model).bn.fused_with is None
+
+
+class NotFunctions(Functions):
+    """Calls that are not those functions', or whose arguments are not there beforehand."""
+
+    def shadowed_by_a_local(self, x):
+        F = Other
+        return F.relu(self.bn(x))
+
+    def shadowed_by_a_parameter(self, x, F=torch):
+        return F.tanh(self.bn(x))
+
+    def computed_argument(self, x):
+        return F.relu(self.bn(x), inplace=self.bn.num_batches_tracked > 0)
+
+    def argument_by_lookup(self, x):
+        return F.leaky_relu(self.bn(x), self.slope)
+
+    def arguments_in_a_dict(self, x):
+        return F.leaky_relu(self.bn(x), **self.options)
+
+    def arguments_in_a_list(self, x):
+        return F.leaky_relu(self.bn(x), *[0.4])
+
+    def argument_by_keyword(self, x):
+        return F.relu(input=self.bn(x))
+
+    def slope_that_is_a_flag(self, x):
+        return F.leaky_relu(self.bn(x), True)
+
+    def another_function(self, x):
+        return F.relu6(self.bn(x))
+
+    def another_method(self, x):
+        return self.bn(x).tanh()
+
+    def used_twice(self, x):
+        h = self.bn(x)
+        return F.relu(h) + h
+
+    def in_place_without_a_name(self, x):
+        h = self.bn(x)
+        F.relu_(h)
+        return h
+
+    def method_in_place_without_a_name(self, x):
+        h = self.bn(x)
+        h.relu_()
+        return h
+
+    def rebound_between(self, x):
+        act = F.silu
+        h = self.bn((act := F.relu)(x))
+        return act(h)
+
+    def attribute_of_the_output(self, x):
+        return F.relu(self.bn(x).T.contiguous())
+
+
+class Other:
+    @staticmethod
+    def relu(x):
+        return x.tanh()
+
+
+NOT_FUNCTIONS = [name for name in vars(NotFunctions) if not name.startswith("_")]
+
+
+@pytest.mark.filterwarnings("ignore:The use of `x.T`")
+@pytest.mark.parametrize("method", NOT_FUNCTIONS)
+def test_calls_that_are_not_functions_that_are_known(method):
+    torch.manual_seed(0)
+    model = Calls(NotFunctions(), method)
+    reference = copy.deepcopy(model)
+    batchops.convert(model)
+    x = torch.randn(3, 4, 5, 5)
+    assert fused_calls(model, x) == []
+    assert_same_behaviour(model, reference, x)
+
+
+def functions(method="relu"):
+    """A converted model and the same without."""
+    torch.manual_seed(0)
+    stock = Calls(Functions(), method)
+    return batchops.convert(copy.deepcopy(stock)), stock
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "name"),
+    [
+        ("relu", F, "relu"),
+        ("relu_by_keyword", F, "relu"),
+        ("statements", F, "leaky_relu"),
+        ("relu_of_torch", torch, "relu"),
+        ("gelu_tanh", F, "gelu"),
+        ("method", torch.Tensor, "relu"),
+        ("method_in_place", torch.Tensor, "relu_"),
+    ],
+)
+def test_what_somebody_has_put_in_a_functions_place_is_called_as_written(
+    monkeypatch, method, place, name
+):
+    model, stock = functions(method)
+    x, calls = torch.randn(3, 4, 5, 5), []
+    before = getattr(place, name)
+
+    @functools.wraps(before)
+    def mine(*args, **kwargs):
+        calls.append((args[1:], kwargs))
+        return before(*args, **kwargs) + 1
+
+    assert fused_calls(model, x) == ["inner.bn"]
+    monkeypatch.setattr(place, name, mine)
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(calls) == 2
+    assert calls[0] == calls[1]
+    assert fused_calls(batchops.convert(copy.deepcopy(stock)), x) == []
+    monkeypatch.undo()
+    assert fused_calls(model, x) == ["inner.bn"]
+
+
+def test_a_global_that_means_something_else_by_now(monkeypatch):
+    x = torch.randn(3, 4, 5, 5)
+    for new, fused in ((F.silu, True), (F.gelu, True), (F.tanh, False), (nn.Tanh(), False)):
+        model, stock = functions("relu_by_its_name")
+        monkeypatch.setitem(globals(), "imported_relu", new)
+        assert fused_calls(model, x) == ["inner.bn"] * fused
+        torch.testing.assert_close(model(x), stock(x))
+        monkeypatch.undo()
+
+
+def test_arguments_that_a_function_does_not_take(monkeypatch):
+    """Another function that is known, which refuses what is written for the one before."""
+    model, stock = functions("leaky_by_position")
+    monkeypatch.setattr(F, "leaky_relu", F.gelu)
+    x = torch.randn(3, 4, 5, 5)
+    messages = []
+    for m in (model, stock):
+        with pytest.raises(TypeError) as caught:
+            m(x)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert model.inner.bn.num_batches_tracked == stock.inner.bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("method", ["relu", "statements", "method"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_dtypes_that_norms_refuse(method, dtype):
+    model, stock = functions(method)
+    x = torch.ones(3, 4, 5, 5, dtype=dtype)
+    errors = []
+    for m in (model, stock):
+        with pytest.raises((RuntimeError, NotImplementedError)) as caught:
+            m(x)
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+    assert model.inner.bn.num_batches_tracked == stock.inner.bn.num_batches_tracked
+
+
+class NegativeSlope(Functions):
+    def in_place(self, x):
+        return F.leaky_relu(self.bn(x), -0.5, inplace=True)
+
+    def operator(self, x):
+        return F.leaky_relu_(self.bn(x), -0.5)
+
+
+@pytest.mark.parametrize("method", ["in_place", "operator"])
+def test_a_negative_slope_in_place_has_no_backward(method):
+    model = batchops.convert(Calls(NegativeSlope(), method))
+    with pytest.raises(RuntimeError, match="negative slope"):
+        model(torch.randn(3, 4, 5, 5)).sum().backward()
+
+
+class Watches(torch.overrides.TorchFunctionMode):
+    """A mode that adds one to what an activation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **kwargs or {})
+        if func in (F.relu, torch.Tensor.relu, F.leaky_relu):
+            self.seen.append((func.__name__, len(args), kwargs))
+            return y + 1
+        return y
+
+
+@pytest.mark.parametrize("method", ["relu", "relu_by_keyword", "statements", "method"])
+def test_a_mode_sees_the_functions_that_are_written(method):
+    model, stock = functions(method)
+    x = torch.randn(3, 4, 5, 5)
+    seen = []
+    for m in (model, stock):
+        with Watches() as mode:
+            seen.append((m(x), mode.seen))
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    assert seen[0][1] == seen[1][1]
+    assert seen[0][1]
+
+
+@pytest.mark.parametrize("method", ["relu", "method"])
+def test_a_default_device_is_no_such_mode(method):
+    model, stock = functions(method)
+    x = torch.randn(3, 4, 5, 5)
+    with torch.device("cpu"):
+        assert fused_calls(model, x) == ["inner.bn"]
+        torch.testing.assert_close(model(x), stock(x))
+        with Watches() as mode:
+            model(x)
+        assert mode.seen
+
+
+class Shifted(torch.Tensor):
+    """A class of tensors with another ReLU."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return y + 1 if func is F.relu else y
+
+    def relu(self):
+        return self - 5
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("where", ["x", "weight", "running_mean"])
+@pytest.mark.parametrize("method", ["relu", "method"])
+def test_a_class_of_tensors_has_its_own_functions(method, where, device):
+    model, stock = functions(method)
+    x = torch.randn(3, 4, 5, 5)
+    if where == "x":
+        x = x.as_subclass(Shifted)
+    for m in (model, stock):
+        bn = m.inner.bn.eval()
+        if where == "weight":
+            bn._parameters["weight"] = torch.ones(4).as_subclass(Shifted)
+        if where == "running_mean":
+            bn._buffers["running_mean"] = torch.zeros(4).as_subclass(Shifted)
+    with torch.device(device) if device else contextlib.nullcontext(), recorded() as seen:
+        ours, theirs = model(x), stock(x)
+    assert not seen
+    assert type(ours) is type(theirs)
+    torch.testing.assert_close(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("method", ["relu", "statements_of_two_names", "method"])
+@pytest.mark.parametrize("register", REGISTER)
+def test_no_function_fuses_across_hooks(register, method):
+    model, stock = functions(method)
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    seen = []
+    for m in (model, stock):
+
+        def hook(module, *tensors, into=seen):
+            flat = [t for ts in tensors for t in (ts if isinstance(ts, tuple) else (ts,))]
+            into.append([t.detach().clone() for t in flat])
+
+        getattr(m.inner.bn, register)(hook)
+        m(x).pow(2).sum().backward()
+    assert fused_calls(model, x.detach()) == []
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("method", ["relu", "statements", "method"])
+def test_a_hook_that_keeps_a_norms_output(method):
+    """Which the function then changes in place, or not."""
+    kept = []
+    for m in functions(method):
+        m.inner.bn.register_forward_hook(lambda m, i, o: kept.append(o))
+        m(torch.ones(3, 4, 5, 5) * torch.arange(-1.0, 2.0).view(3, 1, 1, 1))
+    torch.testing.assert_close(*kept)
+
+
+@pytest.mark.parametrize("method", ["relu", "method"])
+def test_no_function_fuses_under_global_hooks_or_with_another_norm(method):
+    model, stock = functions(method)
+    x, seen = torch.randn(3, 4, 5, 5), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(float(output.detach().min()))
+    )
+    try:
+        model.inner.bn(x)
+        model(x)
+    finally:
+        handle.remove()
+    assert seen[0] == seen[1] < 0
+    for other in (nn.Tanh(), nn.BatchNorm2d(4), bnn.BatchNorm2d(4, activation="silu")):
+        model.inner.bn = stock.inner.bn = other.eval()
+        torch.testing.assert_close(model(x), stock(x))
+    model, stock = functions("relu_of_a_module")
+    model.inner.same = stock.inner.same = nn.Sigmoid()
+    torch.testing.assert_close(model(x), stock(x))
+    model, stock = functions("silu_by_attribute")
+    for other in (F.relu, F.tanh, nn.ReLU(), nn.Tanh(), lambda y: y + 3):
+        for m in (model, stock):
+            with contextlib.suppress(AttributeError):
+                del m.inner.act
+            m.inner.act = other
+        torch.testing.assert_close(model(x), stock(x))
+
+
+def test_what_is_no_tensor_meets_the_function():
+    """A norm takes cupy's arrays; torch's functions do not."""
+    model, _ = functions()
+
+    class Array:
+        dtype = torch.float32
+
+    model.inner.bn.__class__ = kind = type("Mine", (bnn.BatchNorm2d,), {})
+    STOCK[kind] = nn.BatchNorm2d
+    kind.forward = lambda self, x, activation=None: (x, activation)
+    try:
+        assert model.inner.bn(torch.ones(1), activation="relu")[1] == "relu"
+        with pytest.raises(TypeError, match="tuple"):
+            model(Array())
+    finally:
+        del STOCK[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["BatchNorm2d", "GroupNorm", "LayerNorm", "InstanceNorm2d"])
+@pytest.mark.parametrize("method", ["relu", "silu", "gelu", "leaky", "hardswish", "method"])
+def test_functions_under_autocast(method, norm, dtype):
+    arguments = {"GroupNorm": (2, 4), "LayerNorm": ((4, 5, 5),)}.get(norm, (4,))
+    stock = Functions()
+    stock.bn = getattr(nn, norm)(*arguments)
+    model = batchops.convert(copy.deepcopy(stock))
+    x = torch.randn(3, 4, 5, 5, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = getattr(model, method)(x), getattr(stock, method)(x)
+        assert fused_calls(model, x, method=method) == ["bn"]
+    assert ours.dtype == theirs.dtype
+    # a step of bfloat16 next to 4
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if ours.itemsize == 4 else 2**-6)
+
+
+class Chain(nn.Module):
+    """Functions and methods of all sorts, one behind the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+
+    def forward(self, x):
+        x = F.relu(self.bns[0](x))
+        x = F.leaky_relu(self.bns[1](x), negative_slope=0.2, inplace=True)
+        x = self.bns[2](x)
+        x = torch.relu(x)
+        return self.bns[3](x).relu()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_functions_compile_in_one_graph_and_once(training):
+    torch._dynamo.reset()
+    model = batchops.convert(Chain()).train(training)
+    expected = copy.deepcopy(model)(torch.full((2, 4, 5, 5), 0.5).cumsum(0))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(torch.full((2, 4, 5, 5), 0.5).cumsum(0)), expected)
+    for _ in range(3):
+        compiled(torch.randn(2, 4, 5, 5))
+    fused = [n for n in graphs[0].graph.nodes if {"relu", "leaky_relu"}.intersection(n.args)]
+    assert (len(graphs), len(fused)) == (1, 4)
+    with Watches() as mode:
+        compiled(torch.randn(2, 4, 5, 5))
+        assert len(mode.seen) == 3  # torch.relu is none of those
+
+
+def test_functions_are_exported():
+    model = batchops.convert(Chain()).eval()
+    x = torch.randn(2, 4, 5, 5)
+    for strict in (True, False):
+        exported = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_functions_under_vmap_and_differentiated_twice():
+    torch.manual_seed(0)
+    stock = Chain().double().eval()
+    model = batchops.convert(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(torch.vmap(model)(x), torch.vmap(stock)(x))
+    x = x[0].requires_grad_()
+    second = []
+    for m in (model, stock):
+        (g,) = torch.autograd.grad(m(x).pow(2).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(g.pow(2).sum(), x)[0])
+    torch.testing.assert_close(*second)
+
+
+def test_functions_in_replicas_and_in_patch():
+    torch.manual_seed(0)
+    model = batchops.convert(Chain()).eval()
+    x = torch.randn(2, 4, 5, 5)
+    expected = model(x)
+    replica = model._replicate_for_data_parallel()
+    replica.bns = copy.deepcopy(model.bns)
+    with recorded() as seen:
+        torch.testing.assert_close(replica(x), expected)
+    assert [id(m) for m in seen] == [id(m) for m in replica.bns]
+    with batchops.patch():
+        assert len(fused_calls(model, x)) == 4
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_one_warning_where_a_function_is_called_in_what_cannot_be_read():
+    text = TEXT.replace("self.relu(self.bn(x))", "torch.relu(self.bn(x))").replace(
+        "self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()", "self.bn = nn.BatchNorm2d(4)"
+    )
+    with pytest.warns(UserWarning, match="Typed.forward cannot be read") as caught:
+        batchops.convert(from_text(text, "Typed")())
+    assert len(caught) == 1
+
+
+def test_a_name_of_the_childs_is_no_function():
+    """self.relu is a module that no norm knows."""
+    text = TEXT.replace("nn.ReLU()", "nn.ReLU6()")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batchops.convert(from_text(text, "Typed")())

@@ -5,6 +5,9 @@
     x = self.norm(x)                              x = run_chain((self.act, self.norm), x)
     x = self.act(x)                               x = x
 
+    F.relu(self.norm(x), inplace=True)            run_call((F.relu, self.norm), x, inplace=True)
+    self.norm(x).relu()                           run_method((self.norm,), x, "relu")
+
 Nothing that the method does otherwise is touched, and nothing outside of it: what else calls the
 norm gets the norm's output. The source counts only where it compiles to the method's own code.
 """
@@ -28,11 +31,13 @@ from typing import Any
 
 from torch import nn
 
-from .chains import run_chain
+from .chains import run_call, run_chain, run_method
+from .tables import METHODS, Activation, of_function
 
 __all__ = ["Found", "Site", "SourceError", "find", "mentions", "rewritten"]
 
-_RUN = "_batchops_run_chain"
+# What the rewritten method calls, as variables around it.
+_HELPERS = {f"_batchops_{f.__name__}": f for f in (run_chain, run_call, run_method)}
 
 # Numbers of calls in the order of ast.walk: the activation's, those of identities, the norm's.
 Site = tuple[int, ...]
@@ -44,10 +49,12 @@ class SourceError(Exception):
 
 @dataclass
 class Found:
-    """A place in a method, and the modules called there, where they are the same at each run."""
+    """A place in a method; the modules called there, where they are the same at each run, without
+    the activation if that is a function, which then stands beside them."""
 
     site: Site
     modules: tuple[nn.Module, ...] | None
+    activation: Activation | None = None
 
 
 # ------------------------------------------------------------------------------------ the source
@@ -230,7 +237,7 @@ def rewritten(function: Any, digest: str, sites: tuple[Site, ...]) -> Callable[.
     except (SourceError, AttributeError):  # not there, or no function of Python's
         return None
     cells_of = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells_of[_RUN] = types.CellType(run_chain)
+    cells_of.update((name, types.CellType(helper)) for name, helper in _HELPERS.items())
     return _remade(function, code, tuple(cells_of[name] for name in code.co_freevars))
 
 
@@ -260,11 +267,11 @@ def _rewritten_code(
     rewrite = _Rewrite()
     for site in sites:
         calls = [nodes[number] for number in site]
-        if any(id(c) in rewrite.dropped or id(c) in rewrite.callees for c in calls):
+        if any(id(c) in rewrite.dropped or id(c) in rewrite.chains for c in calls):
             raise SourceError("two chains share a call")
-        rewrite.callees[id(calls[-1])] = [call.func for call in calls]
+        rewrite.chains[id(calls[-1])] = calls
         rewrite.dropped.update(id(call) for call in calls[:-1])
-    free = (*code.co_freevars, _RUN)
+    free = (*code.co_freevars, *_HELPERS)
     return _compiled(rewrite.visit(definition), code, owner, free, read.imported)
 
 
@@ -272,22 +279,41 @@ class _Rewrite(ast.NodeTransformer):
     """Puts a chain where the norm was called, and its result where the others were."""
 
     def __init__(self) -> None:
-        self.callees: dict[int, list[ast.expr]] = {}
+        self.chains: dict[int, list[ast.Call]] = {}
         self.dropped: set[int] = set()
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        callees = self.callees.get(id(node))
-        if callees is not None:
-            modules = ast.Tuple([self.visit(callee) for callee in callees], ast.Load())
-            run = ast.Name(_RUN, ast.Load())
-            new = ast.Call(run, [modules, self.visit(node.args[0])], [])
-            for made in (modules, run, new):
-                ast.copy_location(made, node)
-            return new
+        chain = self.chains.get(id(node))
+        if chain is not None:
+            return self._run(chain)
         if id(node) in self.dropped:
-            return self.visit(node.args[0])
+            return self.visit(_operand(node))
         self.generic_visit(node)
         return node
+
+    def _run(self, chain: list[ast.Call]) -> ast.expr:
+        first, norm = chain[0], chain[-1]
+        of_tensor = not first.args
+        modules = [self.visit(call.func) for call in (chain[1:] if of_tensor else chain)]
+        arguments: list[ast.expr] = [ast.Tuple(modules, ast.Load()), self.visit(norm.args[0])]
+        name = run_chain.__name__
+        if of_tensor:
+            name = run_method.__name__
+            arguments.append(ast.Constant(first.func.attr))
+        elif first.args[1:] or first.keywords:
+            name = run_call.__name__
+            arguments += first.args[1:]
+        run = ast.Name(f"_batchops_{name}", ast.Load())
+        new = ast.Call(run, arguments, first.keywords)
+        for made in (*arguments, run, new):
+            if not hasattr(made, "lineno"):
+                ast.copy_location(made, norm)
+        return new
+
+
+def _operand(call: ast.Call) -> ast.expr:
+    """What an activation is called on: its argument, or the object of the method."""
+    return call.args[0] if call.args else call.func.value
 
 
 def _takes_one(node: ast.AST) -> bool:
@@ -297,6 +323,30 @@ def _takes_one(node: ast.AST) -> bool:
         and len(node.args) == 1
         and not node.keywords
         and not isinstance(node.args[0], ast.Starred)
+    )
+
+
+def _arguments(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments behind the first of a call, if they are constants."""
+    if not call.args or isinstance(call.args[0], ast.Starred):
+        return None
+    if any(keyword.arg is None for keyword in call.keywords):  # **something
+        return None
+    try:
+        args = tuple(map(ast.literal_eval, call.args[1:]))
+        return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, TypeError):
+        return None
+
+
+def _is_method(node: ast.AST) -> bool:
+    """``value.relu()``"""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in METHODS
+        and not node.args
+        and not node.keywords
     )
 
 
@@ -318,7 +368,7 @@ def find(
         function = wrapped[0]
     code = function.__code__
     source = _read(code, _owner(function), code.co_freevars)
-    finder = _Finder(code, source.definition, module)
+    finder = _Finder(function, source.definition, module)
     found: list[Found] = []
     uses: collections.Counter[int] = collections.Counter()
     for call in finder.calls:
@@ -326,10 +376,11 @@ def find(
             continue
         chain = finder.chain(call, is_activation, is_transparent)
         if chain is not None:
-            each = [finder.callees(c) for c in chain]
+            activation = finder.activation(chain[0])
+            each = [finder.callees(c) for c in (chain[1:] if activation else chain)]
             fixed = all(len(modules) == 1 for modules in each)
             modules = tuple(modules[0] for modules in each) if fixed else None
-            found.append(Found(tuple(finder.number[id(c)] for c in chain), modules))
+            found.append(Found(tuple(finder.number[id(c)] for c in chain), modules, activation))
             uses.update(found[-1].site)
     # a call whose name says little may be the end of one chain and the start of the next
     return source.digest, [f for f in found if all(uses[number] == 1 for number in f.site)]
@@ -349,9 +400,10 @@ class _Finder:
     """One method, read for one instance."""
 
     def __init__(
-        self, code: types.CodeType, definition: ast.FunctionDef, module: nn.Module
+        self, function: types.FunctionType, definition: ast.FunctionDef, module: nn.Module
     ) -> None:
-        self.code = code
+        self.code = code = function.__code__
+        self.function = function
         self.module = module
         self.nodes = list(ast.walk(definition))
         self.number = {id(node): n for n, node in enumerate(self.nodes)}
@@ -397,6 +449,26 @@ class _Finder:
             elif over.func.id == "enumerate" and len(targets) == 2 and over.args:
                 yield from self._bind(targets[1], over.args[0])
 
+    def activation(self, call: ast.Call) -> Activation | None:
+        """What a call does that is one of a function, or of a tensor's method."""
+        if _is_method(call):
+            return METHODS[call.func.attr][1]
+        arguments = _arguments(call)
+        return None if arguments is None else of_function(self._value(call.func), *arguments)
+
+    def _value(self, node: ast.expr) -> Any:
+        """What a path of names means by now, as far as that shows without running anything."""
+        if isinstance(node, ast.Name):
+            return self.module if node.id == self.own else _variable(self.function, node.id)
+        if not isinstance(node, ast.Attribute):
+            return None
+        value = self._value(node.value)
+        if isinstance(value, nn.Module):
+            names = {**value._modules, **value.__dict__}
+        else:
+            names = vars(value) if isinstance(value, types.ModuleType) else {}
+        return names.get(node.attr)
+
     def callees(self, call: ast.Call) -> list[nn.Module]:
         """The modules that a call may be one of, as far as the names say."""
         return self._modules(call.func)
@@ -432,14 +504,17 @@ class _Finder:
         name = None  # the variable that the output went into
         skipped: set[str] = set()  # variables set between the statements
         while True:
-            outer = self.parent[id(chain[-1])]
-            if outer in self.calls and outer.args[0] is chain[-1]:
-                user = outer
-            else:
-                step = self._by_name(outer, chain[-1], skipped)
+            user = self._user(chain[-1])
+            if user is None:
+                step = self._by_name(self.parent[id(chain[-1])], chain[-1], skipped)
                 if step is None:
                     return None
                 name, user = step
+            if self.activation(user) is not None:
+                chain.append(user)
+                break
+            if user not in self.calls:
+                return None
             callees = self.callees(user)
             if any(map(is_activation, callees)):
                 chain.append(user)
@@ -450,6 +525,15 @@ class _Finder:
         if name is not None and not self._may_split(chain, name, skipped):
             return None
         return chain[::-1]
+
+    def _user(self, value: ast.expr) -> ast.Call | None:
+        """The call that is made on a value, as its first argument or as a method of it."""
+        outer = self.parent[id(value)]
+        if isinstance(outer, ast.Attribute):
+            call = self.parent[id(outer)]
+            return call if _is_method(call) and call.func is outer else None
+        is_first = isinstance(outer, ast.Call) and outer.args[:1] == [value]
+        return outer if is_first else None
 
     def _by_name(
         self, statement: ast.AST, value: ast.Call, skipped: set[str]
@@ -467,8 +551,8 @@ class _Finder:
         if following is None:
             return None
         loads = self._loads(following, name)
-        user = self.parent[id(loads[0])] if len(loads) == 1 else None
-        if user not in self.calls or user.args[0] is not loads[0]:
+        user = self._user(loads[0]) if len(loads) == 1 else None
+        if user is None:
             return None
         node: ast.AST = user
         around = set()
@@ -499,6 +583,8 @@ class _Finder:
             return False
         changed = {name, *skipped, *code.co_cellvars, *code.co_freevars}
         for call in chain[1:]:
+            if _is_method(call):
+                continue
             if not _is_lookup(call.func):
                 return False
             if (_names(call.func) - {self.own}) & changed:
@@ -539,6 +625,19 @@ class _Finder:
             and n.id == name
             and (_is_load(n) or isinstance(self.parent[id(n)], ast.AugAssign))
         ]
+
+
+def _variable(function: types.FunctionType, name: str) -> Any:
+    """What a name means that is not the function's own, but its file's, or that of a function
+    around it."""
+    code = function.__code__
+    if name in code.co_freevars:
+        try:
+            return function.__closure__[code.co_freevars.index(name)].cell_contents
+        except ValueError:  # nothing yet
+            return None
+    is_own = name in code.co_varnames or name in code.co_cellvars
+    return None if is_own else function.__globals__.get(name)
 
 
 def _children(modules: list[nn.Module], name: str | None) -> list[nn.Module]:
