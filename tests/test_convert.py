@@ -27,7 +27,7 @@ from . import models
 
 
 class Block(nn.Module):
-    """conv-bn-relu-conv-bn, + x, relu by function."""
+    """conv-bn-relu-conv-bn, * x, relu by function."""
 
     def __init__(self, channels=4):
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.dropout(self.relu(self.bn1(self.conv1(x))))
-        return torch.relu(self.bn2(self.conv2(h)) + x)
+        return torch.relu(self.bn2(self.conv2(h)) * x)
 
 
 @contextlib.contextmanager
@@ -75,7 +75,8 @@ def outputs_and_grads(model, x):
     x = x.clone().requires_grad_()
     y = model(x)
     y.pow(2).sum().backward()
-    return [y, x.grad, *(p.grad for p in model.parameters())]
+    # of parameters that are not used there is none
+    return [y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def assert_same_behaviour(model, reference, x):
@@ -2076,3 +2077,589 @@ def test_a_name_of_the_childs_is_no_function():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batchops.convert(from_text(text, "Typed")())
+
+
+# --------------------------------------------------------------------- sums with a shortcut
+
+
+class Sums(nn.Module):
+    """Each method adds something to the norm's output, and calls an activation on that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.leaky = nn.LeakyReLU(0.2)
+        self.shortcut = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.empty, self.pool = nn.Sequential(), nn.AvgPool2d(1)
+        self.nothing = self.gate = None
+        self.stride = 1
+
+    def nested(self, x):
+        return F.relu(self.bn(self.conv(x)) + x)
+
+    def nested_module(self, x):
+        return self.relu(self.bn(self.conv(x)) + x)
+
+    def nested_after_it(self, x):
+        return F.relu(x + self.bn(self.conv(x)))
+
+    def nested_after_anything(self, x):
+        return F.relu(self.conv(x).tanh() + self.bn(x))
+
+    def nested_call(self, x):
+        return torch.relu(self.bn(self.conv(x)) + self.shortcut(x))
+
+    def nested_sum_of_torch(self, x):
+        return F.relu_(torch.add(self.bn(self.conv(x)), self.shortcut(x)))
+
+    def in_place(self, x):
+        out = self.bn(self.conv(x))
+        out += self.shortcut(x)
+        out = F.relu(out)
+        return out
+
+    def in_place_module(self, x):
+        identity = x
+        out = self.bn(self.conv(x))
+        out += identity
+        return self.relu(out)
+
+    def statements(self, x):
+        out = self.bn(self.conv(x))
+        out = out + x
+        out = F.leaky_relu(out, 0.1, inplace=True)
+        return 2 * out
+
+    def statements_after_it(self, x):
+        h = self.bn(self.conv(x))
+        out = self.pool(self.empty(x)) + h
+        return self.leaky(out)
+
+    def one_statement(self, x):
+        out = self.bn(self.conv(x))
+        return F.relu(out + self.empty(x))
+
+    def sum_of_torch(self, x):
+        out = self.bn(self.conv(x))
+        out = torch.add(out, x)
+        out = F.relu(out)
+        return out
+
+    def sum_with_a_name(self, x):
+        total = self.bn(self.conv(x)) + x
+        return self.conv(F.relu(total))
+
+    def choice(self, x):
+        out = self.bn(self.conv(x))
+        out += x if self.nothing is None else self.nothing(x)
+        return F.relu(out)
+
+    def choice_in_a_statement(self, x):
+        identity = x
+        out = self.bn(self.conv(x))
+        if self.shortcut is not None and not self.stride > 1:
+            identity = self.shortcut(x)
+        else:
+            identity = self.empty(x)
+        unused = None  # noqa: F841
+        out += identity
+        return F.relu(out)
+
+    def gated(self, x):
+        out = self.bn(self.conv(x))
+        if self.gate is not None:
+            out = self.gate(out)
+        identity = self.shortcut(x)
+        out += identity
+        out = F.relu(out)
+        return out
+
+    def in_a_loop(self, x):
+        for _ in range(2):
+            y = self.bn(self.conv(x))
+            y += x
+            x = self.relu(y)
+        return x
+
+    def forward(self, x):
+        return x
+
+
+SUMS = [name for name in vars(Sums) if not name.startswith("_") and name != "forward"]
+
+
+def of_sums(method, kind=Sums):
+    """A converted model, and the same without."""
+    torch.manual_seed(0)
+    stock = Calls(kind(), method)
+    return batchops.convert(copy.deepcopy(stock)), stock
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_sums_are_fused(method):
+    model, stock = of_sums(method)
+    x = torch.randn(3, 4, 5, 5)
+    calls = ["inner.bn"] * (1 + (method == "in_a_loop"))
+    assert fused_calls(model, x) == calls
+    ops = ops_of(copy.deepcopy(model).train(), x)
+    assert not {"add", "add_", "relu", "relu_", "leaky_relu"}.intersection(
+        name.split("::")[-1] for name in ops if name != "add_" or ops[name] > 2
+    )
+    assert_same_behaviour(model, stock, x)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert fused_calls(other.float(), x) == calls
+    batchops.revert(model)
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in stock.modules()]
+
+
+def test_a_norm_in_a_sum_names_its_activation():
+    model = batchops.convert(models.SmallBlock(4, 4))
+    assert (model.bn1.fused_with, model.bn2.fused_with) == ("relu", "relu")
+
+
+class NotSums(Sums):
+    """What is something else, or shows what the norm has given."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = None
+
+    @property
+    def counted(self):
+        return self.bn.num_batches_tracked % 2 == 0
+
+    def count(self, x):
+        return x * self.bn.num_batches_tracked
+
+    def into_the_shortcut(self, x):
+        y = x * 1
+        out = self.bn(self.conv(x))
+        y += out
+        return F.relu(y)
+
+    def shortcut_changed_and_kept(self, x):
+        y = x * 1
+        out = self.bn(self.conv(x))
+        y += out
+        return F.relu(y) * y
+
+    def scaled(self, x):
+        out = self.bn(self.conv(x))
+        return F.relu(torch.add(out, x, alpha=2))
+
+    def difference(self, x):
+        return F.relu(self.bn(self.conv(x)) - x)
+
+    def difference_in_place(self, x):
+        out = self.bn(self.conv(x))
+        out -= x
+        return F.relu(out)
+
+    def product(self, x):
+        out = self.bn(self.conv(x))
+        out = out * x
+        return F.relu(out)
+
+    def number(self, x):
+        return F.relu(self.bn(self.conv(x)) + 1)
+
+    def read_between(self, x):
+        out = self.bn(self.conv(x))
+        y = out.mean()
+        out += x
+        return F.relu(out) * y
+
+    def read_by_the_shortcut(self, x):
+        out = self.bn(self.conv(x))
+        y = self.empty(out)
+        out = out + y
+        return F.relu(out)
+
+    def read_afterwards(self, x):
+        out = self.bn(self.conv(x))
+        y = out + x
+        return F.relu(y) * out
+
+    def sum_read_afterwards(self, x):
+        out = self.bn(self.conv(x))
+        out += x
+        y = F.relu(out)
+        return y * out
+
+    def added_twice(self, x):
+        out = self.bn(self.conv(x))
+        out += out
+        return F.relu(out)
+
+    def added_to_what_comes_of_it(self, x):
+        out = self.bn(self.conv(x))
+        return F.relu(out + self.empty(out))
+
+    def kept_in_a_closure(self, x):
+        out = self.bn(self.conv(x))
+        later = lambda: out  # noqa: E731
+        out = out + x
+        out = F.relu(out)
+        return later()
+
+    def kept_in_locals(self, x):
+        out = self.bn(self.conv(x))
+        y = locals()["out"]
+        out = out + x
+        out = F.relu(out)
+        return out * y
+
+    def kept_after_an_error(self, x):
+        out = self.bn(self.conv(x))
+        try:
+            out = out + x.reshape(7)
+            out = F.relu(out)
+        except RuntimeError:
+            return out
+
+    def counted_between(self, x):
+        out = self.bn(self.conv(x))
+        y = self.count(x)
+        out += y
+        return F.relu(out)
+
+    def counted_by_the_shortcut(self, x):
+        out = self.bn(self.conv(x))
+        out += self.count(x)
+        return F.relu(out)
+
+    def counted_by_the_shortcut_nested(self, x):
+        return F.relu(self.bn(self.conv(x)) + self.count(x))
+
+    def counted_first(self, x):
+        out = self.bn(self.conv(x))
+        return self.count(x) + F.relu(out + x)
+
+    def counted_by_a_condition(self, x):
+        y = x
+        out = self.bn(self.conv(x))
+        if self.counted:
+            y = self.shortcut(x)
+        out += y
+        return F.relu(out)
+
+    def counted_by_a_choice(self, x):
+        out = self.bn(self.conv(x))
+        out += x if self.counted else self.shortcut(x)
+        return F.relu(out)
+
+    def only_sometimes(self, x):
+        out = self.bn(self.conv(x))
+        if self.stride == 2:
+            out += x
+        out = F.relu(out)
+        return out
+
+    def carried(self, x):
+        out = x
+        for _ in range(2):
+            y = F.relu(out + x)
+            out = self.bn(self.conv(y))
+        return out
+
+    def carried_on(self, x):
+        """The sum is the next round's."""
+        out, y = x, x
+        for _ in range(2):
+            y = y + out
+            out = self.bn(self.conv(y))
+            y = F.relu(out + x)
+        return y
+
+    def smooth(self, x):
+        return F.silu(self.bn(self.conv(x)) + x)
+
+    def something_on_the_way(self, x):
+        return F.relu(self.conv(self.bn(self.conv(x)) + x))
+
+    def in_place_elsewhere(self, x):
+        self.kept = self.bn(self.conv(x))
+        self.kept += x
+        return F.relu(self.kept)
+
+    def looked_up_by_a_variable(self, x):
+        acts = [self.relu]
+        i = 0
+        out = self.bn(self.conv(x))
+        out += x
+        i -= 1
+        return acts[i](out)
+
+    def by_method(self, x):
+        return (self.bn(self.conv(x)) + x).relu()
+
+
+NOT_SUMS = [
+    name
+    for name, value in vars(NotSums).items()
+    if not name.startswith("_") and name not in ("count", "counted")
+]
+
+
+@pytest.mark.parametrize("method", NOT_SUMS)
+def test_what_is_no_sum_or_shows_the_norms_output(method):
+    model, stock = of_sums(method, NotSums)
+    x = torch.randn(3, 4, 5, 5)
+    assert fused_calls(model, x) == []
+    assert_same_behaviour(model, stock, x)
+
+
+class Peeks(nn.Module):
+    """A shortcut that looks at the norm."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norms = [norm]
+
+    def forward(self, x):
+        return x * self.norms[0].num_batches_tracked
+
+
+def sharing_statistics(model):
+    model.shortcut[1].running_mean = model.bn.running_mean
+    model.shortcut[1].running_var = model.bn.running_var
+
+
+def as_shortcut(make):
+    def change(model):
+        model.shortcut = make(model)
+
+    return change
+
+
+def with_hook(model):
+    model.shortcut[1].register_forward_hook(lambda m, i, o: o * model.bn.num_batches_tracked)
+
+
+def with_pre_hook(model):
+    model.shortcut.register_forward_pre_hook(lambda m, i: i[0] * model.bn.num_batches_tracked)
+
+
+def with_forward(model):
+    model.shortcut.forward = lambda x: x * model.bn.num_batches_tracked
+
+
+CHANGES = {
+    "the same norm": as_shortcut(lambda model: model.bn),
+    "the same norm inside": as_shortcut(lambda model: nn.Sequential(nn.Identity(), model.bn)),
+    "the same statistics": sharing_statistics,
+    "a module of another kind": as_shortcut(lambda model: Peeks(model.bn)),
+    "such a module inside": as_shortcut(lambda model: nn.Sequential(Peeks(model.bn))),
+    "in place": as_shortcut(lambda model: nn.ReLU(inplace=True)),
+    "a function": as_shortcut(
+        lambda model: (delattr(model, "shortcut"), lambda x: x * model.bn.num_batches_tracked)[1]
+    ),
+    "a hook": with_hook,
+    "a hook before": with_pre_hook,
+    "a forward": with_forward,
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before convert", "after convert"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["nested_call", "in_place", "choice_in_a_statement", "gated"])
+def test_a_shortcut_that_must_not_run_before_the_norm(method, change, before):
+    model, stock = of_sums(method)
+    if before:
+        batchops.revert(model)
+    for m in (model, stock):
+        CHANGES[change](m.inner)
+    if before:
+        batchops.convert(model)
+    x = torch.randn(3, 4, 5, 5)
+    for _ in range(2):
+        torch.testing.assert_close(model(x * 1), stock(x * 1))
+    for (key, a), b in zip(model.state_dict().items(), stock.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+    with recorded() as seen:
+        model(x)
+    assert not seen
+
+
+def test_a_gate_that_comes_later():
+    model, stock = of_sums("gated")
+    x = torch.randn(3, 4, 5, 5)
+    assert fused_calls(model, x) == ["inner.bn"]
+    for m in (model, stock):
+        m.inner.gate = nn.Sigmoid()
+    assert fused_calls(model, x) == []
+    torch.testing.assert_close(model(x), stock(x))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+    def left(self, x, z):
+        return F.relu(self.bn(x) + z)
+
+    def right(self, x, z):
+        return F.relu(z + self.bn(x))
+
+    def in_place(self, x, z):
+        x = self.bn(x)
+        x += z
+        x = F.relu(x)
+        return x
+
+    def by_torch(self, x, z):
+        return F.relu(torch.add(self.bn(x), z))
+
+
+WAYS_TO_ADD = ["left", "right", "in_place", "by_torch"]
+
+
+@pytest.mark.parametrize("way", WAYS_TO_ADD)
+@pytest.mark.parametrize(
+    ("z", "fused"),
+    [
+        (torch.randn(3, 4, 5, 5), True),
+        (torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last), False),
+        (torch.randn(3, 4, 5, 5).transpose(2, 3), False),
+        (torch.randn(3, 4, 5, 1), False),
+        (torch.randn(4, 1, 1), False),
+        (torch.randn(2, 3, 4, 5, 5), False),
+        (torch.randn(()), False),
+        (torch.randn(3, 4, 5, 5, dtype=torch.float64), False),
+        (torch.randn(3, 4, 5, 5, dtype=torch.bfloat16), False),
+        (torch.ones(3, 4, 5, 5, dtype=torch.int64), False),
+        (torch.randn(3, 4, 5, 5).to_sparse(), False),
+        (2.5, False),
+        (None, False),
+        (torch.randn(3, 4, 5, 5).as_subclass(Shifted), False),
+    ],
+    ids=lambda z: str(getattr(z, "dtype", z)) + str(tuple(getattr(z, "shape", ()))),
+)
+def test_shortcuts_that_do_not_fit_are_added_as_written(way, z, fused):
+    torch.manual_seed(0)
+    stock = TwoInputs()
+    model = batchops.convert(copy.deepcopy(stock))
+    x = torch.randn(3, 4, 5, 5)
+    results = []
+    for m in (model, stock):
+        try:
+            y = getattr(m, way)(x, z)
+            results.append((type(y), y.dtype, y.stride(), y.detach().as_subclass(torch.Tensor)))
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            results.append((type(error), str(error)))
+    assert results[0][:-1] == results[1][:-1]
+    if isinstance(results[1][-1], torch.Tensor):
+        torch.testing.assert_close(results[0][-1], results[1][-1])
+    assert model.bn.num_batches_tracked == stock.bn.num_batches_tracked
+    if fused:
+        assert fused_calls(model, x, z, method=way) == ["bn"]
+
+
+@pytest.mark.parametrize("way", WAYS_TO_ADD)
+def test_layouts_of_sums(way):
+    stock = TwoInputs()
+    model = batchops.convert(copy.deepcopy(stock))
+    last = torch.channels_last
+    for x, fused in (
+        (torch.randn(3, 4, 5, 6).to(memory_format=last), True),
+        (torch.randn(3, 4, 6, 5).transpose(2, 3), False),
+        (torch.randn(3, 4, 5, 12)[..., ::2], False),
+    ):
+        z = torch.empty_strided(x.size(), x.stride()).normal_()
+        ours, theirs = getattr(model, way)(x, z), getattr(stock, way)(x, z)
+        torch.testing.assert_close(ours, theirs)
+        assert ours.stride() == theirs.stride()
+        assert fused_calls(model, x, z, method=way) == ["bn"] * fused
+
+
+@pytest.mark.parametrize("way", WAYS_TO_ADD)
+def test_a_shortcut_changed_in_place_after_the_sum(way):
+    """torch's sum saves neither of its operands, and a ReLU not either."""
+    stock = TwoInputs()
+    model = batchops.convert(copy.deepcopy(stock))
+    grads = []
+    for m in (model, stock):
+        torch.manual_seed(0)
+        x, z = (torch.randn(3, 4, 5, 5, requires_grad=True) for _ in range(2))
+        other = z * 1
+        y = getattr(m, way)(x, other)
+        other.mul_(3)
+        y.pow(2).sum().backward()
+        grads.append((x.grad, z.grad))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_ADD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_under_autocast(way, dtype):
+    """The norm's input is in bfloat16, the shortcut not always."""
+    stock = TwoInputs()
+    model = batchops.convert(copy.deepcopy(stock))
+    x, z = torch.randn(3, 4, 5, 5, dtype=torch.bfloat16), torch.randn(3, 4, 5, 5, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = getattr(model, way)(x, z), getattr(stock, way)(x, z)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("method", ["in_place", "in_place_module", "nested_module", "sum_of_torch"])
+def test_what_is_watched_in_a_sum_runs_as_written(method):
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    for name in ("bn", "relu"):
+        if name == "relu" and "module" not in method:
+            continue
+        for register in REGISTER:
+            model, stock = of_sums(method)
+            seen = []
+            for m in (model, stock):
+
+                def hook(module, *tensors, into=seen):
+                    flat = [t for ts in tensors for t in (ts if isinstance(ts, tuple) else (ts,))]
+                    into.append([t.detach().clone() for t in flat])
+
+                with contextlib.suppress(RuntimeError):  # the sum is in place, on a view of a hook
+                    getattr(m.inner.get_submodule(name), register)(hook)
+                    m(x * 1).pow(2).sum().backward()
+            assert len(seen) % 2 == 0
+            torch.testing.assert_close(seen[: len(seen) // 2], seen[len(seen) // 2 :])
+            assert fused_calls(model, x.detach()) == []
+
+
+@pytest.mark.parametrize("method", ["nested", "in_place", "sum_of_torch"])
+def test_what_has_taken_a_functions_place_in_a_sum(monkeypatch, method):
+    model, stock = of_sums(method)
+    x = torch.randn(3, 4, 5, 5)
+    with Watches() as mode:
+        torch.testing.assert_close(model(x), stock(x))
+    assert len(mode.seen) == 2
+    before = torch.add
+    monkeypatch.setattr(torch, "add", lambda a, b: before(a, b, alpha=2))
+    torch.testing.assert_close(model(x), stock(x))
+    assert fused_calls(model, x) == ["inner.bn"] * (method != "sum_of_torch")
+    monkeypatch.setattr(F, "relu", torch.tanh)
+    torch.testing.assert_close(model(x), stock(x))
+    assert fused_calls(model, x) == []
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_sums_compile_and_are_exported(method):
+    torch._dynamo.reset()
+    model, _ = of_sums(method)
+    model.eval()
+    x = torch.randn(2, 4, 5, 5)
+    expected = model(x)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expected)
+    fused = [n for n in graphs[0].graph.nodes if {"relu", "leaky_relu"}.intersection(n.args)]
+    assert (len(graphs), len(fused)) == (1, 1 + (method == "in_a_loop"))
+    for strict in (True, False):
+        exported = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(exported.module()(x), expected)

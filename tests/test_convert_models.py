@@ -159,10 +159,11 @@ def test_torchvision_blocks(monkeypatch, name, norms):
     assert [type(m) for m in block.modules()] == [type(m) for m in stock[3].modules()]
 
 
-def test_blocks_of_the_same_class_by_another_name_stay():
+def test_blocks_of_the_same_class_by_another_name_are_read():
     ours = batchops.convert(residual_net(models.BasicBlock))
     assert residual_blocks(ours) == 0
-    assert fused_calls(ours, torch.randn(2, 3, 8, 8)) == ["1", "3.bn1", "4.bn1"]
+    calls = ["1", "3.bn1", "3.bn2", "4.bn1", "4.bn2"]
+    assert fused_calls(ours, torch.randn(2, 3, 8, 8)) == calls
 
 
 class OtherForward(models.BasicBlock):
@@ -503,3 +504,32 @@ def test_sync_batch_norm_takes_no_activation_away():
         torch.ao.quantization.quantize_dynamic(model)
     back = nn.SyncBatchNorm.convert_sync_batchnorm(batchops.revert(model))
     assert [type(m) for m in back[1:]] == [nn.SyncBatchNorm, nn.ReLU, nn.SyncBatchNorm]
+
+
+# ------------------------------------------------------------------- ResNets for small images
+
+
+@pytest.mark.parametrize(
+    ("block", "calls"),
+    [
+        # the stem's, and in each of four blocks all norms but the projection's
+        (models.SmallBlock, 1 + 4 * 2),
+        (models.SmallBottleneck, 1 + 4 * 3),
+        (models.PreActivated, 1 + 4 * 2),
+        (models.OptionalProjection, 1 + 4 * 2),
+    ],
+)
+def test_small_resnets(block, calls):
+    stock = randomize(models.SmallResNet(block, counts=(2, 2), width=8))
+    ours = batchops.convert(copy.deepcopy(stock))
+    x = torch.randn(4, 3, 16, 16)
+    assert len(fused_calls(ours, x)) == calls
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    assert_same_as_stock(ours, stock, x)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert len(fused_calls(other, x)) == calls
+    batchops.revert(ours)
+    assert [set(m.__dict__) for m in ours.modules()] == [set(m.__dict__) for m in stock.modules()]
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(ours, [x], True), run(stock, [x], True), strict=True)
+    )

@@ -27,6 +27,7 @@ from .tables import (
 )
 
 __all__ = [
+    "activation_of_call",
     "activation_of_chain",
     "ends_in_free_norm",
     "has_global_hooks",
@@ -34,6 +35,7 @@ __all__ = [
     "run_chain",
     "run_method",
     "run_sum",
+    "takes",
 ]
 
 _Callee = Callable[..., Any]
@@ -77,7 +79,7 @@ def has_global_hooks() -> bool:
     )
 
 
-def _activation_of_call(
+def activation_of_call(
     callees: Sequence[_Callee],
     x: Any,
     args: tuple[Any, ...] = (),
@@ -85,10 +87,10 @@ def _activation_of_call(
 ) -> Activation | None:
     """The same where the first is a function, which is called with ``args`` and ``kwargs`` too."""
     activation = of_function(callees[0], args, kwargs)
-    return activation if activation and _take(callees[1:], x) else None
+    return activation if activation and takes(callees[1:], x) else None
 
 
-def _take(modules: Sequence[nn.Module], x: Any) -> bool:
+def takes(modules: Sequence[nn.Module], x: Any) -> bool:
     """Whether the norm that ``modules`` end in may do a function's part: it makes a plain tensor of
     ``x``, for which there are no other functions than torch's."""
     if not isinstance(x, Tensor) or x.dtype not in BF._CPU_DTYPES:
@@ -113,7 +115,7 @@ _PLAIN = (Tensor, nn.Parameter, type(None))
 
 def run_chain(callees: Sequence[_Callee], x: Any) -> Any:
     """``callees[0](...(callees[-1](x)))``."""
-    activation = activation_of_chain(callees) or _activation_of_call(callees, x)
+    activation = activation_of_chain(callees) or activation_of_call(callees, x)
     if activation is not None:
         return callees[-1](x, activation=activation)
     for callee in reversed(callees):
@@ -121,9 +123,9 @@ def run_chain(callees: Sequence[_Callee], x: Any) -> Any:
     return x
 
 
-def run_call(callees: Sequence[_Callee], x: Any, *args: Any, **kwargs: Any) -> Any:
+def run_call(callees: Sequence[_Callee], x: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``callees[0](...(callees[-1](x)), *args, **kwargs)``."""
-    activation = _activation_of_call(callees, x, args, kwargs)
+    activation = activation_of_call(callees, x, args, kwargs)
     if activation is not None:
         return callees[-1](x, activation=activation)
     for callee in reversed(callees[1:]):
@@ -134,7 +136,7 @@ def run_call(callees: Sequence[_Callee], x: Any, *args: Any, **kwargs: Any) -> A
 def run_method(modules: Sequence[nn.Module], x: Any, name: str) -> Any:
     """``modules[0](...(modules[-1](x))).name()``."""
     method, activation = METHODS.get(name, (None, None))
-    if getattr(Tensor, name) is method and _take(modules, x):
+    if getattr(Tensor, name) is method and takes(modules, x):
         return modules[-1](x, activation=activation)
     for module in reversed(modules):
         x = module(x)

@@ -19,11 +19,13 @@ __all__ = [
     "NORMS",
     "STOCK",
     "Activation",
+    "follows_sums",
     "fused_norm",
     "fused_norm_act",
     "is_plain",
     "is_transparent",
     "of_function",
+    "of_module",
 ]
 
 # A name, or a name and its parameter, as the norms take it.
@@ -134,6 +136,18 @@ METHODS = {
     for name in ("relu", "relu_")
     if type(getattr(torch.Tensor, name)) is types.MethodDescriptorType
 }
+
+
+def of_module(module: nn.Module) -> Activation | None:
+    """What a norm is told to do in the place of ``module``."""
+    of = ACTIVATIONS.get(type(module))
+    return None if of is None else of(module)
+
+
+def follows_sums(activation: Activation | None) -> bool:
+    """Whether a norm may do it after a sum as torch does. For the smooth ones it keeps the shortcut
+    for the backward, which torch's sum does not, so that it may be changed in place later."""
+    return activation == "relu" or isinstance(activation, tuple)
 
 
 def of_function(
