@@ -40,10 +40,11 @@ def convert(model: _Model, *, fuse: bool = True) -> _Model:
     another module or function, both are called in turn. A norm's ``fused_with`` names what it was
     found with.
 
-    Residual blocks of torchvision and timm (``BasicBlock`` and ``Bottleneck`` of their ``resnet``)
-    get a forward by which the sum with the shortcut and the ReLU after it happen in the last norm,
-    too, if torch.fx finds that their own does the same without. timm's norms with an activation
-    (``BatchNormAct2d``) become fused norms.
+    A sum with a shortcut between norm and activation (ReLU or leaky ReLU) happens in the norm too:
+    ``F.relu(self.norm(x) + z)``, or ``x += self.shortcut(z)`` in statements, as in the residual
+    blocks of torchvision and timm. The norm then runs where the sum stands, after the shortcut, if
+    that cannot be told: the shortcut is a variable, or a child of plain torch modules that has no
+    part in the norm. timm's norms with an activation (``BatchNormAct2d``) become fused norms.
 
     Left as they are: activations whose further arguments are no constants, norm and activation that
     are called by different functions, and functions that are not methods of a module or whose

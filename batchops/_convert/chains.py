@@ -34,7 +34,6 @@ __all__ = [
     "run_call",
     "run_chain",
     "run_method",
-    "run_sum",
     "takes",
 ]
 
@@ -141,12 +140,3 @@ def run_method(modules: Sequence[nn.Module], x: Any, name: str) -> Any:
     for module in reversed(modules):
         x = module(x)
     return getattr(x, name)()
-
-
-def run_sum(modules: Sequence[nn.Module], x: Tensor, shortcut: Tensor) -> Tensor:
-    """``activation(norm(x) + shortcut)`` of these two."""
-    activation, norm = modules
-    fused = activation_of_chain(modules)
-    if fused is not None:
-        return norm(x, residual=shortcut, activation=fused)
-    return activation(norm(x) + shortcut)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import ResidualForward, known_block
 from .chains import activation_of_chain, ends_in_free_norm
 from .methods import (
     InstanceMethod,
@@ -68,18 +67,12 @@ _Fused = list[tuple[nn.Module, Activation | None]]
 def _methods(module: nn.Module, unread: list[str]) -> Iterator[tuple[InstanceMethod, _Fused]]:
     """The methods to put on ``module``, and the norms of which it is known what they do in them."""
     own = module.__dict__
-    taken = set(own)
     if "forward" not in own and is_sequential(module):
         sequential = SequentialForward(module)
         if sequential.chains():
             yield sequential, list(map(_of_modules, sequential.chains()))
-    elif "forward" not in own:
-        chains = known_block(module)
-        if chains:
-            taken.add("forward")
-            yield ResidualForward(module), list(map(_of_modules, chains))
     for name, method in _written(type(module)).items():
-        if name in taken:
+        if name in own:
             continue
         if not isinstance(method, types.FunctionType):
             if name == "forward" and _calls_both(module, None):
