@@ -9,6 +9,8 @@ import functools
 import inspect
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -754,12 +756,12 @@ def test_compiled_and_exported_in_one_graph_and_fused(kind, calls):
 
 def test_a_graph_module_of_torch_fx():
     """Its source is text in memory, with statements that drop what is not needed any more."""
-    stock = nn.Sequential(Block(), nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())).eval()
+    stock = nn.Sequential(Block(), Calls(Sums(), "nested"), nn.BatchNorm2d(4), nn.SiLU()).eval()
     model = batchops.convert(torch.fx.symbolic_trace(stock))
     x = torch.randn(2, 4, 8, 8)
     with recorded() as seen:
         torch.testing.assert_close(model(x), stock(x))
-    assert len(seen) == 2
+    assert len(seen) == 3
     model.graph.output_node().args[0].replace_all_uses_with(next(iter(model.graph.nodes)))
     model.recompile()
     assert torch.equal(model(x), x)
@@ -1652,15 +1654,21 @@ def test_functions_that_are_fused_are_named(method):
     assert batchops.convert(model).bn.fused_with is None
 
 
+class Tanh:
+    """Has a ReLU of its own."""
+
+    relu = torch.tanh
+
+
 class NotFunctions(Functions):
     """Calls that are not those functions', or whose arguments are not there beforehand."""
 
     def shadowed_by_a_local(self, x):
-        F = Other
+        F = Tanh
         return F.relu(self.bn(x))
 
-    def shadowed_by_a_parameter(self, x, F=torch):
-        return F.tanh(self.bn(x))
+    def shadowed_by_a_parameter(self, x, F=Tanh):
+        return F.relu(self.bn(x))
 
     def computed_argument(self, x):
         return F.relu(self.bn(x), inplace=self.bn.num_batches_tracked > 0)
@@ -1709,12 +1717,6 @@ class NotFunctions(Functions):
         return F.relu(self.bn(x).T.contiguous())
 
 
-class Other:
-    @staticmethod
-    def relu(x):
-        return x.tanh()
-
-
 NOT_FUNCTIONS = [name for name in vars(NotFunctions) if not name.startswith("_")]
 
 
@@ -1728,6 +1730,36 @@ def test_calls_that_are_not_functions_that_are_known(method):
     x = torch.randn(3, 4, 5, 5)
     assert fused_calls(model, x) == []
     assert_same_behaviour(model, reference, x)
+
+
+@pytest.mark.parametrize("method", ["shadowed_by_a_local", "shadowed_by_a_parameter"])
+def test_a_name_of_the_methods_own_is_not_named(method):
+    model = type("One", (nn.Module,), {"forward": vars(NotFunctions)[method]})()
+    model.bn = nn.BatchNorm2d(4)
+    assert batchops.convert(model).bn.fused_with is None
+    assert unfused(model)
+
+
+REPLACED = """
+import torch, torch.nn.functional as F
+from torch import nn
+
+stock = F.relu
+F.relu = lambda x: stock(x) + 1
+
+import batchops
+from tests.test_convert import Functions
+
+x = torch.randn(3, 4, 5, 5)
+model = Functions().eval()
+expected = model.relu(x)
+torch.testing.assert_close(batchops.convert(model).relu(x), expected)
+assert expected.min() == 1
+"""
+
+
+def test_a_function_that_was_replaced_before_batchops_was_imported():
+    subprocess.run([sys.executable, "-c", REPLACED], check=True, timeout=100)
 
 
 def functions(method="relu"):
@@ -1825,7 +1857,7 @@ def test_a_negative_slope_in_place_has_no_backward(method):
 
 
 class Watches(torch.overrides.TorchFunctionMode):
-    """A mode that adds one to what an activation gives."""
+    """A mode that adds one to what an activation or a sum gives."""
 
     def __init__(self):
         super().__init__()
@@ -1833,7 +1865,8 @@ class Watches(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         y = func(*args, **kwargs or {})
-        if func in (F.relu, torch.Tensor.relu, F.leaky_relu):
+        # but for the one that counts batches
+        if func.__name__ in ("relu", "leaky_relu", "add", "add_") and args[0].dim() == 4:
             self.seen.append((func.__name__, len(args), kwargs))
             return y + 1
         return y
@@ -2022,7 +2055,7 @@ def test_functions_compile_in_one_graph_and_once(training):
     assert (len(graphs), len(fused)) == (1, 4)
     with Watches() as mode:
         compiled(torch.randn(2, 4, 5, 5))
-        assert len(mode.seen) == 3  # torch.relu is none of those
+        assert len(mode.seen) == 4
 
 
 def test_functions_are_exported():
@@ -2031,6 +2064,8 @@ def test_functions_are_exported():
     for strict in (True, False):
         exported = torch.export.export(model, (x,), strict=strict)
         torch.testing.assert_close(exported.module()(x), model(x))
+        fused = {"relu", "leaky_relu"}
+        assert sum(not fused.isdisjoint(node.args) for node in exported.graph.nodes) == 4
 
 
 def test_functions_under_vmap_and_differentiated_twice():
@@ -2550,7 +2585,10 @@ def test_shortcuts_that_do_not_fit_are_added_as_written(way, z, fused):
             results.append((type(error), str(error)))
     assert results[0][:-1] == results[1][:-1]
     if isinstance(results[1][-1], torch.Tensor):
-        torch.testing.assert_close(results[0][-1], results[1][-1])
+        # in float64, too, the norm's output has float32's places
+        rough = results[1][-1].dtype == torch.bfloat16
+        close = {"rtol": 2**-6, "atol": 2**-6} if rough else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(results[0][-1], results[1][-1], **close)
     assert model.bn.num_batches_tracked == stock.bn.num_batches_tracked
     if fused:
         assert fused_calls(model, x, z, method=way) == ["bn"]
@@ -2626,17 +2664,23 @@ def test_what_is_watched_in_a_sum_runs_as_written(method):
             assert fused_calls(model, x.detach()) == []
 
 
-@pytest.mark.parametrize("method", ["nested", "in_place", "sum_of_torch"])
+@pytest.mark.parametrize("method", ["nested", "nested_module", "in_place", "sum_of_torch"])
 def test_what_has_taken_a_functions_place_in_a_sum(monkeypatch, method):
     model, stock = of_sums(method)
     x = torch.randn(3, 4, 5, 5)
-    with Watches() as mode:
-        torch.testing.assert_close(model(x), stock(x))
-    assert len(mode.seen) == 2
+    seen = []
+    for m in (model, stock):
+        with Watches() as mode:
+            seen.append((m(x), mode.seen))
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    assert seen[0][1] == seen[1][1]
+    assert len(seen[0][1]) == 2
     before = torch.add
     monkeypatch.setattr(torch, "add", lambda a, b: before(a, b, alpha=2))
     torch.testing.assert_close(model(x), stock(x))
     assert fused_calls(model, x) == ["inner.bn"] * (method != "sum_of_torch")
+    if method == "nested_module":
+        return
     monkeypatch.setattr(F, "relu", torch.tanh)
     torch.testing.assert_close(model(x), stock(x))
     assert fused_calls(model, x) == []
@@ -2663,3 +2707,25 @@ def test_sums_compile_and_are_exported(method):
     for strict in (True, False):
         exported = torch.export.export(model, (x,), strict=strict)
         torch.testing.assert_close(exported.module()(x), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sums_compile_no_more_often(layout):
+    """For batches and images of several sizes."""
+
+    def compilations(fuse):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        model = batchops.convert(models.SmallBlock(4, 4).eval(), fuse=fuse)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for n, size in ((2, 8), (3, 8), (3, 12), (5, 16)):
+            x = torch.randn(n, 4, size, size).to(memory_format=layout)
+            torch.testing.assert_close(compiled(x), model(x))
+        return len(graphs)
+
+    assert compilations(True) == compilations(False)

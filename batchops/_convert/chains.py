@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 from torch.overrides import _get_current_function_mode_stack, has_torch_function
-from torch.utils._device import DeviceContext
 
 from .. import functional as BF
 from .tables import (
@@ -99,17 +98,30 @@ def takes(modules: Sequence[nn.Module], x: Any) -> bool:
 
 def _is_overridden(x: Tensor, norm: nn.Module) -> bool:
     """Whether something else than torch may answer a function of torch's: a class of tensors, or
-    a mode, which are to see the calls that are written. torch.set_default_device is a mode that
-    looks at functions which make tensors."""
+    a mode, which are to see the calls that are written."""
     tensors = (x, *norm._parameters.values(), *norm._buffers.values())
-    if torch._C._is_torch_function_mode_enabled():
-        if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
-            return True
-        return any(type(t) not in _PLAIN for t in tensors)
-    return has_torch_function(tensors)
+    if not torch._C._is_torch_function_mode_enabled():
+        return has_torch_function(tensors)
+    modes = _get_current_function_mode_stack()
+    if any(type(mode).__module__ not in _QUIET_MODES for mode in modes):
+        return True
+    return not all(map(_is_plain_tensor, tensors))
 
 
-_PLAIN = (Tensor, nn.Parameter, type(None))
+# Modes of torch's that leave activations and sums alone: of torch.set_default_device, and those
+# that torch.export traces in.
+_QUIET_MODES = (
+    "torch.utils._device",
+    "torch._export.non_strict_utils",
+    "torch.fx.experimental.proxy_tensor",
+)
+
+
+def _is_plain_tensor(t: Tensor | None) -> bool:
+    """As has_torch_function() has it where there is a mode, which that takes for a yes."""
+    if t is None or type(t) in (Tensor, nn.Parameter):
+        return True
+    return type(t).__torch_function__ is torch._C._disabled_torch_function_impl
 
 
 def run_chain(callees: Sequence[_Callee], x: Any) -> Any:

@@ -381,10 +381,9 @@ def _arguments(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments behind the first of a call, if they are constants."""
     if not call.args or isinstance(call.args[0], ast.Starred):
         return None
-    if any(keyword.arg is None for keyword in call.keywords):  # **something
-        return None
     try:
         args = tuple(map(ast.literal_eval, call.args[1:]))
+        # **something has no name, and no function takes one of name "None"
         return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (ValueError, TypeError):
         return None
