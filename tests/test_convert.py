@@ -2516,6 +2516,19 @@ def test_a_shortcut_that_must_not_run_before_the_norm(method, change, before):
     assert not seen
 
 
+@pytest.mark.parametrize("method", ["nested_module", "in_place"])
+def test_sums_of_a_class_of_tensors_and_with_a_default_device(method):
+    model, stock = of_sums(method)
+    x = torch.randn(3, 4, 5, 5)
+    with torch.device("cpu"):
+        assert fused_calls(model, x) == ["inner.bn"]
+        torch.testing.assert_close(model(x), stock(x))
+    with recorded() as seen:
+        ours, theirs = model(x.as_subclass(Shifted)), stock(x.as_subclass(Shifted))
+    assert not seen
+    torch.testing.assert_close(ours.as_subclass(torch.Tensor), theirs.as_subclass(torch.Tensor))
+
+
 def test_a_gate_that_comes_later():
     model, stock = of_sums("gated")
     x = torch.randn(3, 4, 5, 5)
@@ -2628,6 +2641,27 @@ def test_a_shortcut_changed_in_place_after_the_sum(way):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before convert", "after convert"])
+def test_a_smooth_activation_keeps_no_shortcut(before):
+    """As torch's sum, whose operands may change after it."""
+
+    class Smooth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm2d(4), nn.SiLU() if before else nn.ReLU()
+
+        def forward(self, x, z):
+            y = self.act(self.bn(x) + z)
+            z.mul_(3)
+            return y
+
+    model = batchops.convert(Smooth())
+    assert model.bn.fused_with == (None if before else "relu")
+    model.act = nn.SiLU()
+    x, z = (torch.randn(3, 4, 5, 5, requires_grad=True) for _ in range(2))
+    model(x, z * 1).sum().backward()
+
+
 @pytest.mark.parametrize("way", WAYS_TO_ADD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_under_autocast(way, dtype):
@@ -2707,6 +2741,7 @@ def test_sums_compile_and_are_exported(method):
     for strict in (True, False):
         exported = torch.export.export(model, (x,), strict=strict)
         torch.testing.assert_close(exported.module()(x), expected)
+        assert not any("add" in str(node.target) for node in exported.graph.nodes)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -30,6 +30,7 @@ __all__ = [
     "activation_of_chain",
     "ends_in_free_norm",
     "has_global_hooks",
+    "is_plain_tensor",
     "run_call",
     "run_chain",
     "run_method",
@@ -105,7 +106,7 @@ def _is_overridden(x: Tensor, norm: nn.Module) -> bool:
     modes = _get_current_function_mode_stack()
     if any(type(mode).__module__ not in _QUIET_MODES for mode in modes):
         return True
-    return not all(map(_is_plain_tensor, tensors))
+    return not all(map(is_plain_tensor, tensors))
 
 
 # Modes of torch's that leave activations and sums alone: of torch.set_default_device, and those
@@ -117,8 +118,8 @@ _QUIET_MODES = (
 )
 
 
-def _is_plain_tensor(t: Tensor | None) -> bool:
-    """As has_torch_function() has it where there is a mode, which that takes for a yes."""
+def is_plain_tensor(t: Tensor | None) -> bool:
+    """Whether its class leaves functions to torch; has_torch_function() looks at modes as well."""
     if t is None or type(t) in (Tensor, nn.Parameter):
         return True
     return type(t).__torch_function__ is torch._C._disabled_torch_function_impl

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function_unary
 
-from .chains import activation_of_call, activation_of_chain, takes
+from .chains import activation_of_call, activation_of_chain, is_plain_tensor, takes
 from .tables import NORMS, STOCK, Activation, follows_sums, is_plain
 
 __all__ = ["add_by", "add_in_place", "add_left", "add_right", "begin_sum", "end_sum"]
@@ -106,7 +105,7 @@ def _fits(shortcut: Any, x: Tensor) -> bool:
     """Whether a sum with the norm's output has that one's dtype, size and layout in any case."""
     return (
         isinstance(shortcut, Tensor)
-        and not has_torch_function_unary(shortcut)
+        and is_plain_tensor(shortcut)
         and shortcut.dtype == x.dtype
         and shortcut.shape == x.shape
         and shortcut.device == x.device
