@@ -2200,6 +2200,13 @@ class Sums(nn.Module):
         out += identity
         return F.relu(out)
 
+    def shortcut_of_a_closure(self, x):
+        y = self.conv(x)
+        out = self.bn(y)
+        out += y
+        out = F.relu(out)
+        return torch.maximum(out, (lambda: 0 * y)())
+
     def gated(self, x):
         out = self.bn(self.conv(x))
         if self.gate is not None:
@@ -2257,7 +2264,8 @@ class NotSums(Sums):
 
     def __init__(self):
         super().__init__()
-        self.kept, self.acts = None, nn.ModuleList([nn.ReLU(), nn.LeakyReLU(0.3)])
+        self.kept, self.wrong = None, nn.Conv2d(5, 4, 1)
+        self.acts = nn.ModuleList([nn.ReLU(), nn.LeakyReLU(0.3)])
 
     @property
     def counted(self):
@@ -2331,11 +2339,9 @@ class NotSums(Sums):
         return F.relu(out + self.empty(out))
 
     def kept_in_a_closure(self, x):
-        out = self.bn(self.conv(x))
         later = lambda: out  # noqa: E731
-        out = out + x
-        out = F.relu(out)
-        return later()
+        out = self.bn(self.conv(x))
+        return F.relu(out + x) * later()
 
     def kept_in_a_closure_inside(self, x):
         out = 1
@@ -2358,18 +2364,25 @@ class NotSums(Sums):
 
     def kept_in_locals(self, x):
         out = self.bn(self.conv(x))
-        y = locals()["out"]
-        out = out + x
-        out = F.relu(out)
-        return out * y
+        return F.relu(out + x) * locals()["out"]
 
     def kept_after_an_error(self, x):
+        out = x
+        with contextlib.suppress(KeyError):
+            try:
+                out = self.bn(self.conv(x))
+                out += self.wrong(x)
+                out = F.relu(out)
+            except RuntimeError:
+                pass
+        return out
+
+    def overwritten(self, x):
+        y = 2 * x
         out = self.bn(self.conv(x))
-        try:
-            out = out + x.reshape(7)
-            out = F.relu(out)
-        except RuntimeError:
-            return out
+        out = y
+        out += x
+        return F.relu(out)
 
     def counted_between(self, x):
         out = self.bn(self.conv(x))
@@ -2684,6 +2697,11 @@ def test_a_smooth_activation_keeps_no_shortcut(before):
             z.mul_(3)
             return y
 
+    class ByFunction(Smooth):
+        def forward(self, x, z):
+            return F.silu(self.bn(x) + z)
+
+    assert batchops.convert(ByFunction()).bn.fused_with is None
     model = batchops.convert(Smooth())
     assert model.bn.fused_with == (None if before else "relu")
     model.act = nn.SiLU()

@@ -756,7 +756,7 @@ class _Finder:
         """A variable, or a child's output for one, which need not be the same before and after the
         norm unless ``begin_sum`` says so of the child."""
         if isinstance(node, ast.Name):
-            return node.id != name and self._is_local(node.id)
+            return node.id != name
         if isinstance(node, ast.IfExp):
             parts = (node.body, node.orelse)
             if not self._is_plain_test(node.test, name):
@@ -774,7 +774,7 @@ class _Finder:
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
             return None
         own, name = self.module.__dict__, node.attr
-        if node.value.id != self.own or hasattr(type(self.module), name):
+        if node.value.id != self.own:
             return None
         known = name in self.module._modules if name not in own else own[name] is None
         return name if known else None
