@@ -1357,6 +1357,12 @@ class Later(nn.Module):
         x = self.acts[i](x)
         return x
 
+    def by_one_of_two_indices(self, x):
+        i = 0
+        x = self.bn(x)
+        i = j = 1
+        return self.acts[i](x) * j
+
     def called_before(self, x):
         h = self.bn(x)
         return self.steeper(x) + self.act(h)
@@ -1371,7 +1377,8 @@ class Later(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "way", ["by_index", "by_name", "further_on", "called_before", "inside_try"]
+    "way",
+    ["by_index", "by_one_of_two_indices", "by_name", "further_on", "called_before", "inside_try"],
 )
 def test_what_happens_between_norm_and_activation(way):
     torch.manual_seed(0)
@@ -1384,6 +1391,22 @@ def test_what_happens_between_norm_and_activation(way):
         model.act.register_forward_pre_hook(stop)
     expected = getattr(copy.deepcopy(model), way)(x)
     torch.testing.assert_close(getattr(batchops.convert(model), way)(x), expected)
+
+
+def test_a_constant_in_the_place_of_the_norms_output():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            x = self.bn(x)
+            x = 0.5
+            return F.relu(x)
+
+    for model in (Overwrites(), batchops.convert(Overwrites())):
+        with pytest.raises(TypeError, match="float"):
+            model(torch.randn(2, 3, 4, 4))
 
 
 def test_names_of_the_users_for_converted_methods_stay():
