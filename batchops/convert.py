@@ -28,24 +28,28 @@ def convert(model: _Model, *, fuse: bool = True) -> _Model:
     which do what torch's do. So is a norm on which somebody has set an attribute ``activation``,
     ``ghost_batch_size`` or ``fused_with``, which mean something else here.
 
-    With ``fuse``, the places where a method calls an activation module (ReLU, and the others that
-    the norms know) on a norm's output make one call of both: ``self.act(self.norm(x))``, ``x =
-    self.norm(x)`` with ``x = self.act(x)`` behind it, and neighbours in an ``nn.Sequential``, with
-    nothing but ``nn.Identity`` between them. For that such a module gets, on the instance, the
+    With ``fuse``, the places where a method calls an activation (a module, ReLU and the others that
+    the norms know, or torch's function or method for it) on a norm's output make one call of both:
+    ``self.act(self.norm(x))``, ``F.relu(self.norm(x), inplace=True)``, ``self.norm(x).relu()``,
+    ``x = self.norm(x)`` with ``x = self.act(x)`` behind it, and neighbours in an ``nn.Sequential``,
+    with nothing but ``nn.Identity`` between them. For that such a module gets, on the instance, the
     method over again with that call in it; it keeps its class, and nothing that the method does
     otherwise changes. The norms and activations themselves stay what they are: whatever else calls
     one, a loop over children, another method, ``model[:2]``, gets its own output. At each call they
     are looked at: where one has hooks (or all modules have), a forward of its own, or has become
-    another module, both are called in turn. A norm's ``fused_with`` names what it was found with.
+    another module or function, both are called in turn. A norm's ``fused_with`` names what it was
+    found with.
 
-    Residual blocks of torchvision and timm (``BasicBlock`` and ``Bottleneck`` of their ``resnet``)
-    get a forward by which the sum with the shortcut and the ReLU after it happen in the last norm,
-    too, if torch.fx finds that their own does the same without. timm's norms with an activation
-    (``BatchNormAct2d``) become fused norms.
+    A sum with a shortcut between norm and activation (ReLU or leaky ReLU) happens in the norm too:
+    ``F.relu(self.norm(x) + z)``, or ``x += self.shortcut(z)`` in statements, as in the residual
+    blocks of torchvision and timm. The norm then runs where the sum stands, after the shortcut, if
+    that cannot be told: the shortcut is a variable, or a child of plain torch modules that has no
+    part in the norm. timm's norms with an activation (``BatchNormAct2d``) become fused norms.
 
-    Left as they are: activations called by function (``F.relu(x)``), norm and activation that are
-    called by different functions, and functions that are not methods of a module or whose source
-    is not at hand; there is one warning if such a method calls norms and activations of its module.
+    Left as they are: activations whose further arguments are no constants, norm and activation that
+    are called by different functions, and functions that are not methods of a module or whose
+    source is not at hand; there is one warning if such a method calls norms of its module and
+    activations.
 
     :func:`revert` undoes all of it. Revert before TorchScript, ONNX, torch.fx, and ``copy.copy`` of
     a module: such a copy would run the method of the original. ``torch.compile``, ``torch.export``,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchops import nn as bnn
@@ -114,6 +115,118 @@ class Bottleneck(nn.Module):
         branch = self.bn3(self.conv3(branch))
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(branch + shortcut)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return _projection(inputs, outputs, stride) or nn.Sequential()
+
+
+class SmallBlock(nn.Module):
+    """He et al. 2015 for small images, as such code is often written: ReLU by function, and a
+    Sequential for each shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+        self.shortcut = _shortcut(inputs, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        out = F.relu(out)
+        return out
+
+
+class SmallBottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.bn1 = _conv(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = _conv(width, outputs, 1), nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class PreActivated(nn.Module):
+    """He et al. 2016, figure 1 right: norm and ReLU before each convolution."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), _conv(inputs, width, 3, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), _conv(width, width, 3)
+        if stride != 1 or inputs != width:
+            self.shortcut = nn.Sequential(_conv(inputs, width, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        out += shortcut
+        return out
+
+
+class OptionalProjection(nn.Module):
+    """As torchvision's BasicBlock goes in statements: the projection is there or None."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+        self.downsample = _projection(inputs, width, stride)
+        self.gate: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.gate is not None:
+            out = self.gate(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class SmallResNet(nn.Module):
+    """A ResNet for images of 32 x 32 of such blocks, ``counts`` of each width."""
+
+    def __init__(self, block: Any, counts: tuple[int, ...] = (2, 2, 2, 2), width: int = 64) -> None:
+        super().__init__()
+        self.inputs = width
+        self.conv1, self.bn1 = _conv(3, width, 3), nn.BatchNorm2d(width)
+        self.layers = nn.Sequential()
+        for level, count in enumerate(counts):
+            for number in range(count):
+                stride = 2 if level > 0 and number == 0 else 1
+                self.layers.append(block(self.inputs, width << level, stride))
+                self.inputs = block.expansion * (width << level)
+        self.linear = nn.Linear(self.inputs, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(F.relu(self.bn1(self.conv1(x))))
+        return self.linear(out.mean((2, 3)))
 
 
 def as_torchvision(monkeypatch: pytest.MonkeyPatch, **classes: type) -> types.ModuleType:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .blocks import ResidualForward, known_block
-from .chains import activation_of_chain
+from .chains import activation_of_chain, ends_in_free_norm
 from .methods import (
     InstanceMethod,
     Replicate,
@@ -19,8 +18,8 @@ from .methods import (
     SequentialForward,
     is_sequential,
 )
-from .source import SourceError, find, mentions
-from .tables import ACTIVATIONS, STOCK, is_transparent
+from .source import Found, SourceError, find, mentions
+from .tables import ACTIVATIONS, FUNCTIONS, METHODS, STOCK, Activation, is_transparent
 
 __all__ = ["fuse", "unfuse"]
 
@@ -33,16 +32,14 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        inside = list(module.modules())
-        if not any(map(_is_norm, inside)) or not any(map(_is_activation, inside)):
+        if not any(map(_is_norm, module.modules())):
             continue
-        for method, chains in _methods(module, unread):
+        for method, fused in _methods(module, unread):
             module.__dict__[method.name] = method
             module.__dict__.setdefault(Replicate.name, Replicate(module))
-            for chain in chains:
-                activation = activation_of_chain(chain)
+            for norm, activation in fused:
                 if activation is not None:
-                    chain[-1].__dict__["fused_with"] = activation
+                    norm.__dict__["fused_with"] = activation
     if unread:
         warnings.warn(
             f"batchops.convert: {unread[0]}, so the norms that it calls are swapped but not fused "
@@ -64,24 +61,18 @@ def unfuse(model: nn.Module) -> None:
             own.pop("fused_with", None)
 
 
-_Chains = list[Any]
+_Fused = list[tuple[nn.Module, Activation | None]]
 
 
-def _methods(module: nn.Module, unread: list[str]) -> Iterator[tuple[InstanceMethod, _Chains]]:
-    """The methods to put on ``module``, and the chains of which it is known that they run."""
+def _methods(module: nn.Module, unread: list[str]) -> Iterator[tuple[InstanceMethod, _Fused]]:
+    """The methods to put on ``module``, and the norms of which it is known what they do in them."""
     own = module.__dict__
-    taken = set(own)
     if "forward" not in own and is_sequential(module):
         sequential = SequentialForward(module)
         if sequential.chains():
-            yield sequential, sequential.chains()
-    elif "forward" not in own:
-        chains = known_block(module)
-        if chains:
-            taken.add("forward")
-            yield ResidualForward(module), chains
+            yield sequential, list(map(_of_modules, sequential.chains()))
     for name, method in _written(type(module)).items():
-        if name in taken:
+        if name in own:
             continue
         if not isinstance(method, types.FunctionType):
             if name == "forward" and _calls_both(module, None):
@@ -95,8 +86,20 @@ def _methods(module: nn.Module, unread: list[str]) -> Iterator[tuple[InstanceMet
             continue
         if found:
             sites = tuple(f.site for f in found)
-            chains = [f.modules for f in found if f.modules is not None]
-            yield RewrittenMethod(module, name, digest, sites), chains
+            fused = [
+                _of_modules(f.modules) if f.activation is None else _of_call(f)
+                for f in found
+                if f.modules is not None
+            ]
+            yield RewrittenMethod(module, name, digest, sites), fused
+
+
+def _of_modules(chain: Sequence[nn.Module]) -> tuple[nn.Module, Activation | None]:
+    return chain[-1], activation_of_chain(chain)
+
+
+def _of_call(found: Found) -> tuple[nn.Module, Activation | None]:
+    return found.modules[-1], found.activation if ends_in_free_norm(found.modules) else None
 
 
 def _written(kind: type[nn.Module]) -> dict[str, Any]:
@@ -114,9 +117,13 @@ def _written(kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _calls_both(module: nn.Module, words: set[str] | None) -> bool:
-    """Whether there are a norm and an activation among the children that ``words`` name."""
+    """Whether ``words`` name a norm among the children, and an activation there or in torch."""
     children = [c for n, c in module._modules.items() if words is None or n in words]
-    return any(map(_is_norm, children)) and any(map(_is_activation, children))
+    functions = _FUNCTION_NAMES.intersection(words or ()).difference(module._modules)
+    return any(map(_is_norm, children)) and (bool(functions) or any(map(_is_activation, children)))
+
+
+_FUNCTION_NAMES = {function.__name__ for function in FUNCTIONS}.union(METHODS)
 
 
 def _name(module: nn.Module) -> str:

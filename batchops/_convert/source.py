@@ -5,6 +5,13 @@
     x = self.norm(x)                              x = run_chain((self.act, self.norm), x)
     x = self.act(x)                               x = x
 
+    F.relu(self.norm(x), inplace=True)            run_call((F.relu, self.norm), x, inplace=True)
+    self.norm(x).relu()                           run_method((self.norm,), x, "relu")
+
+    x = self.norm(x)                              x = begin_sum(self.norm, x, self.act, ...)
+    x += self.shortcut(z)                         x = add_in_place(x, self.shortcut(z))
+    x = self.act(x)                               x = end_sum(self.act, x)
+
 Nothing that the method does otherwise is touched, and nothing outside of it: what else calls the
 norm gets the norm's output. The source counts only where it compiles to the method's own code.
 """
@@ -22,20 +29,39 @@ import itertools
 import linecache
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from .chains import run_chain
+from .chains import run_call, run_chain, run_method
+from .sums import add_by, add_in_place, add_left, add_right, begin_sum, end_sum
+from .tables import METHODS, Activation, follows_sums, of_function, of_module
 
 __all__ = ["Found", "Site", "SourceError", "find", "mentions", "rewritten"]
 
-_RUN = "_batchops_run_chain"
+# What the rewritten method calls, as variables around it.
+_HELPERS = {
+    f"_batchops_{helper.__name__}": helper
+    for helper in (
+        *(run_chain, run_call, run_method),
+        *(begin_sum, add_left, add_right, add_in_place, add_by, end_sum),
+    )
+}
 
-# Numbers of calls in the order of ast.walk: the activation's, those of identities, the norm's.
-Site = tuple[int, ...]
+
+@dataclass(frozen=True)
+class Site:
+    """Numbers of nodes in the order of ast.walk: the calls of the activation, of identities, of the
+    norm. With ``add``, the helper for it, a sum stands between activation and norm; then come the
+    names of the children that are called before the norm now, and of those that are None."""
+
+    nodes: tuple[int, ...]
+    add: str = ""
+    watched: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 class SourceError(Exception):
@@ -44,10 +70,12 @@ class SourceError(Exception):
 
 @dataclass
 class Found:
-    """A place in a method, and the modules called there, where they are the same at each run."""
+    """A place in a method; the modules called there, where they are the same at each run, without
+    the activation if that is a function, which then stands beside them."""
 
     site: Site
     modules: tuple[nn.Module, ...] | None
+    activation: Activation | None = None
 
 
 # ------------------------------------------------------------------------------------ the source
@@ -230,7 +258,7 @@ def rewritten(function: Any, digest: str, sites: tuple[Site, ...]) -> Callable[.
     except (SourceError, AttributeError):  # not there, or no function of Python's
         return None
     cells_of = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells_of[_RUN] = types.CellType(run_chain)
+    cells_of.update((name, types.CellType(helper)) for name, helper in _HELPERS.items())
     return _remade(function, code, tuple(cells_of[name] for name in code.co_freevars))
 
 
@@ -259,35 +287,84 @@ def _rewritten_code(
     nodes = list(ast.walk(definition))
     rewrite = _Rewrite()
     for site in sites:
-        calls = [nodes[number] for number in site]
-        if any(id(c) in rewrite.dropped or id(c) in rewrite.callees for c in calls):
-            raise SourceError("two chains share a call")
-        rewrite.callees[id(calls[-1])] = [call.func for call in calls]
-        rewrite.dropped.update(id(call) for call in calls[:-1])
-    free = (*code.co_freevars, _RUN)
+        rewrite.add(site, [nodes[number] for number in site.nodes], definition)
+    free = (*code.co_freevars, *_HELPERS)
     return _compiled(rewrite.visit(definition), code, owner, free, read.imported)
 
 
 class _Rewrite(ast.NodeTransformer):
-    """Puts a chain where the norm was called, and its result where the others were."""
+    """Puts other nodes in the place of those of the sites."""
 
     def __init__(self) -> None:
-        self.callees: dict[int, list[ast.expr]] = {}
-        self.dropped: set[int] = set()
+        self.made: dict[int, Callable[[Any], ast.AST]] = {}
 
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        callees = self.callees.get(id(node))
-        if callees is not None:
-            modules = ast.Tuple([self.visit(callee) for callee in callees], ast.Load())
-            run = ast.Name(_RUN, ast.Load())
-            new = ast.Call(run, [modules, self.visit(node.args[0])], [])
-            for made in (modules, run, new):
-                ast.copy_location(made, node)
-            return new
-        if id(node) in self.dropped:
-            return self.visit(node.args[0])
-        self.generic_visit(node)
-        return node
+    def add(self, site: Site, nodes: list[Any], definition: ast.FunctionDef) -> None:
+        if any(id(node) in self.made for node in nodes):
+            raise SourceError("two chains share a call")
+        first, norm = nodes[0], nodes[-1]
+        if site.add:
+            own = (*definition.args.posonlyargs, *definition.args.args)[0].arg
+            self.made[id(norm)] = lambda _: self._begin(first, norm, own, site)
+            self.made[id(nodes[1])] = lambda node: self._add(node, site.add)
+            self.made[id(first)] = self._end
+        else:  # the chain where the norm was called, and its result where the others were
+            self.made.update((id(node), lambda node: self.visit(_operand(node))) for node in nodes)
+            self.made[id(norm)] = lambda _: self._run(nodes)
+
+    def visit(self, node: ast.AST) -> Any:
+        make = self.made.get(id(node))
+        if make is None:
+            return super().visit(node)
+        new = make(node)
+        return new if hasattr(new, "lineno") else ast.copy_location(new, node)
+
+    def _run(self, chain: list[ast.Call]) -> ast.expr:
+        first, norm = chain[0], chain[-1]
+        of_tensor = not first.args
+        modules = [self.visit(call.func) for call in (chain[1:] if of_tensor else chain)]
+        arguments = [_tuple(modules), self.visit(norm.args[0])]
+        if of_tensor:
+            return _call("run_method", *arguments, ast.Constant(first.func.attr))
+        if first.args[1:] or first.keywords:
+            return _call("run_call", *arguments, *first.args[1:], keywords=first.keywords)
+        return _call("run_chain", *arguments)
+
+    def _begin(self, activation: ast.Call, norm: ast.Call, own: str, site: Site) -> ast.expr:
+        activation = copy.deepcopy(activation)  # a part of it comes at the sum's end as well
+        names = [_tuple(list(map(ast.Constant, names))) for names in (site.watched, site.absent)]
+        return _call(
+            "begin_sum",
+            *(self.visit(norm.func), self.visit(norm.args[0]), activation.func),
+            *(ast.Name(own, ast.Load()), *names),
+            *activation.args[1:],
+            keywords=activation.keywords,
+        )
+
+    def _add(self, node: Any, helper: str) -> ast.AST:
+        if isinstance(node, ast.AugAssign):
+            left = ast.Name(node.target.id, ast.Load())
+            return ast.Assign([node.target], _call(helper, left, self.visit(node.value)))
+        if isinstance(node, ast.BinOp):
+            return _call(helper, self.visit(node.left), self.visit(node.right))
+        return _call(helper, node.func, *map(self.visit, node.args))
+
+    def _end(self, node: ast.Call) -> ast.expr:
+        more = {"keywords": node.keywords}
+        return _call("end_sum", node.func, self.visit(node.args[0]), *node.args[1:], **more)
+
+
+def _call(helper: str, *args: ast.expr, keywords: Sequence[ast.keyword] = ()) -> ast.Call:
+    name = ast.Name(f"_batchops_{helper}", ast.Load())
+    return ast.Call(name, list(args), list(keywords))
+
+
+def _tuple(elements: list[ast.expr]) -> ast.expr:
+    return ast.Tuple(elements, ast.Load())
+
+
+def _operand(call: ast.Call) -> ast.expr:
+    """What an activation is called on: its argument, or the object of the method."""
+    return call.args[0] if call.args else call.func.value
 
 
 def _takes_one(node: ast.AST) -> bool:
@@ -297,6 +374,29 @@ def _takes_one(node: ast.AST) -> bool:
         and len(node.args) == 1
         and not node.keywords
         and not isinstance(node.args[0], ast.Starred)
+    )
+
+
+def _arguments(call: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments behind the first of a call, if they are constants."""
+    if not call.args or isinstance(call.args[0], ast.Starred):
+        return None
+    try:
+        args = tuple(map(ast.literal_eval, call.args[1:]))
+        # **something has no name, and no function takes one of name "None"
+        return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, TypeError):
+        return None
+
+
+def _is_method(node: ast.AST) -> bool:
+    """``value.relu()``"""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in METHODS
+        and not node.args
+        and not node.keywords
     )
 
 
@@ -318,27 +418,30 @@ def find(
         function = wrapped[0]
     code = function.__code__
     source = _read(code, _owner(function), code.co_freevars)
-    finder = _Finder(code, source.definition, module)
+    finder = _Finder(function, source.definition, module)
     found: list[Found] = []
-    uses: collections.Counter[int] = collections.Counter()
     for call in finder.calls:
         if not any(map(is_norm, finder.callees(call))):
             continue
         chain = finder.chain(call, is_activation, is_transparent)
         if chain is not None:
-            each = [finder.callees(c) for c in chain]
-            fixed = all(len(modules) == 1 for modules in each)
-            modules = tuple(modules[0] for modules in each) if fixed else None
-            found.append(Found(tuple(finder.number[id(c)] for c in chain), modules))
-            uses.update(found[-1].site)
+            found.append(finder.found(chain))
+        else:
+            found += finder.sums(call)
+    uses = collections.Counter(number for f in found for number in f.site.nodes)
     # a call whose name says little may be the end of one chain and the start of the next
-    return source.digest, [f for f in found if all(uses[number] == 1 for number in f.site)]
+    return source.digest, [f for f in found if all(uses[number] == 1 for number in f.site.nodes)]
 
 
 # Between a statement and a call in it that is made whenever the statement runs.
 _ALWAYS = (
     *(ast.Call, ast.keyword, ast.Starred, ast.Attribute, ast.Subscript, ast.Tuple, ast.List),
     *(ast.BinOp, ast.UnaryOp, ast.Assign, ast.AugAssign, ast.Return, ast.Expr),
+)
+# What conditions are made of that call nothing.
+_PLAIN = (
+    *(ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp),
+    *(ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop),
 )
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 # What looks at a function's variables from inside.
@@ -349,9 +452,10 @@ class _Finder:
     """One method, read for one instance."""
 
     def __init__(
-        self, code: types.CodeType, definition: ast.FunctionDef, module: nn.Module
+        self, function: types.FunctionType, definition: ast.FunctionDef, module: nn.Module
     ) -> None:
-        self.code = code
+        self.code = code = function.__code__
+        self.function = function
         self.module = module
         self.nodes = list(ast.walk(definition))
         self.number = {id(node): n for n, node in enumerate(self.nodes)}
@@ -397,6 +501,42 @@ class _Finder:
             elif over.func.id == "enumerate" and len(targets) == 2 and over.args:
                 yield from self._bind(targets[1], over.args[0])
 
+    def found(
+        self,
+        nodes: list[Any],
+        add: str = "",
+        watched: Sequence[str] = (),
+        absent: Sequence[str] = (),
+    ) -> Found:
+        """Of the nodes of a site."""
+        numbers = tuple(self.number[id(node)] for node in nodes)
+        activation = self.activation(nodes[0])
+        calls = nodes[1:] if activation else nodes
+        each = [self.callees(c) for c in calls if not add or c is not nodes[1]]
+        fixed = all(len(modules) == 1 for modules in each)
+        modules = tuple(modules[0] for modules in each) if fixed else None
+        return Found(Site(numbers, add, tuple(watched), tuple(absent)), modules, activation)
+
+    def activation(self, call: ast.Call) -> Activation | None:
+        """What a call does that is one of a function, or of a tensor's method."""
+        if _is_method(call):
+            return METHODS[call.func.attr][1]
+        arguments = _arguments(call)
+        return None if arguments is None else of_function(self._value(call.func), *arguments)
+
+    def _value(self, node: ast.expr) -> Any:
+        """What a path of names means by now, as far as that shows without running anything."""
+        if isinstance(node, ast.Name):
+            return self.module if node.id == self.own else _variable(self.function, node.id)
+        if not isinstance(node, ast.Attribute):
+            return None
+        value = self._value(node.value)
+        if isinstance(value, nn.Module):
+            names = {**value._modules, **value.__dict__}
+        else:
+            names = vars(value) if isinstance(value, types.ModuleType) else {}
+        return names.get(node.attr)
+
     def callees(self, call: ast.Call) -> list[nn.Module]:
         """The modules that a call may be one of, as far as the names say."""
         return self._modules(call.func)
@@ -432,14 +572,17 @@ class _Finder:
         name = None  # the variable that the output went into
         skipped: set[str] = set()  # variables set between the statements
         while True:
-            outer = self.parent[id(chain[-1])]
-            if outer in self.calls and outer.args[0] is chain[-1]:
-                user = outer
-            else:
-                step = self._by_name(outer, chain[-1], skipped)
+            user = self._user(chain[-1])
+            if user is None:
+                step = self._by_name(self.parent[id(chain[-1])], chain[-1], skipped)
                 if step is None:
                     return None
                 name, user = step
+            if self.activation(user) is not None:
+                chain.append(user)
+                break
+            if user not in self.calls:
+                return None
             callees = self.callees(user)
             if any(map(is_activation, callees)):
                 chain.append(user)
@@ -451,6 +594,15 @@ class _Finder:
             return None
         return chain[::-1]
 
+    def _user(self, value: ast.expr) -> ast.Call | None:
+        """The call that is made on a value, as its first argument or as a method of it."""
+        outer = self.parent[id(value)]
+        if isinstance(outer, ast.Attribute):
+            call = self.parent[id(outer)]
+            return call if _is_method(call) and call.func is outer else None
+        is_first = isinstance(outer, ast.Call) and outer.args[:1] == [value]
+        return outer if is_first else None
+
     def _by_name(
         self, statement: ast.AST, value: ast.Call, skipped: set[str]
     ) -> tuple[str, ast.Call] | None:
@@ -458,33 +610,200 @@ class _Finder:
         name = _target(statement)
         if name is None or statement.value is not value:
             return None
-        following = self.next.get(id(statement))
-        while (
-            _sets_constant(following) and _target(following) != name
-        ):  # torch.fx writes `x = None`
-            skipped.add(_target(following))
-            following = self.next.get(id(following))
+        following = self._after(statement, name, skipped)
         if following is None:
             return None
         loads = self._loads(following, name)
-        user = self.parent[id(loads[0])] if len(loads) == 1 else None
-        if user not in self.calls or user.args[0] is not loads[0]:
+        user = self._user(loads[0]) if len(loads) == 1 else None
+        if user is None:
             return None
-        node: ast.AST = user
+        return (name, user) if self._comes_first(user, following) else None
+
+    def _after(self, statement: ast.stmt, name: str, skipped: set[str]) -> ast.stmt | None:
+        """The next statement, but for those between that set other variables to constants, as
+        torch.fx does to free them: those go into ``skipped``."""
+        following = self.next.get(id(statement))
+        while (names := _set_to_constant(following)) and name not in names:
+            skipped |= names
+            following = self.next.get(id(following))
+        return following
+
+    def _comes_first(self, part: ast.expr | ast.stmt, statement: ast.stmt) -> bool:
+        """Whether a part of a statement is always run, and before other calls in it: those may
+        change what the part calls, or what that does."""
         around = set()
-        while node is not following:
+        node: ast.AST = part
+        while node is not statement:
             around.add(id(node))
             node = self.parent[id(node)]
             if not isinstance(node, _ALWAYS):
-                return None
-        # What is called before it may change what it is, or does.
-        inside = {id(n) for n in ast.walk(user)}
-        place = user.lineno, user.col_offset
-        calls = [n for n in ast.walk(following) if isinstance(n, ast.Call)]
+                return False
+        inside = {id(n) for n in ast.walk(part)}
+        place = part.lineno, part.col_offset
+        calls = [n for n in ast.walk(statement) if isinstance(n, ast.Call)]
         others = [n for n in calls if id(n) not in around | inside]
-        if any((n.lineno, n.col_offset) < place for n in others):
+        return all((n.lineno, n.col_offset) >= place for n in others)
+
+    # ------------------------------------------------------------------------------------- sums
+
+    def sums(self, norm: ast.Call) -> list[Found]:
+        """The sum of the norm's output and another value that goes into an activation, if that is
+        all that becomes of the output.
+
+        From the norm on until the sum the output's place is held by the norm's input; the norm runs
+        at the sum. So between the two there may only be what does not tell whether it has run.
+        """
+        watched: list[str] = []
+        absent: list[str] = []
+        if self.own is None or self._is_inside_function(norm):
+            return []
+        statement = self._statement(norm)
+        name = _target(statement)
+        load: ast.expr = norm
+        links = []
+        if name is not None and statement.value is norm:
+            following = self.next.get(id(statement))
+            while following is not None and self._passes(following, name, watched, absent):
+                following = self.next.get(id(following))
+            loads = [] if following is None else self._loads(following, name)
+            if len(loads) != 1:
+                return []
+            load = loads[0]
+            links.append((name, following))
+            statement = following
+        added = self._sum_of(load, watched, is_norms=load is norm)
+        if added is None:
+            return []
+        total, add = added
+        if load is not norm and not self._comes_first(total, statement):
+            return []
+        user = self._user(total) if isinstance(total, ast.expr) else None
+        if user is None:
+            name = _target(statement) or (total.target.id if add == "add_in_place" else None)
+            following = self._after(statement, name or "", set())
+            is_value = total is statement or getattr(statement, "value", None) is total
+            if name is None or following is None or not is_value:
+                return []
+            loads = self._loads(following, name)
+            user = self._user(loads[0]) if len(loads) == 1 else None
+            if user is None or not self._comes_first(user, following):
+                return []
+            links.append((name, following))
+        # looked up where the norm is called and where the activation is
+        if _is_method(user) or not _is_lookup(user.func):
+            return []
+        if (_names(user.func) - {self.own}).intersection(
+            (*self.code.co_varnames, *self.code.co_cellvars, *self.code.co_freevars)
+        ):
+            return []
+        activation = self.activation(user)
+        if activation is None:
+            known = map(of_module, self.callees(user) if user in self.calls else ())
+            activation = next(filter(follows_sums, known), None)
+        if not follows_sums(activation):
+            return []
+        if not all(self._ends(name, following, links) for name, following in links):
+            return []
+        return [self.found([user, total, norm], add, watched, absent)]
+
+    def _sum_of(self, load: ast.expr, watched: list[str], is_norms: bool) -> tuple[Any, str] | None:
+        """The sum that a value is part of, and its helper."""
+        total: Any = self.parent[id(load)]
+        if isinstance(total, ast.AugAssign):
+            if total.target is not load or not isinstance(total.op, ast.Add):
+                return None
+            return (total, "add_in_place") if self._is_quiet(total.value, watched) else None
+        if isinstance(total, ast.BinOp) and isinstance(total.op, ast.Add):
+            if total.left is load:
+                return (total, "add_left") if self._is_quiet(total.right, watched) else None
+            # what stands before the norm runs before it, whatever it is
+            if is_norms or self._is_quiet(total.left, watched):
+                return total, "add_right"
+        if isinstance(total, ast.Call) and total.args[:1] == [load]:
+            if len(total.args) != 2 or total.keywords or self._value(total.func) is not torch.add:
+                return None
+            return (total, "add_by") if self._is_quiet(total.args[1], watched) else None
+        return None
+
+    def _passes(
+        self, statement: ast.stmt, name: str, watched: list[str], absent: list[str]
+    ) -> bool:
+        """Whether a statement tells nothing of whether the norm has run."""
+        if isinstance(statement, ast.Assign):
+            target = _target(statement)
+            names = _set_to_constant(statement) or {target}
+            if None in names or name in names or not all(map(self._is_local, names)):
+                return False
+            is_constant = isinstance(statement.value, ast.Constant)
+            return is_constant or self._is_quiet(statement.value, watched, name)
+        if not isinstance(statement, ast.If) or not self._is_plain_test(statement.test, name):
+            return False
+        called: list[str] = []
+        missing: list[str] = []
+        if not all(self._passes(s, name, called, missing) for s in statement.body):
+            # it never runs where the child that it asks for is None
+            child = self._child(_asked_for(statement.test))
+            if child is None:
+                return False
+            called, missing = [], [child]
+        if not all(self._passes(s, name, called, missing) for s in statement.orelse):
+            return False
+        watched += called
+        absent += missing
+        return True
+
+    def _is_quiet(self, node: ast.expr, watched: list[str], name: str | None = None) -> bool:
+        """A variable, or a child's output for one, which need not be the same before and after the
+        norm unless ``begin_sum`` says so of the child."""
+        if isinstance(node, ast.Name):
+            return node.id != name
+        if isinstance(node, ast.IfExp):
+            parts = (node.body, node.orelse)
+            if not self._is_plain_test(node.test, name):
+                return False
+            return all(self._is_quiet(part, watched, name) for part in parts)
+        if not _takes_one(node) or not self._is_quiet(node.args[0], watched, name):
+            return False
+        child = self._child(node.func)
+        if child is not None:
+            watched.append(child)
+        return child is not None
+
+    def _child(self, node: ast.expr | None) -> str | None:
+        """The name of a child of the instance, or of what is None now."""
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
             return None
-        return name, user
+        own, name = self.module.__dict__, node.attr
+        if node.value.id != self.own:
+            return None
+        known = name in self.module._modules if name not in own else own[name] is None
+        return name if known else None
+
+    def _is_plain_test(self, node: ast.expr, name: str | None) -> bool:
+        """A condition on variables, attributes and constants, in which nothing is called."""
+        kind = type(self.module)
+        return all(
+            isinstance(n, _PLAIN)
+            and getattr(n, "id", None) != (name or "")
+            and not hasattr(getattr(kind, getattr(n, "attr", ""), None), "__get__")
+            for n in ast.walk(node)
+        )
+
+    def _is_local(self, name: str) -> bool:
+        """A variable that only the method's own statements see."""
+        code = self.code
+        return name in code.co_varnames and name not in (*code.co_cellvars, *code.co_freevars)
+
+    def _ends(self, name: str, statement: ast.stmt, links: list[tuple[str, ast.stmt]]) -> bool:
+        """Whether what ``name`` holds is not seen after ``statement``, nor elsewhere until then."""
+        if not self.can_split or self.has_try or not self._is_local(name):
+            return False
+        if _target(statement) == name or isinstance(statement, ast.Return):
+            return True
+        if isinstance(statement, ast.AugAssign) and getattr(statement.target, "id", "") == name:
+            return True
+        used = [load for n, s in links if n == name for load in self._loads(s, name)]
+        return len(self._loads(self.definition, name)) == len(used)
 
     def _may_split(self, chain: list[ast.Call], name: str, skipped: set[str]) -> bool:
         """Whether ``name`` may hold the activation's output from the norm on, and what is called
@@ -499,6 +818,8 @@ class _Finder:
             return False
         changed = {name, *skipped, *code.co_cellvars, *code.co_freevars}
         for call in chain[1:]:
+            if _is_method(call):
+                continue
             if not _is_lookup(call.func):
                 return False
             if (_names(call.func) - {self.own}) & changed:
@@ -541,6 +862,19 @@ class _Finder:
         ]
 
 
+def _variable(function: types.FunctionType, name: str) -> Any:
+    """What a name means that is not the function's own, but its file's, or that of a function
+    around it."""
+    code = function.__code__
+    if name in code.co_freevars:
+        try:
+            return function.__closure__[code.co_freevars.index(name)].cell_contents
+        except ValueError:  # nothing yet
+            return None
+    is_own = name in code.co_varnames or name in code.co_cellvars
+    return None if is_own else function.__globals__.get(name)
+
+
 def _children(modules: list[nn.Module], name: str | None) -> list[nn.Module]:
     """The children of that name, or all."""
     if name is None:
@@ -568,8 +902,21 @@ def _target(statement: ast.AST) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _sets_constant(statement: ast.AST | None) -> bool:
-    return isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+def _asked_for(test: ast.expr) -> ast.expr | None:
+    """What is not None, or true, where a condition holds."""
+    if not isinstance(test, ast.Compare):
+        return test
+    is_not = isinstance(test.ops[0], ast.IsNot) and len(test.ops) == 1
+    none = test.comparators[0]
+    return test.left if is_not and isinstance(none, ast.Constant) and none.value is None else None
+
+
+def _set_to_constant(statement: ast.AST | None) -> set[str]:
+    """The variables that an assignment of a constant writes, if it writes nothing else."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Constant):
+        return set()
+    names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return set(names) if len(names) == len(statement.targets) else set()
 
 
 def _names(node: ast.AST) -> set[str]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import nn as bnn
 
 __all__ = [
     "ACTIVATIONS",
+    "FUNCTIONS",
+    "METHODS",
     "NORMS",
     "STOCK",
     "Activation",
+    "follows_sums",
     "fused_norm",
     "fused_norm_act",
     "is_plain",
     "is_transparent",
+    "of_function",
+    "of_module",
 ]
 
 # A name, or a name and its parameter, as the norms take it.
@@ -60,6 +69,103 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[nn.Module], Activation | None]] = {
     nn.GELU: lambda module: _GELU.get(module.approximate),
     nn.Hardswish: lambda module: "hardswish",
 }
+
+
+def _function_of_relu(inplace: bool = False) -> Activation:
+    return "relu"
+
+
+def _function_of_silu(inplace: bool = False) -> Activation:
+    return "silu"
+
+
+def _function_of_hardswish(inplace: bool = False) -> Activation:
+    return "hardswish"
+
+
+def _function_of_leaky(negative_slope: float = 0.01, inplace: bool = False) -> Activation | None:
+    if type(negative_slope) not in (int, float):
+        return None
+    # torch's backward raises for a negative slope where the forward was in place
+    return None if inplace and negative_slope < 0 else ("leaky_relu", float(negative_slope))
+
+
+def _operator_of_relu() -> Activation:
+    return "relu"
+
+
+def _operator_of_leaky(negative_slope: float = 0.01) -> Activation | None:
+    return _function_of_leaky(negative_slope, True)
+
+
+def _operator_of_gelu(*, approximate: str = "none") -> Activation | None:
+    return _GELU.get(approximate)
+
+
+def _torchs_own(
+    known: dict[Callable[..., Any], Callable[..., Activation | None]],
+) -> dict[Callable[..., Any], Callable[..., Activation | None]]:
+    """Without those that somebody has replaced before batchops was imported."""
+
+    def is_own(function: Callable[..., Any]) -> bool:
+        if isinstance(function, types.FunctionType):
+            return function.__globals__ is vars(F)
+        return type(function) is types.BuiltinFunctionType
+
+    return {function: of for function, of in known.items() if is_own(function)}
+
+
+# The same for torch's functions, of the arguments behind the first: with the signatures of theirs.
+FUNCTIONS = _torchs_own(
+    {
+        F.relu: _function_of_relu,
+        torch.relu: _operator_of_relu,
+        torch.relu_: _operator_of_relu,  # F.relu_ is the same object
+        F.silu: _function_of_silu,
+        F.gelu: _operator_of_gelu,
+        F.leaky_relu: _function_of_leaky,
+        F.leaky_relu_: _operator_of_leaky,
+        F.hardswish: _function_of_hardswish,
+    }
+)
+_FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
+
+# Methods of tensors by name: what they are in torch, and what they do.
+METHODS = {
+    name: (getattr(torch.Tensor, name), "relu")
+    for name in ("relu", "relu_")
+    if type(getattr(torch.Tensor, name)) is types.MethodDescriptorType
+}
+
+
+def of_module(module: nn.Module) -> Activation | None:
+    """What a norm is told to do in the place of ``module``."""
+    of = ACTIVATIONS.get(type(module))
+    return None if of is None else of(module)
+
+
+def follows_sums(activation: Activation | None) -> bool:
+    """Whether a norm may do it after a sum as torch does. For the smooth ones it keeps the shortcut
+    for the backward, which torch's sum does not, so that it may be changed in place later."""
+    return activation == "relu" or isinstance(activation, tuple)
+
+
+def of_function(
+    function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Activation | None:
+    """What a norm is told to do in the place of ``function(y, *args, **kwargs)``."""
+    if type(function) not in _FUNCTION_TYPES:  # others may compare and hash as they like
+        return None
+    of = FUNCTIONS.get(function)
+    if of is None:
+        return None
+    if not args and not kwargs:
+        return of()
+    try:
+        return of(*args, **(kwargs or {}))
+    except TypeError:  # torch's function raises it too
+        return None
+
 
 # Norms of timm that end in modules `drop` and `act`: the name in torch's own class of theirs.
 _NORM_ACTS = {
