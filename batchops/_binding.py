@@ -66,8 +66,8 @@ def _let_the_collator_read_tensors(library: pathlib.Path) -> None:
 
 
 def _calls_of_norms(library: pathlib.Path) -> dict[str, Callable[..., Any]]:
-    """Norms' operators by name, without what torch.ops does for operators of any kind. Each gives
-    the first output, or NotImplemented where the arguments are not plain ones."""
+    """Norms' operators by name, without what torch.ops does for operators of any kind, and
+    ``count``. Each gives the first output, or NotImplemented where the arguments are not plain."""
     calls = ctypes.PyDLL(str(library)).batchops_norm_calls
     calls.argtypes, calls.restype = [ctypes.py_object] * 2, ctypes.py_object
     found: dict[str, Callable[..., Any]] = calls(torch.Tensor, torch.nn.Parameter)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _binding
 from . import functional as BF
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
 ]
+
+_is_compiling = torch.compiler.is_compiling
+_count = _binding.norms["count"]
 
 
 def _checked(activation: BF.Activation) -> BF.Activation:
@@ -116,7 +120,8 @@ class _FusedBatchNorm(_Activated, nn.modules.batchnorm._BatchNorm):
                 counter = self.num_batches_tracked
                 # First, as torch counts: a checkpoint's recomputation may end within the norm.
                 if counter is not None:
-                    counter.add_(1)
+                    if _is_compiling() or _count(counter) is NotImplemented:
+                        counter.add_(1)
                     if self.momentum is None:  # cumulative average
                         factor = 1.0 / float(counter)
             else:

@@ -63,7 +63,7 @@ def test_same_as_the_operator(name):
 
 
 def test_every_norm_is_there():
-    assert set(_binding.norms) == set(CALLS)
+    assert set(_binding.norms) == {*CALLS, "count"}
 
 
 @EACH
@@ -183,3 +183,56 @@ def test_other_threads_run_meanwhile():
         sys.setswitchinterval(interval)
     thread.join()
     assert after > before
+
+
+def test_counts_as_torch_does():
+    counter = torch.tensor(41)
+    version = counter._version
+    assert _binding.norms["count"](counter) is None
+    assert counter.item() == 42
+    assert counter._version == version + 1
+    shared = counter.view(1)
+    assert _binding.norms["count"](counter) is None
+    assert shared.item() == 43
+    assert shared._version == version + 2
+    copy = torch._lazy_clone(counter)  # shares memory until one of the two is written
+    assert _binding.norms["count"](counter) is None
+    assert (copy.item(), counter.item()) == (43, 44)
+
+
+@pytest.mark.parametrize(
+    "counter",
+    [
+        pytest.param(torch.tensor(1.0), id="a float"),
+        pytest.param(torch.tensor(1, dtype=torch.int32), id="32 bits"),
+        pytest.param(torch.tensor([1, 2]), id="two"),
+        pytest.param(torch.tensor(1, device="meta"), id="no memory"),
+        pytest.param(torch.tensor(1).as_subclass(Subclass), id="a subclass"),
+        pytest.param(1, id="no tensor"),
+    ],
+)
+def test_counts_nothing_else(counter):
+    assert _binding.norms["count"](counter) is NotImplemented
+
+
+def test_leaves_counting_to_who_stands_between():
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    counter, count = torch.tensor(1), _binding.norms["count"]
+    for mode in (Functions(), Operators(), torch.inference_mode()):
+        with mode:
+            assert count(counter) is NotImplemented
+    with torch.inference_mode():
+        assert count(torch.tensor(1)) is NotImplemented
+    batched = torch.vmap(lambda t: torch.tensor(count(t) is NotImplemented))(torch.zeros(3).long())
+    assert batched.all()
+    assert torch.func.functionalize(lambda t: torch.tensor(count(t) is NotImplemented))(counter)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert count(counter) is None
+    assert counter.item() == 2
