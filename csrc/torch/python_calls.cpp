@@ -25,18 +25,8 @@ bool is_tensor(PyObject* object) {
 // would have to be converted: the operator itself has the words for that.
 template <class T>
 struct Argument;
-template <>
-struct Argument<const Tensor&> {
-  const Tensor* value = nullptr;
-  bool read(PyObject* object) {
-    if (!is_tensor(object)) return false;
-    value = &THPVariable_Unpack(object);
-    return true;
-  }
-  const Tensor& get() { return *value; }
-};
-template <>
-struct Argument<Tensor&> {
+// Held, so that another thread may give the object another tensor meanwhile.
+struct HeldTensor {
   Tensor value;
   bool read(PyObject* object) {
     if (!is_tensor(object)) return false;
@@ -45,6 +35,10 @@ struct Argument<Tensor&> {
   }
   Tensor& get() { return value; }
 };
+template <>
+struct Argument<const Tensor&> : HeldTensor {};
+template <>
+struct Argument<Tensor&> : HeldTensor {};
 template <>
 struct Argument<const OptionalTensor&> {
   OptionalTensor value;
@@ -153,20 +147,20 @@ bool read_all(std::tuple<Argument<T>...>& arguments, PyObject* const* given, siz
 template <class... T>
 PyObject* call(const c10::TypedOperatorHandle<ForwardOutputs(T...)>& op, PyObject* const* given,
                size_t count) {
-  HANDLE_TH_ERRORS
   std::tuple<Argument<T>...> arguments;
   constexpr std::index_sequence_for<T...> all;
   if (at::impl::torch_function_mode_enabled() || !read_all<T...>(arguments, given, count, all)) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   return THPVariable_Wrap(first_output(op, arguments, all));
-  END_HANDLE_TH_ERRORS
 }
 
 #define BATCHOPS_CALL(function, Signature)                                         \
   PyObject* call_##function(PyObject*, PyObject* const* given, Py_ssize_t count) { \
+    HANDLE_TH_ERRORS                                                               \
     static const auto op = find_operator<Signature>("batchops::" #function);       \
     return call(op, given, static_cast<size_t>(count));                            \
+    END_HANDLE_TH_ERRORS                                                           \
   }
 BATCHOPS_CALL(batch_norm, Train)
 BATCHOPS_CALL(batch_norm_update, Update)

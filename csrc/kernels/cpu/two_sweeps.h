@@ -1,7 +1,9 @@
 // An optimizer's step over any number of tensors: a first sweep gives each tensor's sums, the sums
 // its factors, and a second sweep the update. One parallel region whatever their number.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <thread>
