@@ -444,6 +444,8 @@ _PLAIN = (
     *(ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop),
 )
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+# What a norm's call writes.
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
 # What looks at a function's variables from inside.
 _LOOKS = {"locals", "vars", "eval", "exec"}
 
@@ -486,6 +488,9 @@ class _Finder:
             isinstance(n, ast.NamedExpr) for n in self.nodes
         )
         self.has_try = any(type(n).__name__ in ("Try", "TryStar") for n in self.nodes)
+        self.reads_statistics = any(
+            isinstance(n, ast.Attribute) and n.attr in _STATISTICS for n in self.nodes
+        )
 
     def _bind(self, target: ast.expr, over: ast.expr) -> Iterator[tuple[str, list[nn.Module]]]:
         """The names in a loop's ``target``, and the modules that they go over."""
@@ -655,7 +660,7 @@ class _Finder:
         """
         watched: list[str] = []
         absent: list[str] = []
-        if self.own is None or self._is_inside_function(norm):
+        if self.own is None or self.reads_statistics or self._is_inside_function(norm):
             return []
         statement = self._statement(norm)
         name = _target(statement)
@@ -781,13 +786,39 @@ class _Finder:
 
     def _is_plain_test(self, node: ast.expr, name: str | None) -> bool:
         """A condition on variables, attributes and constants, in which nothing is called."""
-        kind = type(self.module)
-        return all(
-            isinstance(n, _PLAIN)
-            and getattr(n, "id", None) != (name or "")
-            and not hasattr(getattr(kind, getattr(n, "attr", ""), None), "__get__")
-            for n in ast.walk(node)
+        if isinstance(node, ast.BoolOp):
+            return all(self._is_plain_test(value, name) for value in node.values)
+        if isinstance(node, ast.UnaryOp):
+            return self._is_plain_test(node.operand, name)
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+            if all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+                return all(self._is_quiet_value(n, name) for n in asked)
+            return all(map(self._is_setting, asked))
+        return self._is_setting(node)
+
+    def _is_quiet_value(self, node: ast.expr, name: str | None) -> bool:
+        """Of which it is asked what object it is, which calls nothing."""
+        if isinstance(node, ast.Name):
+            return node.id != name
+        return (
+            isinstance(node, ast.Constant)
+            or self._child(node) is not None
+            or self._is_setting(node)
         )
+
+    def _is_setting(self, node: ast.expr) -> bool:
+        """An attribute of the instance that is no tensor and no object with a say in its truth."""
+        if isinstance(node, ast.Constant):
+            return True
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            return False
+        if node.value.id != self.own or hasattr(
+            getattr(type(self.module), node.attr, None), "__get__"
+        ):
+            return False
+        value = self.module.__dict__.get(node.attr, self)
+        return value is None or type(value) in (bool, int, float, str)
 
     def _is_local(self, name: str) -> bool:
         """A variable that only the method's own statements see."""
@@ -798,12 +829,15 @@ class _Finder:
         """Whether what ``name`` holds is not seen after ``statement``, nor elsewhere until then."""
         if not self.can_split or self.has_try or not self._is_local(name):
             return False
+        used = [load for n, s in links if n == name for load in self._loads(s, name)]
+        if len(self._loads(self.definition, name)) == len(used):
+            return True
+        if self._is_in_with(statement):  # which may end the error that somebody raises until then
+            return False
         if _target(statement) == name or isinstance(statement, ast.Return):
             return True
-        if isinstance(statement, ast.AugAssign) and getattr(statement.target, "id", "") == name:
-            return True
-        used = [load for n, s in links if n == name for load in self._loads(s, name)]
-        return len(self._loads(self.definition, name)) == len(used)
+        is_augmented = isinstance(statement, ast.AugAssign)
+        return is_augmented and getattr(statement.target, "id", "") == name
 
     def _may_split(self, chain: list[ast.Call], name: str, skipped: set[str]) -> bool:
         """Whether ``name`` may hold the activation's output from the norm on, and what is called
@@ -832,17 +866,23 @@ class _Finder:
             if _target(before) != name:
                 return False
             used += self._loads(after, name)
+        if len(self._loads(self.definition, name)) == len(used):
+            return True
         last = statements[-1]
-        if _target(last) == name:
-            return True
-        if isinstance(last, ast.Return):
-            return True
-        return len(self._loads(self.definition, name)) == len(used)
+        ends = _target(last) == name or isinstance(last, ast.Return)
+        return ends and not self._is_in_with(last)
 
     def _statement(self, node: ast.AST) -> ast.stmt:
         while not isinstance(node, ast.stmt):
             node = self.parent[id(node)]
         return node
+
+    def _is_in_with(self, node: ast.AST) -> bool:
+        while node is not self.definition:
+            node = self.parent[id(node)]
+            if isinstance(node, ast.With | ast.AsyncWith):
+                return True
+        return False
 
     def _is_inside_function(self, node: ast.AST) -> bool:
         while node is not self.definition:

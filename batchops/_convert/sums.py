@@ -88,8 +88,15 @@ def _commutes(module: Any, norm: nn.Module) -> bool:
         return all(_commutes(m, norm) for m in module._modules.values())
     if kind in STOCK or kind in NORMS:
         statistics = [t for t in norm._buffers.values() if t is not None]
-        return not any(a is b for a in module._buffers.values() for b in statistics)
+        own = [t for t in module._buffers.values() if t is not None]
+        return not any(_shares(a, b) for a in own for b in statistics)
     return kind in _WITHOUT_STATE
+
+
+def _shares(a: Tensor, b: Tensor) -> bool:
+    if a is b or torch.compiler.is_compiling():  # a compiler knows by itself what is a view
+        return a is b
+    return torch._C._is_alias_of(a, b)
 
 
 def _add(total: Any, shortcut: Any, add: Callable[[Any, Any], Any]) -> Any:
@@ -105,6 +112,7 @@ def _fits(shortcut: Any, x: Tensor) -> bool:
     """Whether a sum with the norm's output has that one's dtype, size and layout in any case."""
     return (
         isinstance(shortcut, Tensor)
+        and not (shortcut.is_nested or x.is_nested)  # strided ones have no sizes
         and is_plain_tensor(shortcut)
         and shortcut.dtype == x.dtype
         and shortcut.shape == x.shape

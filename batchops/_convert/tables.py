@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,8 @@ _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 def _leaky(module: nn.Module) -> Activation | None:
     slope = module.negative_slope
+    if module.inplace and slope < 0:  # torch's backward raises
+        return None
     # a tensor would lose its gradient
     return ("leaky_relu", float(slope)) if isinstance(slope, int | float) else None
 
@@ -239,8 +242,27 @@ def fused_norm_act(module: nn.Module) -> tuple[type[nn.Module], Activation | Non
         return None
     if not is_transparent(module.drop):
         return None
+    kind = _of_both(NORMS[stock], type(module))
     if is_transparent(module.act):
-        return NORMS[stock], None
+        return kind, None
     of = ACTIVATIONS.get(type(module.act))
     activation = of(module.act) if of and is_plain(module.act) else None
-    return None if activation is None else (NORMS[stock], activation)
+    return None if activation is None else (kind, activation)
+
+
+@functools.cache
+def _of_both(fused: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    """The fused norm's class, which is one of timm's as well: what freezes a model, say, asks for
+    the class, and knows by it that there is an activation."""
+
+    def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _new_of_both, (fused, own), module.__dict__.copy()
+
+    made = type(own.__name__, (fused, own), {"__reduce_ex__": reduce, "__doc__": fused.__doc__})
+    STOCK[made] = STOCK[fused]
+    return made
+
+
+def _new_of_both(fused: type[nn.Module], own: type[nn.Module]) -> nn.Module:
+    made: nn.Module = object.__new__(_of_both(fused, own))
+    return made
