@@ -438,11 +438,6 @@ _ALWAYS = (
     *(ast.Call, ast.keyword, ast.Starred, ast.Attribute, ast.Subscript, ast.Tuple, ast.List),
     *(ast.BinOp, ast.UnaryOp, ast.Assign, ast.AugAssign, ast.Return, ast.Expr),
 )
-# What conditions are made of that call nothing.
-_PLAIN = (
-    *(ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp),
-    *(ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop),
-)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 # What a norm's call writes.
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
@@ -776,16 +771,21 @@ class _Finder:
 
     def _child(self, node: ast.expr | None) -> str | None:
         """The name of a child of the instance, or of what is None now."""
-        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+        name = self._attribute(node)
+        if name is None:
             return None
-        own, name = self.module.__dict__, node.attr
-        if node.value.id != self.own:
-            return None
+        own = self.module.__dict__
         known = name in self.module._modules if name not in own else own[name] is None
         return name if known else None
 
+    def _attribute(self, node: ast.expr | None) -> str | None:
+        """The name of an attribute of the instance."""
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            return None
+        return node.attr if node.value.id == self.own else None
+
     def _is_plain_test(self, node: ast.expr, name: str | None) -> bool:
-        """A condition on variables, attributes and constants, in which nothing is called."""
+        """A condition in which nothing is called, and that the norm's call does not change."""
         if isinstance(node, ast.BoolOp):
             return all(self._is_plain_test(value, name) for value in node.values)
         if isinstance(node, ast.UnaryOp):
@@ -811,13 +811,10 @@ class _Finder:
         """An attribute of the instance that is no tensor and no object with a say in its truth."""
         if isinstance(node, ast.Constant):
             return True
-        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+        name = self._attribute(node)
+        if name is None or hasattr(getattr(type(self.module), name, None), "__get__"):
             return False
-        if node.value.id != self.own or hasattr(
-            getattr(type(self.module), node.attr, None), "__get__"
-        ):
-            return False
-        value = self.module.__dict__.get(node.attr, self)
+        value = self.module.__dict__.get(name, self)
         return value is None or type(value) in (bool, int, float, str)
 
     def _is_local(self, name: str) -> bool:
@@ -830,22 +827,25 @@ class _Finder:
         if not self.can_split or self.has_try or not self._is_local(name):
             return False
         used = [load for n, s in links if n == name for load in self._loads(s, name)]
-        if len(self._loads(self.definition, name)) == len(used):
+        return self._is_over(name, statement, len(used))
+
+    def _is_over(self, name: str, statement: ast.stmt, used: int) -> bool:
+        """Whether nothing but so many loads sees what ``name`` holds until the end of
+        ``statement``."""
+        if len(self._loads(self.definition, name)) == used:
             return True
-        if self._is_in_with(statement):  # which may end the error that somebody raises until then
+        # in which the error may end that somebody raises until then
+        if any(isinstance(n, ast.With | ast.AsyncWith) for n in self._around(statement)):
             return False
-        if _target(statement) == name or isinstance(statement, ast.Return):
-            return True
-        is_augmented = isinstance(statement, ast.AugAssign)
-        return is_augmented and getattr(statement.target, "id", "") == name
+        if isinstance(statement, ast.AugAssign):
+            return getattr(statement.target, "id", "") == name
+        return _target(statement) == name or isinstance(statement, ast.Return)
 
     def _may_split(self, chain: list[ast.Call], name: str, skipped: set[str]) -> bool:
         """Whether ``name`` may hold the activation's output from the norm on, and what is called
         may be looked up ahead."""
         code = self.code
-        if not self.can_split or self.has_try or name not in code.co_varnames:
-            return False
-        if name in code.co_cellvars or name in code.co_freevars:
+        if not self.can_split or self.has_try or not self._is_local(name):
             return False
         statements = [self._statement(call) for call in chain]
         if any(self._is_inside_function(s) for s in statements):
@@ -859,37 +859,27 @@ class _Finder:
             if (_names(call.func) - {self.own}) & changed:
                 return False
         # one variable all along, and in between nothing but `name = identity(name)`
-        used = []
+        used = 0
         for before, after in itertools.pairwise(statements):
             if after is before:
                 continue
             if _target(before) != name:
                 return False
-            used += self._loads(after, name)
-        if len(self._loads(self.definition, name)) == len(used):
-            return True
-        last = statements[-1]
-        ends = _target(last) == name or isinstance(last, ast.Return)
-        return ends and not self._is_in_with(last)
+            used += len(self._loads(after, name))
+        return self._is_over(name, statements[-1], used)
 
     def _statement(self, node: ast.AST) -> ast.stmt:
         while not isinstance(node, ast.stmt):
             node = self.parent[id(node)]
         return node
 
-    def _is_in_with(self, node: ast.AST) -> bool:
-        while node is not self.definition:
-            node = self.parent[id(node)]
-            if isinstance(node, ast.With | ast.AsyncWith):
-                return True
-        return False
-
     def _is_inside_function(self, node: ast.AST) -> bool:
-        while node is not self.definition:
-            node = self.parent[id(node)]
-            if isinstance(node, _FUNCTIONS) and node is not self.definition:
-                return True
-        return False
+        return any(isinstance(n, _FUNCTIONS) for n in self._around(node))
+
+    def _around(self, node: ast.AST) -> Iterator[ast.AST]:
+        """What a node is in, from the inside out, and not the method itself."""
+        while (node := self.parent[id(node)]) is not self.definition:
+            yield node
 
     def _loads(self, node: ast.AST, name: str) -> list[ast.Name]:
         """Where the name is read, by ``name += 1`` as well."""
