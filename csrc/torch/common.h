@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
@@ -30,6 +31,17 @@ inline Parallel torch_threads() {
 // The framework's current stream, through libc10 alone: so one binding serves CPU and CUDA torch.
 inline void* current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+// Keys of a dense tensor in host memory. Any other key (conjugate, negative, functorch, Python,
+// sparse, nested, quantized) says that its bytes are not all there is to it.
+inline bool is_plain(const c10::TensorImpl& impl) {
+  constexpr auto allowed =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  const c10::DispatchKeySet keys = impl.key_set();
+  return keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU)) &&
+         (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
 inline std::optional<DType> dtype_of(at::ScalarType type) {

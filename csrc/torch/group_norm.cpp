@@ -155,9 +155,7 @@ ForwardOutputs layer_norm(const Tensor& input, c10::SymIntArrayRef normalized_sh
   const auto flat = [&](const OptionalTensor& t) -> OptionalTensor {
     return t && dims > 1 ? t->reshape_symint({values}) : t;
   };
-  static const auto group = c10::Dispatcher::singleton()
-                                .findSchemaOrThrow("batchops::group_norm", "")
-                                .typed<decltype(group_norm)>();
+  static const auto group = find_operator<Group>("batchops::group_norm");
   const OptionalTensor r = residual ? OptionalTensor(as_rows(*residual)) : residual;
   auto outputs =
       group.call(as_rows(input), 1, flat(weight), flat(bias), r, eps, activation, slope, false);

@@ -173,11 +173,8 @@ BATCHOPS_CALL(instance_norm_update, InstanceUpdate)
 
 // Whether torch's own operator for it would do no more than write: nobody stands between.
 bool may_count(const Tensor& counter) {
-  constexpr auto keys =
-      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  return counter.defined() && (counter.key_set().raw_repr() & ~keys.raw_repr()) == 0 &&
+  return counter.defined() && is_plain(*counter.unsafeGetTensorImpl()) &&
          local.included_ == c10::default_included_set &&
          !local.excluded_.has(c10::DispatchKey::ADInplaceOrView) &&
          !at::impl::torch_function_mode_enabled() && counter.scalar_type() == at::kLong &&

@@ -2,11 +2,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
-#include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/COW.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "collate/tensor_view.h"
+#include "torch/common.h"
 
 namespace {
 
@@ -18,17 +18,6 @@ bool has_names(const Impl& impl) {
   } else {
     return false;
   }
-}
-
-// Keys of a dense tensor in host memory. Any other key (conjugate, negative, functorch, Python,
-// sparse, nested, quantized) says that its bytes are not all there is to it.
-bool is_plain(const c10::TensorImpl& impl) {
-  constexpr auto allowed =
-      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                           c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
-  const c10::DispatchKeySet keys = impl.key_set();
-  return keys.has_all(c10::DispatchKeySet(c10::DispatchKey::CPU)) &&
-         (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
 // A forward-mode tangent would be lost.
@@ -67,8 +56,8 @@ extern "C" __attribute__((visibility("default"))) bool batchops_read_tensor(
   const at::Tensor& tensor = THPVariable_Unpack(static_cast<PyObject*>(object));
   if (!tensor.defined()) return false;
   const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  if (!is_plain(impl) || impl.requires_grad() || !impl.has_storage() || impl.is_python_dispatch() ||
-      has_names(impl)) {
+  if (!batchops::binding::is_plain(impl) || impl.requires_grad() || !impl.has_storage() ||
+      impl.is_python_dispatch() || has_names(impl)) {
     return false;
   }
   const caffe2::TypeMeta dtype = impl.dtype();
